@@ -1,0 +1,85 @@
+"""The `fsam_*` training arguments: their defaults, their help texts, their checks."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+Variant = Literal["none", "sam", "functional", "logit"]
+AscentScope = Literal["micro_batch", "optimizer_step", "rank"]
+
+
+@dataclass
+class FSAMArguments:
+    """The fields alone. Put them before any `TrainingArguments` subclass to extend it, e.g. for TRL:
+
+        @dataclass
+        class FSAMSFTConfig(FSAMArguments, SFTConfig):
+            pass
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, its value and what it takes.
+    """
+
+    fsam_variant: Variant = field(
+        default="functional",
+        metadata={
+            "help": "What the perturbation moves. functional: the Jacobian alone, the cotangent stays at the "
+            "unperturbed weights (Functional-SAM). sam: both (Foret et al. 2021). logit: the cotangent alone, for "
+            "diagnosis, three forward passes. none: the plain Trainer."
+        },
+    )
+    fsam_rho: float = field(
+        default=0.02,
+        metadata={"help": "L2 radius of the perturbation over all trainable weights together. 0 trains like none."},
+    )
+    fsam_precondition: bool = field(
+        default=True,
+        metadata={
+            "help": "Ascend along g / (sqrt(v) + eps), with the optimizer's bias-corrected second moment v and its own "
+            "eps, in place of g. Needs an optimizer of the Adam family."
+        },
+    )
+    fsam_ascent_scope: AscentScope = field(
+        default="micro_batch",
+        metadata={
+            "help": "Whose gradient gives the perturbation. micro_batch: this micro-batch, averaged over processes. "
+            "optimizer_step: the whole gradient accumulation window of all processes, the paper's definition; keeps "
+            "the cotangents of the window in memory. rank: this process's micro-batch, no communication (m-SAM)."
+        },
+    )
+    fsam_boundary: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name, as in model.named_modules(), of the module whose output tensor ends the function and begins "
+            "the loss. Found by itself for language models and the usual classification and question answering heads."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("fsam_variant", self.fsam_variant, get_args(Variant))
+        _check_choice("fsam_ascent_scope", self.fsam_ascent_scope, get_args(AscentScope))
+        number = isinstance(self.fsam_rho, int | float) and not isinstance(self.fsam_rho, bool)
+        if not (number and math.isfinite(self.fsam_rho) and self.fsam_rho >= 0):
+            raise ValueError(f"fsam_rho={self.fsam_rho!r} is not a radius: give a finite number, zero or above.")
+        if not isinstance(self.fsam_precondition, bool):
+            raise ValueError(f"fsam_precondition={self.fsam_precondition!r} is neither True nor False.")
+        if self.fsam_boundary is not None and not (isinstance(self.fsam_boundary, str) and self.fsam_boundary):
+            raise ValueError(
+                f"fsam_boundary={self.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "
+                "leave it out to have the head found."
+            )
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+
+@dataclass
+class FSAMTrainingArguments(FSAMArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with the fields of :class:`FSAMArguments`."""
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}.")

@@ -1,0 +1,51 @@
+"""Who owns the parameters. An engine knows how one way of holding them is ascended, perturbed and restored."""
+
+from typing import TYPE_CHECKING
+
+from accelerate.utils import DistributedType
+
+from hf_fsam.engines.base import Ascent, Engine
+from hf_fsam.engines.local import LocalEngine
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+__all__ = ["Ascent", "Engine", "LocalEngine", "select_engine"]
+
+_LOCAL = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+
+
+def select_engine(trainer: "Trainer") -> Engine:
+    """The engine for the trainer's way of holding its parameters.
+
+    Raises:
+        ValueError: it is not supported; the message names it and the cure.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    optim = str(getattr(args.optim, "value", args.optim) or "")
+    refused = {
+        "DataParallel (n_gpu > 1 without a launcher)": args.n_gpu > 1,
+        f"distributed_type={accelerator.distributed_type.value}": accelerator.distributed_type not in _LOCAL,
+        "a model spread over several devices (hf_device_map)": trainer.is_model_parallel,
+        "a model sharded at load time (DistributedConfig)": getattr(
+            trainer, "is_distributed_loading_by_transformers", False
+        ),
+        "tensor, context and sequence parallelism (parallelism_config)": parallelism is not None
+        and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
+        f"optim={optim!r}, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
+        "use_liger_kernel=True, whose fused loss never makes the logits": args.use_liger_kernel,
+    }
+    for what, holds in refused.items():
+        if holds:
+            raise ValueError(
+                f"hf_fsam does not support {what} yet. Run one process, or one process a device under `torchrun` or "
+                "`accelerate launch` (DDP), or set fsam_variant='none'."
+            )
+    return LocalEngine(accelerator)

@@ -1,0 +1,41 @@
+"""What the Trainer's step asks of an engine."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_fsam.perturbation import Perturbation
+
+
+@dataclass
+class Ascent:
+    """Weights and the gradients that were accumulated for them, one for one, filled when the ascent has ended."""
+
+    weights: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    def ascent(self, model: nn.Module, *, average: bool) -> AbstractContextManager[Ascent]:
+        """Passes inside accumulate into the ascent, and leave the gradients of the training as they were.
+
+        average: over all processes; else this process's own.
+        """
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate `loss` in the loss scaler's units."""
+
+    def perturb(
+        self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
+    ) -> Perturbation:
+        """θ+ε from the ascent, whose gradients it uses up.
+
+        optimizer: preconditions with its second moments; None does not. seed: of the stochastic rounding, the same on
+        every process that holds the same weights. cotangents: memory to leave alone.
+        """
+
+    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
+        """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""

@@ -1,0 +1,68 @@
+"""One process, or DDP: every process holds every parameter whole."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_fsam.engines.base import Ascent
+from hf_fsam.perturbation import Perturbation, exchanged, own_storage, perturb
+from hf_fsam.second_moment import second_moment
+
+
+class LocalEngine:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @contextmanager
+    def ascent(self, model: nn.Module, *, average: bool) -> Iterator[Ascent]:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        aside = [parameter.grad for parameter in parameters]
+        ascent = Ascent()
+        try:
+            # A plain backward into empty `.grad`, since reentrant checkpointing refuses torch.autograd.grad.
+            for parameter in parameters:
+                parameter.grad = None
+            # The forward passes, too, have to stay out of DDP's reducer, which would take them for the training's.
+            with self.accelerator.no_sync(model):
+                yield ascent
+            several = average and self.accelerator.num_processes > 1
+            for parameter in parameters:
+                gradient = parameter.grad
+                if gradient is None and not several:
+                    continue
+                if gradient is not None and gradient.layout != torch.strided:
+                    raise ValueError(
+                        "hf_fsam does not support sparse gradients: build the embedding with sparse=False."
+                    )
+                if several:  # a weight that only another process used takes part in the reduction all the same
+                    gradient = torch.zeros_like(parameter) if gradient is None else gradient
+                    gradient = self.accelerator.reduce(gradient, "mean")
+                ascent.weights.append(parameter)
+                ascent.gradients.append(gradient)
+        finally:
+            for parameter, gradient in zip(parameters, aside, strict=True):
+                parameter.grad = gradient
+
+    def backward(self, loss: Tensor) -> None:
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def perturb(
+        self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
+    ) -> Perturbation:
+        moments = None
+        if optimizer is not None:
+            group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
+            moments = [
+                second_moment(optimizer, group_of[weight], weight) if weight in group_of else None
+                for weight in ascent.weights
+            ]
+        generator = torch.Generator(self.accelerator.device).manual_seed(seed)
+        return perturb(ascent.weights, own_storage(ascent.gradients, cotangents), moments, rho, generator)
+
+    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
+        return exchanged(perturbation)

@@ -1,0 +1,68 @@
+"""The optimizer's second moment, which preconditions the ascent."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """One weight's second moment as an optimizer of the Adam family keeps it.
+
+    Attributes:
+        average: the running average v of g², in the shape of the weight.
+        beta: its decay β₂.
+        step: the steps t that it has averaged over, a number or a tensor of shape ().
+        eps: the optimizer's own epsilon.
+    """
+
+    average: Tensor
+    beta: float
+    step: float | Tensor
+    eps: float
+
+    def denominator(self) -> Tensor:
+        """√v̂ + eps with v̂ = v / (1 − β₂ᵗ), in a new tensor."""
+        correction = (1 - self.beta**self.step) ** 0.5
+        return self.average.sqrt().div_(correction).add_(self.eps)
+
+
+def second_moment(optimizer: Optimizer, group: dict, weight: Tensor) -> SecondMoment | None:
+    """The second moment of `weight`, a member of the parameter group `group`; None before its first step."""
+    state = optimizer.state.get(weight, {})
+    if "exp_avg_sq" not in state:
+        return None
+    return SecondMoment(state["exp_avg_sq"], group["betas"][1], state["step"], group["eps"])
+
+
+def check_keeps_second_moment(optimizer: Optimizer) -> None:
+    """Make sure, before training, that `fsam_precondition` will find what it divides by.
+
+    An optimizer shows its state only after a step, so one of the same class and settings takes a step on a weight of
+    two by two numbers.
+
+    Raises:
+        ValueError: it keeps no second moment, or none that is known here; the message names optimizers that do.
+    """
+    group = optimizer.param_groups[0]
+    taken = inspect.signature(type(optimizer)).parameters
+    like = group["params"][0]
+    probe = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)
+    probe.grad = torch.ones_like(probe)
+    try:
+        settings = {key: value for key, value in group.items() if key in taken and key != "params"}
+        twin = type(optimizer)([probe], **settings)
+        twin.step()
+        moment = second_moment(twin, twin.param_groups[0], probe)
+        found = moment is not None and moment.average.shape == probe.shape
+    except Exception:  # whatever an unknown optimizer raises, it could not be asked
+        found = False
+    if not found:
+        raise ValueError(
+            f"fsam_precondition=True divides by the optimizer's second moment, but {type(optimizer).__name__} keeps "
+            "none (state 'exp_avg_sq' and 'step', group 'betas' and 'eps'). torch.optim's Adam, AdamW, NAdam and RAdam "
+            "do, so do optim='adamw_torch' and 'adamw_torch_fused'. Choose one, or set fsam_precondition=False."
+        )

@@ -1,0 +1,201 @@
+"""The boundary between function and loss: record its cotangents in one pass, replay them in another.
+
+Notation of the paper (arXiv 2502.02407): logits z = F_θ(x), loss ℓ(z, y), cotangent u(θ) = ∂ℓ/∂z at z = F_θ(x). The
+boundary is the module whose output is z. Replacing u on its way back is all that turns a step of SAM into one of
+Functional-SAM; nobody downstream of it has to know.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Recording:
+    """What one forward and backward pass leaves behind.
+
+    Attributes:
+        cotangents: ∂(scale · loss)/∂z for every tensor z that crossed the boundary, by the order of the forward pass;
+            each in the shape and dtype of its z, e.g. (batch, length, vocabulary).
+        loss: the value that `compute_loss` returned, shape ().
+        scale: ∂(what was back-propagated)/∂loss, shape (): the factor that loss scaling and the division by the
+            number of accumulated micro-batches put on the gradient.
+        crossings: how many tensors crossed the boundary in the forward pass.
+        nodes: the autograd nodes of those tensors.
+    """
+
+    cotangents: dict[int, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    scale: Tensor | None = None
+    crossings: int = 0
+    nodes: set[Any] = field(default_factory=set)
+
+    def keep(self, index: int, cotangent: Tensor) -> None:
+        # Two crossings can be handed one and the same tensor (z₁ + z₂), and replaying scales in place.
+        shared = any(cotangent.data_ptr() == other.data_ptr() for other in self.cotangents.values())
+        self.cotangents[index] = cotangent.clone() if shared else cotangent
+
+    def see_loss(self, loss: Tensor) -> None:
+        if self.loss is not None:
+            raise RuntimeError(
+                "compute_loss was called twice in one training_step: hf_fsam splits one forward and backward pass a "
+                "step. Join the batches, or set fsam_variant='none'."
+            )
+        self.loss = loss.detach().clone()
+        if loss.requires_grad:
+            loss.register_hook(self._see_scale)
+
+    def _see_scale(self, gradient: Tensor) -> None:
+        self.scale = gradient
+
+    def scale_seen(self) -> Tensor:
+        if self.scale is None:
+            raise RuntimeError(
+                "the training_step below FSAMMixin did not back-propagate the loss of compute_loss, so the gradient "
+                "could not be split. Let it call self.compute_loss, or set fsam_variant='none'."
+            )
+        return self.scale
+
+
+class Tape:
+    """A forward hook on the boundary that does nothing except inside :meth:`record` and :meth:`replay`."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._on_output: Callable[[Tensor], Tensor | None] | None = None
+        self._on_loss: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def attached(self) -> bool:
+        return self._handle is not None
+
+    def attach(self, name: str, module: nn.Module) -> None:
+        """Put the hook on the boundary `module`, once. It stays between steps: a hook that comes and goes would make
+        torch.compile compile anew each time."""
+        if self._handle is None:
+            self.name = name
+            # Back-propagation hooks with side effects cannot be traced: the compiled graph breaks here, once.
+            hook = torch.compiler.disable(self._hook)
+            self._handle = module.register_forward_hook(hook)
+
+    def detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def see_loss(self, loss: Tensor) -> Tensor:
+        """Pass the loss that `compute_loss` returns through here; hands back the loss to go on with."""
+        return loss if self._on_loss is None else self._on_loss(loss)
+
+    @contextmanager
+    def record(self, *, cut: bool = False) -> Iterator[Recording]:
+        """Record the cotangents of the pass inside. `cut`: end the backward pass at the boundary."""
+        recording = Recording()
+
+        def on_output(z: Tensor) -> Tensor | None:
+            leaf = z.detach().requires_grad_() if cut else None
+            (z if leaf is None else leaf).register_hook(partial(recording.keep, recording.crossings))
+            recording.crossings += 1
+            recording.nodes.add(z.grad_fn)
+            return leaf
+
+        def on_loss(loss: Tensor) -> Tensor:
+            recording.see_loss(loss)
+            return loss
+
+        with self._session(on_output, on_loss):
+            yield recording
+
+    @contextmanager
+    def replay(self, clean: Recording, cotangents: Recording | None) -> Iterator[Recording]:
+        """In the pass inside, the loss has the value of `clean`, and the backward pass meets `cotangents` at the
+        boundary in place of its own (its own where `cotangents` is None: that is SAM).
+
+        The cotangents are scaled to what the pass itself puts on its loss, so loss scalers and gradient accumulation
+        need not be known here, and are used up.
+
+        Raises:
+            RuntimeError: the two passes crossed the boundary differently.
+        """
+        replayed = Recording()
+
+        def swap(index: int, own: Tensor) -> Tensor:
+            recorded = cotangents.cotangents.pop(index, None)
+            if recorded is None or recorded.shape != own.shape:
+                raise RuntimeError(
+                    f"the second pass crossed the boundary with a tensor {tuple(own.shape)} where the first had "
+                    f"{'none' if recorded is None else tuple(recorded.shape)}: both must compute the same function."
+                )
+            ratio = replayed.scale_seen() / cotangents.scale_seen()
+            return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
+
+        def on_output(z: Tensor) -> None:
+            z.register_hook(partial(swap, replayed.crossings))
+            replayed.crossings += 1
+
+        def on_loss(loss: Tensor) -> Tensor:
+            replayed.see_loss(loss)
+            return _WithValue.apply(loss, clean.loss)
+
+        with self._session(on_output if cotangents is not None else None, on_loss):
+            yield replayed
+        if cotangents is not None and cotangents.cotangents:
+            raise RuntimeError(
+                f"{len(cotangents.cotangents)} recorded cotangents met no tensor in the second pass: both passes must "
+                "compute the same function."
+            )
+
+    @contextmanager
+    def _session(self, on_output: Callable | None, on_loss: Callable) -> Iterator[None]:
+        self._on_output, self._on_loss = on_output, on_loss
+        try:
+            yield
+        finally:
+            self._on_output = self._on_loss = None
+
+    def _hook(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+        if self._on_output is None or not torch.is_grad_enabled():
+            return None
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"fsam_boundary: module {self.name!r} returns {type(output).__name__}, but the boundary must return "
+                "one tensor, the logits. Name the module that makes them."
+            )
+        return self._on_output(output) if output.requires_grad else None
+
+
+class _WithValue(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiated: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def weights_past_boundary(loss: Tensor, recording: Recording, names: dict[Tensor, str]) -> list[str]:
+    """Names of the weights that reach `loss` on a way that does not cross the boundary.
+
+    Their gradient on that way (a router's balancing loss, say) is not split: both factors are taken at θ+ε.
+    """
+    found: set[str] = set()
+    seen, stack = set(recording.nodes), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable in names:
+            found.add(names[variable])
+        stack.extend(parent for parent, _ in node.next_functions)
+    return sorted(found)

@@ -1,0 +1,297 @@
+"""`FSAMTrainer`: the Trainer whose step is split between function and loss."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import ModelCard
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from hf_fsam.arguments import FSAMArguments
+from hf_fsam.boundary import find_boundary
+from hf_fsam.diagnostics import LoggedMeans
+from hf_fsam.engines import select_engine
+from hf_fsam.perturbation import Perturbation
+from hf_fsam.rng import RandomState
+from hf_fsam.second_moment import check_keeps_second_moment
+from hf_fsam.tape import Recording, Tape, weights_past_boundary
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _MicroBatch:
+    """One micro-batch between its clean pass and its step: where the random stream stood, and what the pass left."""
+
+    inputs: dict[str, Any]
+    random: RandomState = field(init=False)
+    clean: Recording = field(init=False)
+
+
+@dataclass
+class _Window:
+    """The micro-batches that share one ascent, and the perturbation that it gave."""
+
+    waiting: list[_MicroBatch]
+    perturbation: Perturbation
+    reported: bool = False
+
+
+class FSAMMixin:
+    """Put it before any `Trainer` class: `class MyFSAMTrainer(FSAMMixin, MyTrainer)`.
+
+    The gradient that the optimizer gets is, by `fsam_variant` (J the Jacobian of the logits, u the loss derivative at
+    them, ε the perturbation of arXiv 2502.02407):
+
+        none        J(θ)ᵀ u(θ)          the parent's own step, bit for bit
+        sam         J(θ+ε)ᵀ u(θ+ε)
+        functional  J(θ+ε)ᵀ u(θ)
+        logit       J(θ)ᵀ u(θ+ε)
+
+    Everything else is the parent's: its `compute_loss`, its `training_step`, loss scaling, gradient accumulation,
+    clipping, the optimizer. `args` without `fsam_*` fields are completed with the defaults of :class:`FSAMArguments`.
+
+    Raises:
+        ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
+            needed, an empty data set, or a way of running that is not supported.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, FSAMArguments):
+            for name, value in _settings(FSAMArguments()).items():
+                setattr(self.args, name, value)
+        self.add_callback(FSAMSettings(**_settings(self.args)))
+        self._fsam_tape = Tape()
+        self._fsam_means = LoggedMeans(self.args.device)
+        self._fsam_batches: list | None = None  # what the Trainer fetched for this optimizer step
+        self._fsam_window: _Window | None = None
+        self._fsam_micro_step = 0
+        self._fsam_training = False
+        self._fsam_boundary_checked = False
+        if self._fsam_active:
+            self._fsam_engine = select_engine(self)
+            if self._fsam_splits:
+                find_boundary(self.model, self.args.fsam_boundary)
+
+    @property
+    def _fsam_active(self) -> bool:
+        return self.args.fsam_variant != "none" and self.args.fsam_rho > 0
+
+    @property
+    def _fsam_splits(self) -> bool:
+        return self.args.fsam_variant in ("functional", "logit")
+
+    # ---- The step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The parent's step with its gradient split. Returns the clean loss ℓ(θ), scaled as the parent scales it."""
+        if not self._fsam_active:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._fsam_tidied():
+            window = self._fsam_window or self._fsam_ascend(model, inputs, num_items_in_batch)
+            batch = self._fsam_take(window, inputs)
+            perturbed = self._fsam_engine.perturbed(window.perturbation)
+            if self.args.fsam_variant == "logit":
+                batch.random.restore()
+                with perturbed, self._fsam_engine.ascent(model, average=False):
+                    moved = self._fsam_pass(model, batch, num_items_in_batch, cut=True)
+                weights, cotangents = nullcontext(), moved
+            else:
+                weights, cotangents = perturbed, batch.clean if self._fsam_splits else None
+            batch.random.restore()
+            with weights, self._fsam_tape.replay(batch.clean, cotangents) as replayed, self._fsam_loss_seen():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            self._fsam_report(window, batch.clean, replayed, moved if weights is not perturbed else replayed)
+            return loss
+
+    def _fsam_ascend(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> _Window:
+        """Clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
+        scope = self.args.fsam_ascent_scope
+        fetched = (scope == "optimizer_step" and self._fsam_batches) or [inputs]
+        batches = [_MicroBatch(micro_batch) for micro_batch in fetched]
+        with self._fsam_engine.ascent(model, average=scope != "rank") as ascent:
+            for batch in batches:
+                batch.random = RandomState.capture(self.args.device)
+                batch.clean = self._fsam_pass(model, batch, num_items_in_batch)
+        perturbation = self._fsam_engine.perturb(
+            ascent,
+            optimizer=self.optimizer if self.args.fsam_precondition else None,
+            rho=self.args.fsam_rho,
+            # From where the run stands, so that a resumed one rounds alike.
+            seed=hash((self.args.seed, self.state.global_step, self._fsam_micro_step)) % 2**63,
+            cotangents=[cotangent for batch in batches for cotangent in batch.clean.cotangents.values()],
+        )
+        self._fsam_window = _Window(batches, perturbation)
+        return self._fsam_window
+
+    def _fsam_pass(
+        self, model: nn.Module, batch: _MicroBatch, num_items_in_batch: Tensor | int | None, *, cut: bool = False
+    ) -> Recording:
+        """A forward and backward pass as the parent's step makes it, recorded. `cut`: back to the boundary only."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
+            self.optimizer.train()
+        inputs = self._prepare_inputs(batch.inputs)
+        with self._fsam_tape.record(cut=cut) as recording:
+            with self.compute_loss_context_manager():
+                loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+            if self._fsam_splits and not self._fsam_boundary_checked:
+                self._fsam_check_boundary(loss, recording)
+            self._fsam_engine.backward(loss)
+        return recording
+
+    def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:
+        batch = window.waiting.pop(0)
+        if batch.inputs is not inputs:
+            raise ValueError(
+                "fsam_ascent_scope='optimizer_step' ascended on the micro-batches that get_batch_samples returned, but "
+                "training_step was given another one: change batches in the data collator, or use 'micro_batch'."
+            )
+        if not window.waiting:
+            self._fsam_window = self._fsam_batches = None
+        return batch
+
+    def _fsam_check_boundary(self, loss: Tensor, recording: Recording) -> None:
+        """Once a training: make sure that the boundary is crossed, and say what goes past it."""
+        self._fsam_boundary_checked = True
+        names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        past = weights_past_boundary(loss, recording, names)
+        if recording.crossings and past:
+            logger.warning(
+                f"The loss depends on {len(past)} weights ({', '.join(past[:3])}, ...) on a way past the boundary "
+                f"{self._fsam_tape.name!r}, as a balancing loss of a mixture of experts does. Along that way the step "
+                "is plain SAM."
+            )
+
+    @contextmanager
+    def _fsam_loss_seen(self) -> Iterator[None]:
+        """Whatever `compute_loss` is, the parent's, a subclass's or one set on the instance: its loss goes past the
+        tape while the parent's step runs."""
+        compute_loss, own = self.compute_loss, vars(self).get("compute_loss")
+
+        @functools.wraps(compute_loss)
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            result = compute_loss(*args, **kwargs)
+            if isinstance(result, tuple):
+                return (self._fsam_tape.see_loss(result[0]), *result[1:])
+            return self._fsam_tape.see_loss(result)
+
+        self.compute_loss = seen
+        try:
+            yield
+        finally:
+            if own is None:
+                del self.compute_loss
+            else:
+                self.compute_loss = own
+
+    @contextmanager
+    def _fsam_tidied(self) -> Iterator[None]:
+        """The boundary's hook is on inside; nothing of the step outlives an exception."""
+        if self._fsam_splits and not self._fsam_tape.attached:
+            self._fsam_tape.attach(*find_boundary(self.model, self.args.fsam_boundary))
+            self._fsam_boundary_checked = False
+        if self._fsam_micro_step == 0:
+            self._fsam_means.count_step()
+        try:
+            yield
+        except BaseException:
+            self._fsam_drop()
+            raise
+        self._fsam_micro_step += 1
+        if not self._fsam_training:
+            self._fsam_tape.detach()
+
+    def _fsam_drop(self) -> None:
+        self._fsam_tape.detach()
+        self._fsam_window = self._fsam_batches = None
+
+    def _fsam_report(self, window: _Window, clean: Recording, replayed: Recording, moved: Recording) -> None:
+        share = replayed.scale_seen() / clean.scale_seen()  # of the micro-batch's loss in the one that is logged
+        skipped = window.perturbation.skipped
+        if not window.reported:
+            window.reported = True
+            self._fsam_means.add_ascent(window.perturbation, unit=clean.scale_seen() / share)
+        self._fsam_means.add_sharpness((moved.loss - clean.loss) * share, skipped)
+
+    # ---- Around the step ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        dataset = self.train_dataset
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError("train_dataset is empty: there is nothing to train on.")
+        self._fsam_training = True
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._fsam_training = False
+            self._fsam_drop()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's look ahead: it fetches all micro-batches of an optimizer step before it trains on the first."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._fsam_batches, self._fsam_window, self._fsam_micro_step = batches, None, 0
+        return batches, num_items_in_batch
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._fsam_active and self.args.fsam_precondition and not isinstance(optimizer, AcceleratedOptimizer):
+            check_keeps_second_moment(optimizer)
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._fsam_active and "loss" in logs:
+            logs = {**logs, **self._fsam_means.drain(self.accelerator)}
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path)
+            settings = "\n".join(f"- {name}: {value}" for name, value in _settings(self.args).items())
+            card.text += (
+                f"\n\n### Functional-SAM\n\n[arXiv 2502.02407](https://arxiv.org/abs/2502.02407)\n\n{settings}\n"
+            )
+            card.save(path)
+
+
+class FSAMTrainer(FSAMMixin, Trainer):
+    """`transformers.Trainer` with the split step of :class:`FSAMMixin`; takes the same arguments."""
+
+
+class FSAMSettings(TrainerCallback, ExportableState):
+    """Writes the `fsam_*` fields into `trainer_state.json`, and says so where a resumed run changes them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def state(self) -> dict[str, Any]:
+        return {"args": self.settings, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.settings = _settings(args)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("args", {}) if state.global_step else {}
+        for name, value in saved.items():
+            if name in self.settings and self.settings[name] != value:
+                logger.warning(
+                    f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}."
+                )
+
+
+def _settings(args: FSAMArguments) -> dict[str, Any]:
+    return {each.name: getattr(args, each.name) for each in fields(FSAMArguments)}
