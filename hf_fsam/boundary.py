@@ -20,7 +20,7 @@ def find_boundary(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
     Raises:
         ValueError: no such module, or none found; the message lists candidates.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if name is not None:
         for root in (model, base):
             module = dict(root.named_modules()).get(name)

@@ -22,18 +22,26 @@ class Recording:
     Attributes:
         cotangents: ∂(scale · loss)/∂z for every tensor z that crossed the boundary, by the order of the forward pass;
             each in the shape and dtype of its z, e.g. (batch, length, vocabulary).
-        loss: the value that `compute_loss` returned, shape ().
-        scale: ∂(what was back-propagated)/∂loss, shape (): the factor that loss scaling and the division by the
-            number of accumulated micro-batches put on the gradient.
         crossings: how many tensors crossed the boundary in the forward pass.
-        nodes: the autograd nodes of those tensors.
+        nodes: the autograd nodes of those tensors, while the pass lasts.
     """
 
     cotangents: dict[int, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
-    scale: Tensor | None = None
     crossings: int = 0
     nodes: set[Any] = field(default_factory=set)
+    _loss: Tensor | None = None
+    _scale: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """The value that `compute_loss` returned, shape ()."""
+        return self._seen(self._loss)
+
+    @property
+    def scale(self) -> Tensor:
+        """∂(what was back-propagated)/∂loss, shape (): the factor that loss scaling and the division by the number of
+        accumulated micro-batches put on the gradient."""
+        return self._seen(self._scale)
 
     def keep(self, index: int, cotangent: Tensor) -> None:
         # Two crossings can be handed one and the same tensor (z₁ + z₂), and replaying scales in place.
@@ -41,25 +49,25 @@ class Recording:
         self.cotangents[index] = cotangent.clone() if shared else cotangent
 
     def see_loss(self, loss: Tensor) -> None:
-        if self.loss is not None:
+        if self._loss is not None:
             raise RuntimeError(
                 "compute_loss was called twice in one training_step: hf_fsam splits one forward and backward pass a "
                 "step. Join the batches, or set fsam_variant='none'."
             )
-        self.loss = loss.detach().clone()
+        self._loss = loss.detach().clone()
         if loss.requires_grad:
             loss.register_hook(self._see_scale)
 
     def _see_scale(self, gradient: Tensor) -> None:
-        self.scale = gradient
+        self._scale = gradient
 
-    def scale_seen(self) -> Tensor:
-        if self.scale is None:
+    def _seen(self, tensor: Tensor | None) -> Tensor:
+        if tensor is None:
             raise RuntimeError(
                 "the training_step below FSAMMixin did not back-propagate the loss of compute_loss, so the gradient "
                 "could not be split. Let it call self.compute_loss, or set fsam_variant='none'."
             )
-        return self.scale
+        return tensor
 
 
 class Tape:
@@ -111,6 +119,7 @@ class Tape:
 
         with self._session(on_output, on_loss):
             yield recording
+        recording.nodes.clear()
 
     @contextmanager
     def replay(self, clean: Recording, cotangents: Recording | None) -> Iterator[Recording]:
@@ -124,30 +133,32 @@ class Tape:
             RuntimeError: the two passes crossed the boundary differently.
         """
         replayed = Recording()
+        waiting = {} if cotangents is None else cotangents.cotangents
 
-        def swap(index: int, own: Tensor) -> Tensor:
-            recorded = cotangents.cotangents.pop(index, None)
+        def swap(recording: Recording, index: int, own: Tensor) -> Tensor:
+            recorded = waiting.pop(index, None)
             if recorded is None or recorded.shape != own.shape:
                 raise RuntimeError(
                     f"the second pass crossed the boundary with a tensor {tuple(own.shape)} where the first had "
                     f"{'none' if recorded is None else tuple(recorded.shape)}: both must compute the same function."
                 )
-            ratio = replayed.scale_seen() / cotangents.scale_seen()
+            ratio = replayed.scale / recording.scale
             return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
 
         def on_output(z: Tensor) -> None:
-            z.register_hook(partial(swap, replayed.crossings))
-            replayed.crossings += 1
+            if cotangents is not None:
+                z.register_hook(partial(swap, cotangents, replayed.crossings))
+                replayed.crossings += 1
 
         def on_loss(loss: Tensor) -> Tensor:
             replayed.see_loss(loss)
             return _WithValue.apply(loss, clean.loss)
 
-        with self._session(on_output if cotangents is not None else None, on_loss):
+        with self._session(on_output, on_loss):
             yield replayed
-        if cotangents is not None and cotangents.cotangents:
+        if waiting:
             raise RuntimeError(
-                f"{len(cotangents.cotangents)} recorded cotangents met no tensor in the second pass: both passes must "
+                f"{len(waiting)} recorded cotangents met no tensor in the second pass: both passes must "
                 "compute the same function."
             )
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from transformers.utils import logging
 from hf_fsam.arguments import FSAMArguments
 from hf_fsam.boundary import find_boundary
 from hf_fsam.diagnostics import LoggedMeans
-from hf_fsam.engines import select_engine
+from hf_fsam.engines import Engine, select_engine
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.rng import RandomState
 from hf_fsam.second_moment import check_keeps_second_moment
 from hf_fsam.tape import Recording, Tape, weights_past_boundary
 
 logger = logging.get_logger(__name__)
+
+# The mixin stands before any Trainer class, whatever that may hold.
+_AnyTrainer: Any = object
 
 
 @dataclass
@@ -46,7 +49,7 @@ class _Window:
     reported: bool = False
 
 
-class FSAMMixin:
+class FSAMMixin(_AnyTrainer):
     """Put it before any `Trainer` class: `class MyFSAMTrainer(FSAMMixin, MyTrainer)`.
 
     The gradient that the optimizer gets is, by `fsam_variant` (J the Jacobian of the logits, u the loss derivative at
@@ -79,13 +82,17 @@ class FSAMMixin:
         self._fsam_training = False
         self._fsam_boundary_checked = False
         if self._fsam_active:
-            self._fsam_engine = select_engine(self)
+            _ = self._fsam_engine
             if self._fsam_splits:
                 find_boundary(self.model, self.args.fsam_boundary)
 
     @property
     def _fsam_active(self) -> bool:
         return self.args.fsam_variant != "none" and self.args.fsam_rho > 0
+
+    @functools.cached_property
+    def _fsam_engine(self) -> Engine:
+        return select_engine(self)
 
     @property
     def _fsam_splits(self) -> bool:
@@ -102,18 +109,17 @@ class FSAMMixin:
         with self._fsam_tidied():
             window = self._fsam_window or self._fsam_ascend(model, inputs, num_items_in_batch)
             batch = self._fsam_take(window, inputs)
-            perturbed = self._fsam_engine.perturbed(window.perturbation)
+            weights: AbstractContextManager = self._fsam_engine.perturbed(window.perturbation)
+            cotangents, moved = batch.clean if self._fsam_splits else None, None
             if self.args.fsam_variant == "logit":
                 batch.random.restore()
-                with perturbed, self._fsam_engine.ascent(model, average=False):
-                    moved = self._fsam_pass(model, batch, num_items_in_batch, cut=True)
-                weights, cotangents = nullcontext(), moved
-            else:
-                weights, cotangents = perturbed, batch.clean if self._fsam_splits else None
+                with weights, self._fsam_engine.ascent(model, average=False):
+                    cotangents = moved = self._fsam_pass(model, batch, num_items_in_batch, cut=True)
+                weights = nullcontext()
             batch.random.restore()
             with weights, self._fsam_tape.replay(batch.clean, cotangents) as replayed, self._fsam_loss_seen():
                 loss = super().training_step(model, inputs, num_items_in_batch)
-            self._fsam_report(window, batch.clean, replayed, moved if weights is not perturbed else replayed)
+            self._fsam_report(window, batch.clean, replayed, moved or replayed)
             return loss
 
     def _fsam_ascend(
@@ -181,7 +187,8 @@ class FSAMMixin:
     def _fsam_loss_seen(self) -> Iterator[None]:
         """Whatever `compute_loss` is, the parent's, a subclass's or one set on the instance: its loss goes past the
         tape while the parent's step runs."""
-        compute_loss, own = self.compute_loss, vars(self).get("compute_loss")
+        compute_loss, attributes = self.compute_loss, self.__dict__
+        own = attributes.get("compute_loss")
 
         @functools.wraps(compute_loss)
         def seen(*args: Any, **kwargs: Any) -> Any:
@@ -190,14 +197,13 @@ class FSAMMixin:
                 return (self._fsam_tape.see_loss(result[0]), *result[1:])
             return self._fsam_tape.see_loss(result)
 
-        self.compute_loss = seen
+        attributes["compute_loss"] = seen
         try:
             yield
         finally:
-            if own is None:
-                del self.compute_loss
-            else:
-                self.compute_loss = own
+            del attributes["compute_loss"]
+            if own is not None:
+                attributes["compute_loss"] = own
 
     @contextmanager
     def _fsam_tidied(self) -> Iterator[None]:
@@ -221,11 +227,11 @@ class FSAMMixin:
         self._fsam_window = self._fsam_batches = None
 
     def _fsam_report(self, window: _Window, clean: Recording, replayed: Recording, moved: Recording) -> None:
-        share = replayed.scale_seen() / clean.scale_seen()  # of the micro-batch's loss in the one that is logged
+        share = replayed.scale / clean.scale  # of the micro-batch's loss in the one that is logged
         skipped = window.perturbation.skipped
         if not window.reported:
             window.reported = True
-            self._fsam_means.add_ascent(window.perturbation, unit=clean.scale_seen() / share)
+            self._fsam_means.add_ascent(window.perturbation, unit=clean.scale / share)
         self._fsam_means.add_sharpness((moved.loss - clean.loss) * share, skipped)
 
     # ---- Around the step ----

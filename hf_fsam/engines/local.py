@@ -32,14 +32,16 @@ class LocalEngine:
             several = average and self.accelerator.num_processes > 1
             for parameter in parameters:
                 gradient = parameter.grad
-                if gradient is None and not several:
-                    continue
-                if gradient is not None and gradient.layout != torch.strided:
+                if gradient is None:
+                    if not several:
+                        continue
+                    # Another process may have used this weight: all take part in the reduction.
+                    gradient = torch.zeros_like(parameter)
+                if gradient.layout != torch.strided:
                     raise ValueError(
                         "hf_fsam does not support sparse gradients: build the embedding with sparse=False."
                     )
-                if several:  # a weight that only another process used takes part in the reduction all the same
-                    gradient = torch.zeros_like(parameter) if gradient is None else gradient
+                if several:
                     gradient = self.accelerator.reduce(gradient, "mean")
                 ascent.weights.append(parameter)
                 ascent.gradients.append(gradient)
