@@ -23,7 +23,7 @@ class Perturbation:
     """θ+ε for the weights that have an ascent gradient, and what there is to tell of it.
 
     Attributes:
-        weights: the perturbed tensors, at θ unless :func:`exchanged`.
+        weights: the perturbed tensors, at θ outside of :class:`Exchange`.
         values: θ+ε of each, in its dtype, in the storage that was the ascent gradient's.
         gradient_norm: ‖g‖₂ of the ascent gradient in the units it was back-propagated in, shape (), float32.
         radius: ⟨θ'−θ, ε⟩ / ρ for the θ' in `values`: how far the weights really move along the intended direction
@@ -122,15 +122,29 @@ def own_storage(gradients: Sequence[Tensor], others: Sequence[Tensor] = ()) -> l
     return result
 
 
-@contextmanager
-def exchanged(perturbation: Perturbation) -> Iterator[None]:
-    """θ+ε inside, θ afterwards, bit for bit, whatever was raised: the tensors change places, nothing is computed."""
-    originals = [weight.data for weight in perturbation.weights]
-    try:
-        _put(perturbation.weights, perturbation.values)
-        yield
-    finally:
-        _put(perturbation.weights, originals)
+class Exchange:
+    """Puts θ+ε in the place of θ and takes it back: the tensors change places, nothing is computed, so θ returns bit
+    for bit and nobody needs a third copy."""
+
+    def __init__(self) -> None:
+        self._home: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @contextmanager
+    def __call__(self, perturbation: Perturbation) -> Iterator[None]:
+        """θ+ε inside, θ afterwards, whatever was raised."""
+        self._home = (perturbation.weights, [weight.data for weight in perturbation.weights])
+        try:
+            _put(perturbation.weights, perturbation.values)
+            yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """θ is in its place after this, whether it was before or not. Whoever catches an exception on its way out calls
+        it again: Ctrl-C may have struck on the last line before the first call."""
+        if self._home is not None:
+            _put(*self._home)
+            self._home = None
 
 
 def _put(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -158,6 +158,11 @@ class FSAMMixin(_AnyTrainer):
             if self._fsam_splits and not self._fsam_boundary_checked:
                 self._fsam_check_boundary(loss, recording)
             self._fsam_engine.backward(loss)
+        if self._fsam_splits and not recording.cotangents:
+            raise ValueError(
+                f"the boundary {self._fsam_tape.name!r} was never crossed on the way from the loss to the weights, so "
+                "there is no cotangent to keep: name the module that makes the logits with fsam_boundary."
+            )
         return recording
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:
@@ -223,6 +228,8 @@ class FSAMMixin(_AnyTrainer):
             self._fsam_tape.detach()
 
     def _fsam_drop(self) -> None:
+        if self._fsam_active:
+            self._fsam_engine.restore()
         self._fsam_tape.detach()
         self._fsam_window = self._fsam_batches = None
 

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
 Batch = dict[str, Tensor]
 Tensors = dict[str, Tensor]  # by parameter name; a parameter that gets no gradient has no entry

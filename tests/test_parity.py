@@ -26,6 +26,7 @@ STEPS = 8
 WEIGHT_TOLERANCE = 1e-5  # ‖θ - θ_ref‖ / ‖θ_ref‖
 MOVEMENT_TOLERANCE = 1e-4  # ‖θ - θ_ref‖ / ‖θ_ref - θ₀‖: weights that never moved, or moved elsewhere, are far off
 DISTINCT = 0.05  # how far apart two variants end, by the same measure: what a mix-up of variants would show
+SLIGHT = 0.01  # the same for what makes less of a difference
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,7 +47,7 @@ def sgd(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """A large eps: gradients that are zero but for rounding would otherwise be blown up to the size of all others."""
-    return torch.optim.AdamW(reference.trainable(model).values(), lr=0.01, betas=(0.9, 0.95), eps=1e-3)
+    return torch.optim.AdamW(reference.trainable(model).values(), lr=0.005, betas=(0.9, 0.95), eps=1e-3)
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def train_with_trainer(
     *,
     boundary: str | None = None,
     compute_loss_func: Callable[..., Tensor] | None = None,
+    trainer_class: type[transformers.Trainer] = FSAMTrainer,
     **arguments: object,
 ) -> None:
     """Train `model` in place."""
-    trainer = FSAMTrainer(
+    trainer = trainer_class(
         model,
         args=FSAMTrainingArguments(
             output_dir=str(output_dir),
@@ -153,7 +155,7 @@ def expected(name: str, setting: Setting) -> Tensors:
 
 def distance(a: Tensors, b: Tensors) -> float:
     assert a.keys() == b.keys()
-    return float(reference.norm({name: a[name].double() - b[name].double() for name in a}))
+    return float(reference.norm({name: a[name].detach().double() - b[name].detach().double() for name in a}))
 
 
 def assert_same_weights(model: nn.Module, start: nn.Module, wanted: Tensors) -> None:
@@ -165,12 +167,15 @@ def assert_same_weights(model: nn.Module, start: nn.Module, wanted: Tensors) -> 
     assert by_movement < MOVEMENT_TOLERANCE, f"{by_movement:.2e} of the way the reference went, {by_weight:.2e} of it"
     assert by_weight < WEIGHT_TOLERANCE, f"{by_weight:.2e} of the weights, {by_movement:.2e} of the way they went"
 
-    moved_names = set(weights)
-    tied = {id(parameter) for parameter in weights.values()}
+    for name, weight in weights.items():
+        if torch.equal(wanted[name], before[name]):
+            assert torch.equal(weight, before[name]), f"{name} gets no gradient, and changed (by weight decay?)"
+
+    trained = {id(parameter) for parameter in weights.values()}
     for (name, after), value in zip(
         model.state_dict(keep_vars=True).items(), start.state_dict(keep_vars=True).values(), strict=True
     ):
-        if name not in moved_names and id(after) not in tied:
+        if id(after) not in trained:
             assert torch.equal(after, value), f"{name} is not trained, and changed"
 
 
@@ -215,7 +220,7 @@ def product() -> Iterator[object]:
             yield pytest.param(name, setting, marks=marks, id=f"{name}-{setting}")
 
 
-@pytest.mark.parametrize(("name", "setting"), product())
+@pytest.mark.parametrize(("name", "setting"), list(product()))
 def test_trained_weights_are_the_formulas(name: str, setting: Setting, tmp_path: Path) -> None:
     check_parity(CASES[name], setting, tmp_path, wanted=expected(name, setting))
 
@@ -241,7 +246,7 @@ def test_the_reference_tells_the_variants_apart(name: str) -> None:
     movement = distance(start, unpreconditioned)
     for i, one in enumerate(ends):
         for other in ends[:i]:
-            assert distance(one, other) > 0.2 * DISTINCT * movement
+            assert distance(one, other) > SLIGHT * movement
 
 
 # What else the plain Trainer does -------------------------------------------------------------------------------------
@@ -352,33 +357,37 @@ def test_boundary_by_name(name: str, boundary: str, setting: Setting, tmp_path: 
     check_parity(replace(CASES[name], boundary=boundary), setting, tmp_path, wanted=expected(name, setting))
 
 
-def sequential_logits(model: nn.Module, theta: Tensors, inputs: Batch) -> reference.Logits:
-    return reference.head_logits("body")(model, theta, inputs)
-
-
 @pytest.mark.parametrize("setting", [s for s in PERTURBED if s.variant in ("functional", "logit")], ids=str)
 def test_a_boundary_before_the_head(setting: Setting, tmp_path: Path) -> None:
-    """What lies behind the named module belongs to the loss, with the weights that it has in the first pass.
+    """What lies behind the named module belongs to the loss, here a tanh and a linear layer.
 
-    The reference sees only the function's weights move; so does the Trainer if the rest is frozen.
+    That layer is frozen: a loss with weights of its own that move with ε is outside of the formulas.
     """
-    case = CASES["own_module"]
 
     def build() -> nn.Module:
-        model = case.build()
+        model = zoo.Classifier()
         model.last.requires_grad_(False)
         return model
 
-    head = build().state_dict()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        head = build().last
+    case = replace(CASES["own_module"], build=build, boundary="body.2")
+    head = nn.Sequential(nn.Tanh(), case.model().last)
 
     def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
         return reference.mean_loss_over_window((head(logits[0]),), batch, window)
 
-    case = replace(case, build=build, boundary="body", problem=Problem(loss, logits=sequential_logits))
-    check_parity(case, setting, tmp_path)
+    case = replace(case, problem=Problem(loss, logits=reference.head_logits("body.2")))
+    wanted = train_with_reference(
+        case.model(), case.problem, case.examples(setting.examples), setting, optimizer_for(case, setting)
+    )
+    whole = train_with_reference(
+        case.model(),
+        CASES["own_module"].problem,
+        case.examples(setting.examples),
+        setting,
+        optimizer_for(case, setting),
+    )
+    assert distance(wanted, whole) > SLIGHT * distance(wanted, reference.trainable(case.model()))
+    check_parity(case, setting, tmp_path, wanted=wanted)
 
 
 @pytest.mark.parametrize("variant", ["sam", "functional", "logit"])
@@ -386,6 +395,26 @@ def test_one_process_is_one_rank(variant: reference.Variant, tmp_path: Path) -> 
     """m-SAM in a single process: the rank's micro-batch is the micro-batch."""
     setting = Setting(variant, accumulation=3)
     check_parity(CASES["gpt2"], replace(setting, scope="rank"), tmp_path, wanted=expected("gpt2", setting))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("name", ["gpt2", "bert_question_answering", "llama_lora"])
+def test_none_is_the_plain_trainer_to_the_bit(name: str, accumulation: int, tmp_path: Path) -> None:
+    setting = Setting("none", accumulation=accumulation)
+    case = CASES[name]
+    ends = []
+    for trainer_class in (FSAMTrainer, transformers.Trainer):
+        model = case.model()
+        train_with_trainer(
+            model,
+            case.examples(setting.examples),
+            setting,
+            optimizer_for(case, setting),
+            tmp_path,
+            trainer_class=trainer_class,
+        )
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
 
 
 @pytest.mark.parametrize("variant", ["sam", "functional", "logit"])
@@ -396,14 +425,13 @@ def test_zero_radius_is_the_plain_trainer(variant: reference.Variant, tmp_path: 
 
 def test_a_head_alone_has_no_curvature(tmp_path: Path) -> None:
     """F linear in θ: J does not depend on θ, so that Functional-SAM is the plain gradient whatever the radius."""
-    case = CASES["vit"]
 
     def build() -> nn.Module:
-        model = case.build()
+        model = zoo.vit()
         model.vit.requires_grad_(False)
         return model
 
-    case = replace(case, build=build)
+    case = replace(CASES["vit"], build=build)
     setting = Setting("none", accumulation=3)
     wanted = train_with_reference(
         case.model(), case.problem, case.examples(setting.examples), setting, optimizer_for(case, setting)
@@ -469,10 +497,7 @@ def in_double(name: str) -> tuple[nn.Module, Problem, list[Batch]]:
     return case.model().double(), case.problem, double
 
 
-IN_DOUBLE = ["gpt2", "llama", "bert_question_answering", "t5", "llama_dora", "llama_prompt_tuning"]
-
-
-@pytest.mark.parametrize("name", IN_DOUBLE)
+@pytest.mark.parametrize("name", ["gpt2", "bert_question_answering", "roberta_tokens", "vit"])  # double throughout
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
 def test_the_two_paths_of_the_reference_add_up_to_sam(name: str, scope: reference.Scope) -> None:
     """(functional - none) + (logit - none) = (sam - none) + O(ρ²): a tenth of ρ, a hundredth of the rest."""
@@ -492,7 +517,9 @@ def test_the_two_paths_of_the_reference_add_up_to_sam(name: str, scope: referenc
     assert 80 < large / small < 125
 
 
-@pytest.mark.parametrize("name", IN_DOUBLE)
+@pytest.mark.parametrize(  # DoRA is not among them: it detaches a norm, so that its gradient has no potential
+    "name", ["gpt2", "llama", "bert_question_answering", "t5", "llama_lora", "llama_prompt_tuning", "own_module"]
+)
 def test_the_reference_has_the_formulas_derivatives(name: str) -> None:
     """By double backward, with d̂ = g / ‖g‖: d/dρ of sam is H d̂, of functional Σₖ uₖ ∇²Fₖ d̂ with u held fixed."""
     model, problem, batches = in_double(name)
@@ -500,11 +527,12 @@ def test_the_reference_has_the_formulas_derivatives(name: str) -> None:
     batch = batches[0]
     window = Window([batch], problem.count(batch))
 
-    def first_order(variant: reference.Variant, rho: float = 1e-5) -> Tensors:
-        plain, moved = (
-            reference.window_gradient(problem, model, theta, [batch], variant=v, rho=rho) for v in ("none", variant)
+    def slope_at_zero(variant: reference.Variant, rho: float = 1e-3) -> Tensors:
+        """Central difference; llama and T5 normalise in fp32 even in a double model, hence the large step."""
+        up, down = (
+            reference.window_gradient(problem, model, theta, [batch], variant=variant, rho=r) for r in (rho, -rho)
         )
-        return {key: (moved[key] - plain[key]) / rho for key in plain}
+        return {key: (up[key] - down[key]) / (2 * rho) for key in up}
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the one with second derivatives
         weights = reference.leaves(theta)
@@ -522,5 +550,5 @@ def test_the_reference_has_the_formulas_derivatives(name: str) -> None:
                 slope, [weights[key] for key in used], retain_graph=True, allow_unused=True, materialize_grads=True
             )
             wanted = dict(zip(used, curvature, strict=True))
-            got = first_order(variant)
-            assert distance(got, wanted) < 1e-3 * float(reference.norm(wanted)), variant
+            got = slope_at_zero(variant)
+            assert distance(got, wanted) < 2e-3 * float(reference.norm(wanted)), variant

@@ -38,7 +38,7 @@ class Case:
     example: Callable[[], Example]
     problem: Problem
     boundary: str | None = None
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     check: Callable[[nn.Module, Batch], None] = field(default=lambda model, batch: None)
 
     def model(self) -> nn.Module:
@@ -347,7 +347,7 @@ CASES = {
     "bert_masked_lm": Case(bert("MaskedLM"), masked_tokens, MEAN),
     "roberta_tokens": Case(roberta, classified_tokens, MEAN),
     "bert_multiple_choice": Case(bert("MultipleChoice"), multiple_choice, MEAN),
-    "llama_classification": Case(llama_classification, classified_text, MEAN),
+    "llama_classification": Case(llama_classification, classified_text, MEAN, learning_rate=0.02),
     "t5": Case(t5, translation, Problem(reference.mean_loss, inputs=t5_inputs)),
     "vit": Case(vit, image, Problem(reference.summed_loss, count=reference.count_labels)),
     "llama_lora": Case(lambda: llama_lora(use_dora=False), next_tokens, SHIFTED),

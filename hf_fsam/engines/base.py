@@ -39,3 +39,6 @@ class Engine(Protocol):
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
         """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""
+
+    def restore(self) -> None:
+        """The weights are at θ after this, whether they were before or not."""

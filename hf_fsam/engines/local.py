@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_fsam.engines.base import Ascent
-from hf_fsam.perturbation import Perturbation, exchanged, own_storage, perturb
+from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
 from hf_fsam.second_moment import second_moment
 
 
 class LocalEngine:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self._exchange = Exchange()
 
     @contextmanager
     def ascent(self, model: nn.Module, *, average: bool) -> Iterator[Ascent]:
@@ -67,4 +68,7 @@ class LocalEngine:
         return perturb(ascent.weights, own_storage(ascent.gradients, cotangents), moments, rho, generator)
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
-        return exchanged(perturbation)
+        return self._exchange(perturbation)
+
+    def restore(self) -> None:
+        self._exchange.restore()

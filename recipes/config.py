@@ -1,0 +1,75 @@
+"""A recipe's settings: one YAML file, overridden on the command line, both through the same `HfArgumentParser`."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class RecipeParser(HfArgumentParser):
+    """`HfArgumentParser` that raises what is wrong instead of printing two hundred Trainer arguments and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `python recipes/{self.prog} --help` lists every argument with its type.")
+
+
+def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[Any, ...]:
+    """One instance per dataclass, from `argv = [CONFIG.yaml, --name, value, ...]`; what comes later wins.
+
+    Raises:
+        FileNotFoundError: there is no such YAML file.
+        ValueError: an argument is unknown or its value is of the wrong type; the message names it.
+    """
+    usage = f"{script} CONFIG.yaml [--name value ...]"
+    parser = RecipeParser(dataclasses, prog=script, usage=usage, allow_abbrev=False)
+    if argv[:1] in (["-h"], ["--help"]):
+        parser.print_help()
+        raise SystemExit(0)
+    if not argv or argv[0].startswith("-"):
+        known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"The first argument of {script} is a YAML file. In recipes/configs there are: {known}.")
+    # The file's values become command line arguments in front of the user's own: one way of checking types and
+    # choices (YAML reads 1e-3 as a string), one rule of who wins.
+    arguments = yaml_to_argv(Path(argv[0]), parser) + argv[1:]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(unknown_argument(unknown[0], parser, "on the command line"))
+    return tuple(parsed)
+
+
+def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
+    """`{fsam_rho: 0.05, text_columns: [a, b]}` → `["--fsam_rho=0.05", "--text_columns", "a", "b"]`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
+    actions = {action.dest: action for action in parser._actions}
+    arguments = []
+    for name, value in values.items():
+        if name not in actions:
+            raise ValueError(unknown_argument(str(name), parser, f"in {path}"))
+        if value is None:  # `name:` or `name: null` is the default
+            continue
+        if isinstance(value, list):
+            if actions[name].nargs != "+":
+                raise ValueError(f"{name}={value!r} in {path} is a list, but {name} takes one value.")
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            # With `=`, since argparse takes a lone -1e-3 for an option.
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return arguments
+
+
+def unknown_argument(name: str, parser: HfArgumentParser, where: str) -> str:
+    bare = name.split("=")[0].lstrip("-").replace("-", "_")
+    close = get_close_matches(bare, {action.dest for action in parser._actions}, n=3)
+    cure = f"Did you mean {' or '.join(close)}?" if close else f"`{parser.prog} --help` lists the arguments."
+    return f"{bare!r} {where} is not an argument of {parser.prog}. {cure}"

@@ -1,0 +1,126 @@
+"""Text that every Python installation carries: the data sets of a machine without a network.
+
+    stdlib            the standard library's own .py files, for pretraining
+    stdlib-topics     the English language reference behind `help()` (pydoc_data.topics), another domain for fine-tuning
+    stdlib-packages   snippets of the standard library, labelled with the package they come from, for classification
+
+Each is split into training and validation by document (file or topic), never inside one.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+# Not in the corpus: other people's code, CPython's own tests (half of the library, repetitive), the build's
+# configuration and extension folders, code tables (encodings) and the English text that fine-tuning is measured on.
+EXCLUDED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "encodings", "pydoc_data"}
+)
+# In every Python from 3.11 on, without an optional system package, and with ten files or more.
+PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
+SNIPPET_LINES = 16
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str  # relative path, or the topic
+    text: str
+
+
+def standard_library(max_bytes: int | None = None, installed: bool = False) -> list[Document]:
+    """The sources of the standard library and, with `installed`, of the packages installed beside it.
+
+    `max_bytes` keeps the first documents in the order of their names' hashes, a sample over all packages that a
+    larger cap only adds to.
+    """
+    paths = sysconfig.get_paths()
+    files = python_files(Path(paths["stdlib"]), EXCLUDED_FOLDERS)
+    if installed:
+        # Their tests stay out as well; one name can hold only one file, and the standard library comes first.
+        packages = python_files(Path(paths["purelib"]), EXCLUDED_FOLDERS - {"site-packages", "dist-packages"})
+        files = {**{f"site-packages/{name}": path for name, path in packages.items()}, **files}
+    names = sorted(files, key=order)
+    documents, size = [], 0
+    for name in tqdm(names, desc="Reading the corpus", unit=" files", leave=False, disable=None):
+        content = files[name].read_bytes()
+        if max_bytes is not None and documents and size + len(content) > max_bytes:
+            break
+        size += len(content)
+        text = content.decode("utf-8", errors="ignore")
+        if text.strip():  # an empty __init__.py is no document
+            documents.append(Document(name, text))
+    return documents
+
+
+def python_files(root: Path, excluded: frozenset[str]) -> dict[str, Path]:
+    """Every .py file under root by its relative path in POSIX spelling, folders in `excluded` and config-* left out."""
+    files = {path.relative_to(root): path for path in root.rglob("*.py") if path.is_file()}
+    return {
+        relative.as_posix(): path
+        for relative, path in files.items()
+        if excluded.isdisjoint(relative.parts[:-1]) and not relative.parts[0].startswith("config-")
+    }
+
+
+def documentation_topics() -> list[Document]:
+    from pydoc_data.topics import topics
+
+    return [Document(name, topics[name]) for name in sorted(topics, key=order)]
+
+
+def order(name: str) -> bytes:
+    return hashlib.sha256(b"order:" + name.encode()).digest()
+
+
+def in_validation(name: str, fraction: float) -> bool:
+    """Decided by the name alone: a file stays on its side whatever else the corpus holds, on every machine."""
+    digest = hashlib.sha256(b"split:" + name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def split(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
+    """(training, validation), both in the order of `documents`; the fraction is of the number of documents."""
+    train = [document for document in documents if not in_validation(document.name, validation_fraction)]
+    validation = [document for document in documents if in_validation(document.name, validation_fraction)]
+    return train, validation
+
+
+def fingerprint(documents: list[Document]) -> str:
+    """SHA-256 over names and texts, sorted by name; lengths go in too, so that no two corpora read alike."""
+    digest = hashlib.sha256()
+    for document in sorted(documents, key=lambda document: document.name):
+        for part in (document.name.encode(), document.text.encode()):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def package_files() -> list[Document]:
+    """The files of `PACKAGES`; the label of each is the first part of its name."""
+    return [document for document in standard_library() if document.name.split("/")[0] in PACKAGES]
+
+
+def split_by_package(files: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Like `split`, but within each package, so that every label is on both sides."""
+    train: list[Document] = []
+    validation: list[Document] = []
+    for package in PACKAGES:
+        own = [document for document in files if document.name.split("/")[0] == package]  # in hash order
+        count = max(1, round(fraction * len(own)))
+        validation += own[:count]
+        train += own[count:]
+    return train, validation
+
+
+def snippets(files: list[Document]) -> Iterator[dict[str, str]]:
+    """Rows {text, label}: consecutive pieces of SNIPPET_LINES lines; a file's last, shorter piece is left out."""
+    for document in files:
+        lines = [line for line in document.text.splitlines() if line.strip()]
+        for start in range(0, len(lines) - SNIPPET_LINES + 1, SNIPPET_LINES):
+            yield {
+                "text": "\n".join(lines[start : start + SNIPPET_LINES]),
+                "label": document.name.split("/")[0],
+            }

@@ -1,0 +1,323 @@
+"""From a data set's name or path to what the Trainer reads: load, split, tokenizer, tokenize, pack."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import corpus
+import tokenizers
+from datasets import Dataset, IterableDataset, load_dataset
+from huggingface_hub.constants import HF_HOME
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+EMBEDDED = ("stdlib", "stdlib-topics", "stdlib-packages")
+BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+END, PAD = "<|endoftext|>", "<|pad|>"
+PACKED_TOGETHER = 1000  # documents whose joined text is cut into blocks; only the tail behind the last block is lost
+TOKENIZER_DOCUMENTS = 200_000  # enough for 32k merges; all of a smaller data set
+STREAM_VALIDATION_DOCUMENTS = 1000  # a stream has no length to take a fraction of
+STREAM_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass
+class DatasetArguments:
+    dataset: str = field(
+        default="stdlib",
+        metadata={
+            "help": "stdlib, stdlib-topics or stdlib-packages (in every Python, nothing to download); or a data set's "
+            "name on the hub; or a path: one .txt (a document per paragraph), .jsonl, .json, .parquet or .csv file, or "
+            "a folder of such files (of .txt: a document per file)."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The hub data set's configuration, as en for C4."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name of the training split."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Name of the validation split. By default `validation`, or else split off from training."},
+    )
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the documents to split off where there is no validation split."}
+    )
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read while training instead of downloading first. Needs max_steps."}
+    )
+    sequence_length: int = field(default=128, metadata={"help": "Tokens per training sequence."})
+    validation_blocks: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many validation sequences. All by default."}
+    )
+    corpus_max_bytes: int | None = field(default=None, metadata={"help": "Cap on the size of the stdlib corpus."})
+    corpus_installed: bool = field(
+        default=False, metadata={"help": "Widen the stdlib corpus by the packages installed in this environment."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where prepared data and tokenizers are kept. Below HF_HOME by default."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} is not between 0 and 1.")
+        for name, least in (("sequence_length", 2), ("validation_blocks", 1), ("corpus_max_bytes", 1), ("num_proc", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is too small: give {least} or more.")
+        if self.dataset != "stdlib" and (self.corpus_max_bytes is not None or self.corpus_installed):
+            raise ValueError(
+                f"corpus_max_bytes and corpus_installed are for dataset='stdlib', this run has {self.dataset!r}."
+            )
+        if self.streaming and self.dataset in EMBEDDED:
+            raise ValueError(f"streaming=True has no use for dataset={self.dataset!r}: it is on this machine already.")
+
+    def columns(self) -> dict[str, str]:
+        """The columns that the data set must have, by the argument that names each."""
+        return {"text_column": self.text_column}
+
+
+@dataclass
+class Splits:
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset
+    sha256: str | None  # of the whole embedded corpus; a hub data set is named by its name
+    key: str  # tells the training text apart in the tokenizer cache
+
+
+# ---- Load and split ----
+
+
+def load_splits(data: DatasetArguments) -> Splits:
+    """Documents for training and validation, checked.
+
+    Raises:
+        FileNotFoundError: `dataset` is a path that does not exist.
+        ValueError: the data set cannot be loaded, a split or column is missing, or a split is empty.
+    """
+    splits = load_embedded(data) if data.dataset in EMBEDDED else load_stored(data)
+    for name, documents in (("training", splits.train), ("validation", splits.validation)):
+        first = next(iter(documents), None)
+        if first is None:
+            raise ValueError(
+                f"dataset={data.dataset!r} has an empty {name} split. Give more documents, or change "
+                f"validation_fraction={data.validation_fraction} or corpus_max_bytes={data.corpus_max_bytes}."
+            )
+        for argument, column in data.columns().items():
+            if column not in first:
+                raise ValueError(
+                    f"{argument}={column!r} is not a column of {data.dataset!r}, which has {', '.join(first)}."
+                )
+    return splits
+
+
+def load_embedded(data: DatasetArguments) -> Splits:
+    if data.dataset == "stdlib-packages":
+        documents = corpus.package_files()
+        sides = [list(corpus.snippets(side)) for side in corpus.split_by_package(documents, data.validation_fraction)]
+    else:
+        if data.dataset == "stdlib":
+            documents = corpus.standard_library(data.corpus_max_bytes, data.corpus_installed)
+        else:
+            documents = corpus.documentation_topics()
+        sides = [
+            [{"text": document.text} for document in side] for side in corpus.split(documents, data.validation_fraction)
+        ]
+    # Through a generator, since only then `datasets` keeps them, and what `map` makes of them, on disk.
+    train, validation = (
+        Dataset.from_generator(generate, gen_kwargs={"rows": tuple(rows)}, cache_dir=data.cache_dir)
+        if rows
+        else Dataset.from_list([])
+        for rows in sides
+    )
+    sha256 = corpus.fingerprint(documents)
+    return Splits(train, validation, sha256, key=f"{sha256}-{data.validation_fraction}")
+
+
+def generate(rows: tuple[dict[str, str], ...]) -> Iterator[dict[str, str]]:
+    yield from rows
+
+
+def load_stored(data: DatasetArguments) -> Splits:
+    parts = load_parts(data)
+    if data.train_split not in parts:
+        raise ValueError(f"train_split={data.train_split!r} is not in {data.dataset!r}, which has {', '.join(parts)}.")
+    train = parts[data.train_split]
+    if data.validation_split is not None and data.validation_split not in parts:
+        raise ValueError(
+            f"validation_split={data.validation_split!r} is not in {data.dataset!r}, which has {', '.join(parts)}."
+        )
+    validation = parts.get(data.validation_split or "validation")
+    key = "-".join(map(str, (data.dataset, data.dataset_config, data.train_split, data.text_column)))
+    if data.streaming:
+        if validation is None:
+            validation, train = train.take(STREAM_VALIDATION_DOCUMENTS), train.skip(STREAM_VALIDATION_DOCUMENTS)
+        return Splits(train, validation, sha256=None, key=key)
+    if validation is None:
+        if len(train) < 2:
+            raise ValueError(
+                f"dataset={data.dataset!r} has {len(train)} document(s), and validation documents are to be split off: "
+                "give two or more, or name a validation_split."
+            )
+        # Shuffled with a seed of its own, so that another training seed keeps the split.
+        both = train.train_test_split(test_size=data.validation_fraction, seed=0)
+        train, validation = both["train"], both["test"]
+    return Splits(train, validation, sha256=None, key=f"{key}-{train._fingerprint}")
+
+
+def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
+    """Every split of a local path or of a hub data set."""
+    path = Path(data.dataset).expanduser()
+    options: dict[str, Any] = {"streaming": data.streaming, "cache_dir": data.cache_dir}
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"dataset={data.dataset!r} ends in {path.suffix!r}: give one of {', '.join(BUILDERS)}.")
+        source, options["data_files"] = BUILDERS[path.suffix], str(path)
+        if source == "text":
+            options["sample_by"] = "paragraph"
+    elif path.is_dir():
+        source = str(path)  # `datasets` tells the format and the splits by the files' names
+        if any(BUILDERS.get(file.suffix) == "text" for file in path.rglob("*")):
+            options["sample_by"] = "document"
+    elif path.suffix in BUILDERS or path.is_absolute() or data.dataset.startswith((".", "~")):
+        raise FileNotFoundError(f"dataset={data.dataset!r} does not exist: no such file or folder.")
+    else:
+        source = data.dataset
+    try:
+        return dict(load_dataset(source, data.dataset_config, **options))
+    except Exception as error:  # of many kinds: no network, unknown name, malformed or empty file
+        raise ValueError(
+            f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded: "
+            f"{type(error).__name__}: {error}. Without a network use one of {', '.join(EMBEDDED)}, or a path."
+        ) from error
+
+
+# ---- Tokenizer ----
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no tokenizer at {name_or_path!r}: {error}") from error
+    if tokenizer.pad_token is None:  # GPT-2 and others never needed one; padding is masked wherever it is used
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def trained_tokenizer(splits: Splits, data: DatasetArguments, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the training documents, or the one from the cache."""
+    settings = json.dumps([splits.key, vocab_size, TOKENIZER_DOCUMENTS, tokenizers.__version__])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    folder = Path(data.cache_dir or Path(HF_HOME) / "hf_fsam").expanduser() / f"tokenizer-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            finished = Path(temporary) / "tokenizer"
+            train_bpe(splits.train, data.text_column, vocab_size).save_pretrained(finished)
+            try:
+                os.rename(finished, folder)  # whole or not at all, also when another run writes it at the same time
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def train_bpe(documents: Dataset | IterableDataset, text_column: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: every text can be written
+    )
+    length = min(len(documents), TOKENIZER_DOCUMENTS) if isinstance(documents, Dataset) else None
+    texts = (row[text_column] for row in islice(documents, TOKENIZER_DOCUMENTS))
+    bpe.train_from_iterator(texts, trainer, length=length)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+# ---- Tokenize and pack ----
+
+
+def packed(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DatasetArguments, name: str
+) -> Dataset | IterableDataset:
+    """Blocks of exactly `sequence_length` tokens, cut from documents that are joined by the end-of-text token.
+
+    A block can span documents and attends across them, as in GPT-2's and the paper's pretraining.
+    """
+    streamed = isinstance(documents, IterableDataset)
+    columns = list(next(iter(documents)))
+    described = {} if streamed else {"desc": f"Tokenizing the {name} text", "num_proc": data.num_proc}
+    tokens = documents.map(
+        tokenize,
+        batched=True,
+        remove_columns=columns,
+        fn_kwargs={"tokenizer": tokenizer, "text_column": data.text_column},
+        **described,
+    )
+    blocks = tokens.map(
+        pack,
+        batched=True,
+        batch_size=PACKED_TOGETHER,
+        remove_columns=["input_ids"] if streamed else None,
+        fn_kwargs={"sequence_length": data.sequence_length},
+        # In one process: the groups, and with them the blocks, are the same for every num_proc.
+        **({} if streamed else {"desc": f"Packing the {name} text"}),
+    )
+    if next(iter(blocks), None) is None:
+        raise ValueError(
+            f"The {name} text of dataset={data.dataset!r} is shorter than one sequence: lower "
+            f"sequence_length={data.sequence_length} or give more text."
+        )
+    return blocks
+
+
+def tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, text_column: str) -> dict[str, list]:
+    texts = [text for text in batch[text_column] if text]
+    if not texts:
+        return {"input_ids": []}
+    # verbose=False: a document longer than the model is no mistake here, it will be cut into blocks.
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return {"input_ids": [[*document, tokenizer.eos_token_id] for document in ids]}
+
+
+def pack(batch: dict[str, list], sequence_length: int) -> dict[str, list]:
+    """Joins the batch's documents and cuts full blocks; what is left behind the last one is dropped."""
+    joined = list(chain.from_iterable(batch["input_ids"]))
+    starts = range(0, len(joined) - sequence_length + 1, sequence_length)
+    blocks = [joined[start : start + sequence_length] for start in starts]
+    # The model shifts the labels itself.
+    return {"input_ids": blocks, "labels": [block.copy() for block in blocks]}
+
+
+def for_validation(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DatasetArguments
+) -> Dataset | IterableDataset:
+    blocks = packed(documents, tokenizer, data, "validation")
+    return blocks if data.validation_blocks is None else blocks.take(data.validation_blocks)
+
+
+def check_sequence_length(data: DatasetArguments, config: PretrainedConfig) -> None:
+    longest = getattr(config, "max_position_embeddings", None)  # GPT-2's n_positions answers to this name too
+    if longest is not None and data.sequence_length > longest:
+        raise ValueError(
+            f"sequence_length={data.sequence_length} is above this model's maximum of {longest} positions: lower it."
+        )
+
+
+def check_streaming(data: DatasetArguments, max_steps: int) -> None:
+    if data.streaming and max_steps <= 0:
+        raise ValueError("streaming=True needs max_steps: a stream has no length to count epochs by.")

@@ -1,0 +1,362 @@
+"""Fine-tune a checkpoint: on text or instructions (task causal_lm) or with labels (task sequence_classification).
+
+    python recipes/finetune.py recipes/configs/finetune_topics.yaml --adapter dora
+    accelerate launch recipes/finetune.py recipes/configs/glue_sst2.yaml
+
+What it leaves in output_dir loads with `AutoModelForCausalLM.from_pretrained(output_dir)`, an adapter as well: it names
+its base model, and its config.json holds the labels:
+`AutoModelForSequenceClassification.from_pretrained(output_dir, config=AutoConfig.from_pretrained(output_dir))`.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from config import parse
+from data import (
+    DatasetArguments,
+    Splits,
+    check_sequence_length,
+    check_streaming,
+    for_validation,
+    load_splits,
+    load_tokenizer,
+    packed,
+)
+from datasets import ClassLabel, Dataset
+from evaluation import (
+    ClassificationMetrics,
+    LanguageModelMetrics,
+    evaluate_by_batch,
+    reduce_classification,
+    reduce_language_model,
+)
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from report import print_summary, quiet, show_progress, write_report
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+
+DEFAULT_MODEL = "outputs/pretrain_tiny"  # where recipes/configs/pretrain_tiny.yaml leaves it
+
+INSTRUCTION = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
+)
+PAIRED = ", paired with an input that provides further context"
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL, metadata={"help": "Checkpoint to start from: a folder, or a name on the hub."}
+    )
+    adapter: Literal["none", "lora", "dora"] = field(
+        default="none", metadata={"help": "Train low-rank adapters in place of all weights (none)."}
+    )
+    adapter_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    adapter_alpha: int = field(default=32, metadata={"help": "Their scale: alpha / r."})
+    adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    adapter_targets: str = field(
+        default="all-linear", metadata={"help": "Modules to adapt: all-linear, or a regular expression over names."}
+    )
+
+
+@dataclass
+class FinetuneDataArguments(DatasetArguments):
+    task: Literal["causal_lm", "sequence_classification"] = field(
+        default="causal_lm", metadata={"help": "causal_lm: the next token. sequence_classification: one label a text."}
+    )
+    format: Literal["text", "alpaca"] = field(
+        default="text",
+        metadata={
+            "help": "For causal_lm. text: text_column, packed. alpaca: columns instruction, input (may be missing or "
+            "empty) and output, of which only output is learned."
+        },
+    )
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "For sequence_classification: the second sentence's column."}
+    )
+    label_column: str = field(default="label", metadata={"help": "For sequence_classification: the label's column."})
+    old_dataset: str | None = field(
+        default=None,
+        metadata={"help": "For causal_lm: text whose loss is measured too, to see what the model forgets."},
+    )
+    old_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the hub."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task == "sequence_classification":
+            for name in ("old_dataset", "streaming"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r} is for task='causal_lm' only.")
+        if self.format == "alpaca" and (self.streaming or self.task != "causal_lm"):
+            raise ValueError("format='alpaca' is for task='causal_lm' without streaming.")
+
+    def columns(self) -> dict[str, str]:
+        if self.task == "sequence_classification":
+            pair = {} if self.text_pair_column is None else {"text_pair_column": self.text_pair_column}
+            return {**super().columns(), **pair, "label_column": self.label_column}
+        if self.format == "alpaca":
+            return {"format='alpaca', instruction": "instruction", "format='alpaca', output": "output"}
+        return super().columns()
+
+
+# ---- Model ----
+
+
+def load_config(name_or_path: str) -> PretrainedConfig:
+    """The checkpoint's configuration, and with it the proof that there is a checkpoint.
+
+    Raises:
+        FileNotFoundError: a path that does not exist; unchecked it would be looked for on the hub.
+        ValueError: nothing on the hub, or no network.
+    """
+    cure = f"`python recipes/pretrain.py recipes/configs/pretrain_tiny.yaml` makes {DEFAULT_MODEL}, the default."
+    path = Path(name_or_path).expanduser()
+    written_as_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if not path.exists() and (written_as_path or name_or_path == DEFAULT_MODEL):
+        raise FileNotFoundError(f"model_name_or_path={name_or_path!r} does not exist. {cure}")
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path={name_or_path!r} holds no model: {error} {cure}") from error
+
+
+def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: Any) -> PreTrainedModel | PeftModel:
+    model = auto.from_pretrained(args.model_name_or_path, pad_token_id=pad_token_id, **options)
+    if args.adapter == "none":
+        return model
+    adapter = LoraConfig(
+        # SEQ_CLS also trains and saves the new classification head.
+        task_type=TaskType.CAUSAL_LM if auto is AutoModelForCausalLM else TaskType.SEQ_CLS,
+        r=args.adapter_r,
+        lora_alpha=args.adapter_alpha,
+        lora_dropout=args.adapter_dropout,
+        target_modules=args.adapter_targets,
+        use_dora=args.adapter == "dora",
+    )
+    return get_peft_model(model, adapter)
+
+
+# ---- Instructions ----
+
+
+def instruction_prompt(instruction: str, context: str | None) -> str:
+    """Alpaca's prompt, with or without an input."""
+    return INSTRUCTION.format(
+        paired=PAIRED if context else "",
+        instruction=instruction,
+        context=f"### Input:\n{context}\n\n" if context else "",
+    )
+
+
+def encode_instruction(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[int]]:
+    """Prompt and answer as one sequence of at most `length` tokens; the loss sees the answer and its end only."""
+    prompt = tokenizer(instruction_prompt(row["instruction"], row.get("input")), verbose=False)["input_ids"]
+    answer = tokenizer(row["output"], add_special_tokens=False, verbose=False)["input_ids"]
+    answer = [*answer, tokenizer.eos_token_id]
+    return {
+        "input_ids": (prompt + answer)[:length],
+        "attention_mask": [1] * min(len(prompt + answer), length),
+        "labels": ([-100] * len(prompt) + answer)[:length],
+    }
+
+
+def has_answer(row: dict[str, Any]) -> bool:
+    return any(label != -100 for label in row["labels"])
+
+
+def encode_instructions(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: FinetuneDataArguments, name: str
+) -> Dataset:
+    encoded = documents.map(
+        encode_instruction,
+        remove_columns=documents.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "length": data.sequence_length},
+        num_proc=data.num_proc,
+        desc=f"Tokenizing the {name} instructions",
+    ).filter(has_answer, desc="Leaving out prompts that fill the whole sequence")
+    if len(encoded) == 0:
+        raise ValueError(
+            f"No answer in the {name} split of {data.dataset!r} begins within sequence_length={data.sequence_length} "
+            "tokens: raise it."
+        )
+    return encoded
+
+
+# ---- Labels ----
+
+
+def label_names(splits: Splits, column: str) -> list[str]:
+    """The classes in the order of their indices."""
+    feature = splits.train.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if feature.dtype.startswith("float"):
+        raise ValueError(f"label_column={column!r} holds {feature.dtype}: classification needs classes, not numbers.")
+    return [str(name) for name in sorted(set(splits.train.unique(column)) | set(splits.validation.unique(column)))]
+
+
+def encode_labelled(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: FinetuneDataArguments, names: list[str], name: str
+) -> Dataset:
+    index = {label: position for position, label in enumerate(names)}
+    by_index = isinstance(documents.features[data.label_column], ClassLabel)
+    pair = data.text_pair_column
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        texts = (batch[data.text_column],) if pair is None else (batch[data.text_column], batch[pair])
+        labels = batch[data.label_column]
+        return {
+            **tokenizer(*texts, truncation=True, max_length=data.sequence_length),
+            "labels": labels if by_index else [index[str(label)] for label in labels],
+        }
+
+    return documents.map(
+        encode,
+        batched=True,
+        remove_columns=documents.column_names,
+        num_proc=data.num_proc,
+        desc=f"Tokenizing the {name} texts",
+    )
+
+
+# ---- The two tasks ----
+
+
+@dataclass
+class Task:
+    """What a task decides: the model's class and what the Trainer needs beside it."""
+
+    auto: type
+    model_options: dict[str, Any]
+    trainer_options: dict[str, Any]
+
+
+def language_model_task(data: FinetuneDataArguments, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Task:
+    if data.format == "alpaca":
+        train = encode_instructions(splits.train, tokenizer, data, "training")
+        evaluated = {"new": encode_instructions(splits.validation, tokenizer, data, "validation")}
+    else:
+        train = packed(splits.train, tokenizer, data, "training")
+        evaluated = {"new": for_validation(splits.validation, tokenizer, data)}
+    if data.old_dataset is not None:
+        old = DatasetArguments(
+            dataset=data.old_dataset,
+            dataset_config=data.old_dataset_config,
+            sequence_length=data.sequence_length,
+            validation_blocks=data.validation_blocks,
+            num_proc=data.num_proc,
+            cache_dir=data.cache_dir,
+        )
+        evaluated["old"] = for_validation(load_splits(old).validation, tokenizer, old)
+    return Task(
+        AutoModelForCausalLM,
+        model_options={},
+        trainer_options={
+            "train_dataset": train,
+            "eval_dataset": evaluated,
+            "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),  # pads labels too
+            "compute_metrics": LanguageModelMetrics(),
+            "preprocess_logits_for_metrics": reduce_language_model,
+        },
+    )
+
+
+def classification_task(data: FinetuneDataArguments, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Task:
+    names = label_names(splits, data.label_column)
+    return Task(
+        AutoModelForSequenceClassification,
+        model_options={
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        },
+        trainer_options={
+            "train_dataset": encode_labelled(splits.train, tokenizer, data, names, "training"),
+            "eval_dataset": encode_labelled(splits.validation, tokenizer, data, names, "validation"),
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "compute_metrics": ClassificationMetrics(),
+            "preprocess_logits_for_metrics": reduce_classification,
+        },
+    )
+
+
+def before_and_after(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Each evaluated data set's first loss, taken before the first step, and its last."""
+    found = {}
+    for name in ("new", "old"):
+        losses = [entry[f"eval_{name}_loss"] for entry in history if f"eval_{name}_loss" in entry]
+        if losses:
+            found[name] = {"loss_before": losses[0], "loss_after": losses[-1], "change": losses[-1] - losses[0]}
+    return found
+
+
+def run(argv: list[str]) -> dict[str, Any]:
+    """Trains as `argv` says and returns what results.json holds."""
+    started = time.perf_counter()
+    model_args, data_args, training_args = parse(
+        (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments), argv, "finetune.py"
+    )
+    quiet(training_args)
+    check_streaming(data_args, training_args.max_steps)
+    set_seed(training_args.seed)
+
+    # ---- Data: the main process fills the caches, the others read them ----
+    config = load_config(model_args.model_name_or_path)
+    check_sequence_length(data_args, config)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    prepare = language_model_task if data_args.task == "causal_lm" else classification_task
+    with training_args.main_process_first(desc="preparing the data"):
+        splits = load_splits(data_args)
+        task = prepare(data_args, splits, tokenizer)
+
+    # ---- Model and training ----
+    training_args.eval_on_start = True  # what the model could do before
+    trainer = FSAMTrainer(
+        model=load_model(model_args, task.auto, tokenizer.pad_token_id, **task.model_options),
+        args=evaluate_by_batch(training_args),
+        processing_class=tokenizer,
+        **task.trainer_options,
+    )
+    show_progress(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+
+    # ---- Report ----
+    if model_args.adapter != "none" and trainer.is_world_process_zero():
+        trainer.model.config.save_pretrained(training_args.output_dir)  # PEFT saves the adapter without the labels
+    return write_report(
+        trainer,
+        arguments={"model": model_args, "data": data_args, "training": training_args},
+        metrics=metrics,
+        started=started,
+        extra={"corpus_sha256": splits.sha256, "domains": before_and_after(trainer.state.log_history)},
+        card={
+            "tasks": "text-generation" if data_args.task == "causal_lm" else "text-classification",
+            "dataset": data_args.dataset,
+            "dataset_tags": data_args.dataset,
+            "tags": ["functional-sam"],
+        },
+    )
+
+
+def main() -> None:
+    results = run(sys.argv[1:])
+    print_summary(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What a run shows while it goes, and what it leaves behind: model, results.json, curves.png, model card."""
+
+import json
+import os
+import platform
+import time
+import warnings
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from transformers import ProgressCallback, TrainingArguments
+from transformers.utils import logging
+
+from hf_fsam import FSAMTrainer
+
+PACKAGES = ("hf-fsam", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "deepspeed")
+DATA_COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar with the last losses at its right end, in place of a printed dict at every logging step."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        self.shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            for name, value in (logs or {}).items():
+                if name.endswith("loss") and name != "train_loss":
+                    self.shown[name] = f"{value:.3f}"
+            self.training_bar.set_postfix(self.shown)
+
+
+def show_progress(trainer: FSAMTrainer) -> None:
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+
+
+def quiet(args: TrainingArguments) -> None:
+    """One voice: bars and notes come from the main process only."""
+    logging.set_verbosity_error()
+    for library in ("torch", "transformers"):
+        warnings.filterwarnings("ignore", category=Warning, module=library)
+    if args.process_index != 0 or args.disable_tqdm:
+        datasets.disable_progress_bars()
+
+
+def write_report(
+    trainer: FSAMTrainer,
+    arguments: dict[str, Any],
+    metrics: dict[str, float],
+    started: float,
+    extra: dict[str, Any],
+    card: dict[str, Any],
+) -> dict[str, Any]:
+    """Saves the model with its tokenizer, then the main process writes the report. Returns what results.json holds.
+
+    Args:
+        arguments: the recipe's dataclasses by name.
+        started: `time.perf_counter()` at the start of the run.
+        extra: what only this recipe knows.
+        card: arguments of `Trainer.create_model_card`.
+    """
+    trainer.save_model()  # collective: every process takes part where the weights are sharded
+    history = trainer.state.log_history
+    results = {
+        "metrics": metrics,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "wall_seconds": time.perf_counter() - started,
+        "train_seconds": training_seconds(history),
+        **extra,
+        "arguments": {name: as_dict(each) for name, each in arguments.items()},
+        "versions": {"python": platform.python_version(), **versions()},
+        "machine": machine(trainer.args),
+        "history": history,
+    }
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+        plot_curves({"": history}, folder / "curves.png", training=True)
+        trainer.create_model_card(**card)
+    return results
+
+
+def as_dict(arguments: Any) -> dict[str, Any]:
+    """The Trainer's arguments mask their tokens themselves."""
+    return arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    if PartialState().is_main_process:
+        for name, value in results["metrics"].items():
+            if not name.endswith(("_second", "_runtime", "epoch")):
+                print(f"{name:32} {value:.4f}")
+        print(f"{'seconds':32} {results['wall_seconds']:.1f}")
+        print(f"{'written to':32} {results['arguments']['training']['output_dir']}")
+
+
+def training_seconds(history: list[dict[str, float]]) -> float:
+    """The Trainer's own clock without the evaluations on the way: what the optimizer's steps took."""
+    end = next((index for index, entry in enumerate(history) if "train_runtime" in entry), None)
+    if end is None:
+        return 0.0
+    evaluations = (value for entry in history[:end] for name, value in entry.items() if name.endswith("_runtime"))
+    return history[end]["train_runtime"] - sum(evaluations)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(args: TrainingArguments) -> dict[str, Any]:
+    """Enough to judge a time by; no host name, no path."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "processes": args.world_size,
+    }
+
+
+def plot_curves(histories: dict[str, list[dict[str, float]]], path: Path, training: bool) -> None:
+    """Losses over steps: every validation loss of every named history and, with `training`, the training loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for color, (name, history) in zip(DATA_COLORS, histories.items(), strict=False):
+        if training:
+            steps, losses = curve(history, "loss")
+            axes.plot(steps, losses, color="0.7", label=f"{name} training".strip())
+        keys = sorted({key for entry in history for key in entry if key.startswith("eval") and key.endswith("loss")})
+        for index, key in enumerate(keys):
+            steps, losses = curve(history, key)
+            # eval_loss → validation, eval_old_loss → validation old
+            label = " ".join([name, "validation", *key.split("_")[1:-1]]).strip()
+            shade = color if len(keys) == 1 else DATA_COLORS[index % len(DATA_COLORS)]
+            axes.plot(steps, losses, color=shade, marker="o", markersize=3, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token or example)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def curve(history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    return [step for step, _ in points], [value for _, value in points]

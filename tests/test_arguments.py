@@ -1,0 +1,198 @@
+"""Every `fsam_*` field: parsed, checked, saved; everything unsupported: refused by name before training."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import DistributedType
+from transformers import HfArgumentParser
+
+from hf_fsam import FSAMArguments, FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.engines import select_engine
+from tests.toys import llama, make_trainer
+
+GIVEN = {
+    "fsam_variant": "sam",
+    "fsam_rho": 0.5,
+    "fsam_precondition": False,
+    "fsam_ascent_scope": "optimizer_step",
+    "fsam_boundary": "lm_head",
+}
+
+
+def test_every_field_parses_from_command_line_yaml_and_json(tmp_path: Path) -> None:
+    import json
+
+    assert {field.name for field in fields(FSAMArguments)} == set(GIVEN)
+    parser = HfArgumentParser(FSAMTrainingArguments)
+    line = [f"--{name}={value}" for name, value in ({"output_dir": "out"} | GIVEN).items()]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"output_dir": "out"} | GIVEN))
+    (tmp_path / "a.json").write_text(json.dumps({"output_dir": "out"} | GIVEN))
+    for (parsed,) in (
+        parser.parse_args_into_dataclasses(line),
+        parser.parse_yaml_file(str(tmp_path / "a.yaml")),
+        parser.parse_json_file(str(tmp_path / "a.json")),
+    ):
+        assert {name: getattr(parsed, name) for name in GIVEN} == GIVEN
+        assert GIVEN.items() <= parsed.to_dict().items()
+
+
+def test_every_field_has_a_help_text() -> None:
+    usage = HfArgumentParser(FSAMTrainingArguments).format_help()
+    for field in fields(FSAMArguments):
+        assert f"--{field.name}" in usage
+        assert len(field.metadata["help"]) > 40
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fsam_variant", "functionnal"),
+        ("fsam_ascent_scope", "batch"),
+        ("fsam_rho", -0.1),
+        ("fsam_rho", math.nan),
+        ("fsam_rho", math.inf),
+        ("fsam_rho", "0.1"),
+        ("fsam_precondition", "yes"),
+        ("fsam_boundary", ""),
+    ],
+)
+def test_bad_values_are_refused_with_the_name_and_the_value(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        FSAMTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "named"),
+    [
+        ("args", {"_n_gpu": 2}, "DataParallel"),
+        ("args", {"use_liger_kernel": True}, "use_liger_kernel"),
+        ("args", {"optim": "lomo"}, "lomo"),
+        ("args", {"optim": "galore_adamw_layerwise"}, "galore_adamw_layerwise"),
+        ("trainer", {"is_model_parallel": True}, "hf_device_map"),
+        ("trainer", {"is_distributed_loading_by_transformers": True}, "DistributedConfig"),
+        ("accelerator", {"distributed_type": DistributedType.DEEPSPEED}, "DEEPSPEED"),
+        ("accelerator", {"distributed_type": DistributedType.FSDP}, "FSDP"),
+        ("accelerator", {"distributed_type": DistributedType.XLA}, "XLA"),
+        ("accelerator", {"distributed_type": DistributedType.MEGATRON_LM}, "MEGATRON_LM"),
+        ("accelerator", {"parallelism_config": SimpleNamespace(tp_enabled=True)}, "tensor, context"),
+    ],
+)
+def test_unsupported_ways_of_running_are_refused_by_name(
+    tmp_path: Path, where: str, change: dict[str, Any], named: str
+) -> None:
+    trainer = make_trainer(tmp_path, fsam_variant="none")
+    accelerator = SimpleNamespace(distributed_type=trainer.accelerator.distributed_type, parallelism_config=None, **{})
+    view = SimpleNamespace(
+        args=trainer.args,
+        accelerator=accelerator,
+        is_model_parallel=False,
+        is_distributed_loading_by_transformers=False,
+    )
+    select_engine(view)  # passes as it is
+    for name, value in change.items():
+        setattr({"args": view.args, "trainer": view, "accelerator": accelerator}[where], name, value)
+    with pytest.raises(ValueError, match=named):
+        select_engine(view)
+
+
+def test_the_trainer_asks_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        make_trainer(tmp_path, use_liger_kernel=True)
+    make_trainer(tmp_path, use_liger_kernel=True, fsam_variant="none")
+
+
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        make_trainer(tmp_path, trainer={"train_dataset": []}).train()
+
+
+class _OwnAdam(torch.optim.Adam):
+    pass
+
+
+class _Lion(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99)):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    beta1, beta2 = group["betas"]
+                    p.sub_(torch.sign(beta1 * momentum + (1 - beta1) * p.grad), alpha=group["lr"])
+                    momentum.mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
+def _adafactor(params):
+    from transformers.optimization import Adafactor
+
+    return Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False)
+
+
+KEEPS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "a user's": _OwnAdam,
+    "fused": lambda params: torch.optim.AdamW(params, fused=True),
+    "amsgrad": lambda params: torch.optim.AdamW(params, amsgrad=True),
+}
+KEEPS_NONE = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
+    "RMSprop": torch.optim.RMSprop,
+    "Adafactor": _adafactor,
+    "torch Adafactor": torch.optim.Adafactor,
+    "Lion": _Lion,
+    "Adamax": torch.optim.Adamax,
+    "Adagrad": torch.optim.Adagrad,
+    "SparseAdam": torch.optim.SparseAdam,
+}
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_preconditioning_takes_optimizers_with_a_second_moment(tmp_path: Path, name: str) -> None:
+    model = llama()
+    trainer = make_trainer(
+        tmp_path, model, trainer={"optimizers": (KEEPS[name](model.parameters()), None)}, fsam_rho=0.1
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", KEEPS_NONE)
+def test_preconditioning_refuses_the_others_before_the_first_step_and_names_the_cure(tmp_path: Path, name: str) -> None:
+    model = llama()
+    optimizer = KEEPS_NONE[name](model.parameters())
+    trainer = make_trainer(tmp_path, model, trainer={"optimizers": (optimizer, None)}, fsam_rho=0.1)
+    with pytest.raises(ValueError, match=r"fsam_precondition=True.*AdamW.*fsam_precondition=False"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert torch.equal(model.lm_head.weight, llama().lm_head.weight)
+
+
+@pytest.mark.parametrize("name", [name for name in KEEPS_NONE if name != "SparseAdam"])
+def test_without_preconditioning_any_optimizer_trains(tmp_path: Path, name: str) -> None:
+    model = llama()
+    before = model.lm_head.weight.detach().clone()
+    optimizer = KEEPS_NONE[name](model.parameters())
+    trainer = make_trainer(
+        tmp_path, model, trainer={"optimizers": (optimizer, None)}, fsam_rho=0.1, fsam_precondition=False
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_the_default_trainer_takes_no_arguments_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = FSAMTrainer(model=llama())
+    assert trainer.args.fsam_variant == "functional"

@@ -1,0 +1,503 @@
+"""What holds around the split step: nothing leaks out of it, and nothing is left behind."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_fsam import FSAMMixin, FSAMTrainer
+from tests.toys import distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
+
+ACTIVE = ["sam", "functional", "logit"]
+SCOPES = ["micro_batch", "optimizer_step", "rank"]
+
+
+def test_none_and_rho_zero_are_the_plain_trainer_to_the_bit(tmp_path: Path) -> None:
+    plain = train(tmp_path, model=gpt2(0.2), trainer_class=Trainer, arguments_class=TrainingArguments)
+    assert same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="none"), plain)
+    assert same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="functional", fsam_rho=0.0), plain)
+    assert not same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="functional", fsam_rho=0.02), plain)
+
+
+def test_plain_training_arguments_train_with_the_defaults(tmp_path: Path) -> None:
+    swapped = train(tmp_path, arguments_class=TrainingArguments)
+    named = train(
+        tmp_path,
+        fsam_variant="functional",
+        fsam_rho=0.02,
+        fsam_precondition=True,
+        fsam_ascent_scope="micro_batch",
+    )
+    assert same_bits(swapped, named)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_both_passes_draw_the_same_masks_and_leave_the_stream_where_it_belongs(
+    tmp_path: Path, variant: str, scope: str
+) -> None:
+    """With ρ → 0 and dropout 0.2, six steps end on the plain Trainer's weights: a mask drawn anew, or a stream left
+    elsewhere, would show in the first step or in the second."""
+    plain = train(tmp_path, model=gpt2(0.2), fsam_variant="none", gradient_accumulation_steps=2)
+    split = train(
+        tmp_path,
+        model=gpt2(0.2),
+        fsam_variant=variant,
+        fsam_rho=1e-9,
+        fsam_precondition=False,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=2,
+    )
+    assert distance(split, plain) < 1e-6
+
+
+def test_models_that_draw_masks_from_python_and_numpy_see_the_same_ones(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.classifier = nn.Linear(4, 3)
+            self.drawn: list[tuple[float, float]] = []
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            self.drawn.append((random.random(), float(np.random.rand())))
+            logits = self.classifier(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model = Drawing()
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    make_trainer(tmp_path, model, trainer={"train_dataset": data}, max_steps=3).train()
+    first, second = model.drawn[0::2], model.drawn[1::2]
+    assert first == second
+    assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_step_with_learning_rate_zero_leaves_the_weights_bit_for_bit(
+    tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    model = llama().to(dtype)
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=0.5, learning_rate=0.0)
+    trainer.train()
+    assert same_bits(weights_of(model), before)
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=0.1)  # it was really perturbed
+
+
+class _Failing(nn.Module):
+    """Raises `error` in the forward or the backward pass number `at`, counted from 0, two passes a step."""
+
+    def __init__(self, error: BaseException, where: str, at: int) -> None:
+        super().__init__()
+        self.model, self.error, self.where, self.at, self.passes = llama(), error, where, at, 0
+        self.config = self.model.config
+        self.seen: list[Tensor] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        index, self.passes = self.passes, self.passes + 1
+        self.seen.append(self.model.lm_head.weight.detach().clone())
+        if index == self.at and self.where == "forward":
+            raise self.error
+        loss = self.model(input_ids=input_ids, labels=labels).loss
+        if index == self.at and self.where == "backward":
+            loss.register_hook(self._raise)
+        return {"loss": loss}
+
+    def _raise(self, gradient: Tensor) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), KeyboardInterrupt(), torch.OutOfMemoryError("mine")], ids=lambda e: type(e).__name__
+)
+def test_an_exception_in_either_pass_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException, where: str, at: int, scope: str
+) -> None:
+    """Passes 2 and 3 are the clean and the perturbed pass of the second micro-batch (or, with `optimizer_step`, the
+    perturbed passes of the first and the second): the first one's gradient waits in `.grad`."""
+    model = _Failing(error, where, at)
+    before = weights_of(model)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        fsam_rho=0.5,
+        fsam_precondition=False,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=2,
+    )
+    gradients: list[dict[str, Tensor]] = []
+    kept = TrainerCallback()
+    kept.on_substep_end = lambda *_, **__: gradients.append(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    )
+    trainer.add_callback(kept)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert model.passes == at + 1
+    assert not torch.equal(model.seen[-1], before["model.lm_head.weight"]) or (scope, at) == ("micro_batch", 2)
+    assert same_bits(weights_of(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
+    if gradients:  # the first micro-batch had been trained on
+        now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        untouched = where == "forward" or (at == 2 and scope == "micro_batch")
+        assert gradients[0].keys() == now.keys()
+        assert not untouched or same_bits(now, gradients[0])
+    # And the trainer can be used again.
+    model.at = -1
+    trainer.train()
+    assert not same_bits(weights_of(model), before)
+
+
+@pytest.mark.parametrize("variant", ["functional", "logit"])
+def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path, variant: str) -> None:
+    """Not between two lines of the restore, either: a hundred interrupts, spread over the steps at a tenth of
+    a millisecond. With a learning rate of zero the weights must be the first ones whenever it strikes."""
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=1.0, learning_rate=0.0, max_steps=1)
+    struck = 0
+    previous = signal.signal(signal.SIGALRM, strike)
+
+    class Arm(TrainerCallback):
+        delay = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            signal.setitimer(signal.ITIMER_REAL, self.delay)
+
+    arm = Arm()
+    trainer.add_callback(arm)
+    try:
+        for arm.delay in torch.linspace(1e-4, 1.2e-2, 150).tolist():
+            torch.set_grad_enabled(True)  # torch's own no_grad may have been struck on its way out
+            try:
+                trainer.train()
+            except KeyboardInterrupt:
+                struck += 1
+                assert same_bits(weights_of(model), before)
+                assert not any(module._forward_hooks for module in model.modules())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert struck > 50
+
+
+def test_auto_find_batch_size_goes_on_from_clean_weights_after_running_out_of_memory(tmp_path: Path) -> None:
+    model = _Failing(RuntimeError("CUDA out of memory."), "backward", 1)
+    trainer = make_trainer(tmp_path, model, auto_find_batch_size=True, fsam_rho=0.5, max_steps=2)
+    trainer.train()
+    reference = _Failing(RuntimeError(), "backward", -1)
+    make_trainer(tmp_path, reference, per_device_train_batch_size=1, fsam_rho=0.5, max_steps=2).train()
+    assert trainer._train_batch_size == 1
+    assert distance(weights_of(model), weights_of(reference)) < 1e-6
+
+
+def test_training_step_called_by_hand_leaves_no_hook(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # the plain Trainer's loop sets it
+    batch = trainer.data_collator(sentences()[:2])
+    loss = trainer.training_step(trainer.model, batch)
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+class _Watch(TrainerCallback):
+    """Remembers the weights at every event, and whether they are those of the last optimizer step."""
+
+    def __init__(self) -> None:
+        self.events: set[str] = set()
+        self.current: dict[str, Tensor] | None = None
+
+    def on_event(self, event: str, model: nn.Module) -> None:
+        self.events.add(event)
+        weights = weights_of(model)
+        if self.current is None or event == "on_optimizer_step":
+            self.current = weights
+        assert same_bits(weights, self.current), event
+
+    def __getattribute__(self, name: str):
+        if name.startswith("on_") and name != "on_event":
+            return lambda args, state, control, model=None, **kwargs: (
+                self.on_event(name, model) if name != "on_init_end" else None
+            )
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_a_callback_never_sees_perturbed_weights(tmp_path: Path, variant: str, scope: str) -> None:
+    watch = _Watch()
+    trainer = make_trainer(
+        tmp_path,
+        fsam_variant=variant,
+        fsam_rho=1.0,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        trainer={"callbacks": [watch], "eval_dataset": sentences(4)},
+    )
+    trainer.train()
+    assert {
+        "on_substep_end",
+        "on_pre_optimizer_step",
+        "on_step_end",
+        "on_save",
+        "on_evaluate",
+        "on_log",
+    } <= watch.events
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dtype: torch.dtype, scope: str) -> None:
+    settings = {
+        "fsam_rho": 0.1,
+        "fsam_ascent_scope": scope,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 7,
+    }
+    whole = make_trainer(tmp_path, gpt2(0.2).to(dtype), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, gpt2(0.2).to(dtype), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_bits(weights_of(resumed.model), weights_of(whole.model))
+    logged = [
+        {key: value for key, value in entry.items() if key.startswith(("loss", "fsam/"))}
+        for run in (whole, resumed)
+        for entry in run.state.log_history
+        if "fsam/radius" in entry
+    ]
+    assert len(logged) == 6
+    assert logged[:3] == logged[3:]
+
+
+def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+    keep = TrainerCallback()
+    keep.on_step_end = lambda *_, model, **__: seen.append(weights_of(model))
+    settings = {"fsam_variant": "sam", "fsam_rho": 0.25, "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    trainer = make_trainer(tmp_path, trainer={"callbacks": [keep]}, **settings)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert same_bits(weights_of(type(trainer.model).from_pretrained(checkpoint)), seen[-1])
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FSAMSettings"]["args"] == {
+        "fsam_variant": "sam",
+        "fsam_rho": 0.25,
+        "fsam_precondition": True,
+        "fsam_ascent_scope": "micro_batch",
+        "fsam_boundary": None,
+    }
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert (saved.fsam_variant, saved.fsam_rho) == ("sam", 0.25)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "fsam_variant: sam" in card
+    assert "fsam_rho: 0.25" in card
+
+
+def test_resuming_with_another_rho_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    make_trainer(tmp_path, fsam_rho=0.1, save_strategy="steps", save_steps=3).train()
+    caplog.clear()
+    make_trainer(tmp_path, fsam_rho=0.2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "trained with fsam_rho=0.1, this run goes on with 0.2" in caplog.text
+
+
+def test_the_logs_show_the_geometry_and_the_clean_loss(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path, fsam_variant="none", learning_rate=0.0)
+    plain.train()
+    for scope in SCOPES:
+        trainer = make_trainer(
+            tmp_path, fsam_rho=0.3, fsam_precondition=False, fsam_ascent_scope=scope, learning_rate=0.0
+        )
+        trainer.train()
+        for entry, reference in zip(trainer.state.log_history[:3], plain.state.log_history[:3], strict=True):
+            assert entry["loss"] == reference["loss"]
+            assert entry["fsam/radius"] == pytest.approx(0.3, rel=1e-3)
+            assert entry["fsam/skipped"] == 0
+            # To first order, the loss rises by ρ ‖g‖ along the gradient.
+            assert 0.3 < entry["fsam/sharpness"] / (0.3 * entry["fsam/ascent_grad_norm"]) < 2
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_logged_norm_and_sharpness_are_in_the_units_of_grad_norm_and_loss(tmp_path: Path, scope: str) -> None:
+    """Independent of accumulation: the same four rows as one micro-batch and as four."""
+    logs = []
+    for accumulation in (1, 4):
+        trainer = make_trainer(
+            tmp_path,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            fsam_ascent_scope=scope,
+            fsam_precondition=False,
+            fsam_rho=1e-3,
+            learning_rate=0.0,
+            max_steps=1,
+            logging_steps=1,
+        )
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    whole, parts = logs
+    assert whole["fsam/ascent_grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+    if scope == "optimizer_step":
+        for key in ("loss", "fsam/ascent_grad_norm", "fsam/sharpness"):
+            assert parts[key] == pytest.approx(whole[key], rel=1e-2), key
+
+
+class _Overflowing(FSAMTrainer):
+    """The gradient of the second step's clean pass is not finite."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.calls == 2:
+            self.model.lm_head.weight.register_hook(_once(lambda gradient: gradient * float("inf")))
+        self.calls += 1
+        return loss
+
+
+def _once(change):
+    done: list[bool] = []
+
+    def hook(gradient: Tensor) -> Tensor | None:
+        if done:
+            return None
+        done.append(True)
+        return change(gradient)
+
+    return hook
+
+
+def test_an_ascent_gradient_that_is_not_finite_skips_the_perturbation_and_is_counted(tmp_path: Path) -> None:
+    settings = {"fsam_rho": 0.2, "fsam_precondition": False, "max_steps": 3, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, trainer_class=_Overflowing, **settings)
+    trainer.train()
+    logs = trainer.state.log_history[:3]
+    assert [entry["fsam/skipped"] for entry in logs] == [0, 1, 0]
+    assert [entry["fsam/radius"] for entry in logs] == pytest.approx([0.2, 0.0, 0.2], rel=1e-3)
+    assert all(torch.isfinite(torch.tensor(value)) for entry in logs for value in entry.values())
+    # The step went on as the plain Trainer's: unperturbed, that is with ρ = 0 there and only there.
+    reference = make_trainer(tmp_path, **settings)
+    toggle = TrainerCallback()
+    toggle.on_step_begin = lambda args, state, control, **_: setattr(
+        args, "fsam_rho", 0.0 if state.global_step == 1 else 0.2
+    )
+    reference.add_callback(toggle)
+    reference.train()
+    assert distance(weights_of(trainer.model), weights_of(reference.model)) < 1e-6
+
+
+def test_a_batch_without_any_label_changes_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    rows = sentences(8)
+    for row in rows[2:4]:
+        row["labels"].fill_(-100)
+    settings = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "max_steps": 2}
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": rows}, fsam_rho=0.1, logging_steps=1, **settings)
+    trainer.train()
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(trainer.model).values())
+    assert [entry["fsam/skipped"] for entry in trainer.state.log_history[:2]] == [0, 0]
+
+
+class _Own(Trainer):
+    """A Trainer of somebody else's: a loss of its own, and something around the step."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps, self.losses = 0, 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.losses += 1
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.steps += 1
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_the_mixin_goes_over_a_trainer_and_a_trainer_over_it(tmp_path: Path) -> None:
+    class Over(FSAMMixin, _Own):
+        pass
+
+    class Under(FSAMTrainer):
+        """The swap in a script that subclasses: `compute_loss` that never calls super."""
+
+        compute_loss = _Own.compute_loss
+        losses = 0
+
+    over = make_trainer(tmp_path, trainer_class=Over, fsam_rho=0.3)
+    over.train()
+    assert (over.steps, over.losses) == (6, 12)
+    under = make_trainer(tmp_path, trainer_class=Under, fsam_rho=0.3)
+    under.train()
+    plain = make_trainer(tmp_path, trainer_class=Over, fsam_variant="none")
+    plain.train()
+    assert (plain.steps, plain.losses) == (6, 6)
+    assert same_bits(weights_of(over.model), weights_of(under.model))
+    assert distance(weights_of(over.model), weights_of(plain.model)) > 1e-3
+
+
+def test_a_training_step_that_never_computes_the_loss_is_an_error_not_a_silent_sam(tmp_path: Path) -> None:
+    class Deaf(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**self._prepare_inputs(inputs)).loss
+            loss.backward()
+            return loss.detach()
+
+    class Over(FSAMMixin, Deaf):
+        pass
+
+    before = weights_of(llama())
+    trainer = make_trainer(tmp_path, trainer_class=Over)
+    with pytest.raises(RuntimeError, match="did not back-propagate the loss of compute_loss"):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), before)
+
+
+def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path) -> None:
+    """Autocast keeps the casts of weights until its outermost region ends: without care, the second pass would run
+    on the casts of the first."""
+
+    class Autocast(Trainer):
+        def train(self, *args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().train(*args, **kwargs)
+
+    class Over(FSAMMixin, Autocast):
+        pass
+
+    trainer = make_trainer(tmp_path, trainer_class=Over, fsam_rho=1.0, fsam_precondition=False, learning_rate=0.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/sharpness"] > 0.1

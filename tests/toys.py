@@ -1,0 +1,109 @@
+"""A language model of three thousand weights, its data, and a Trainer around them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
+
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+
+VOCABULARY, LENGTH = 48, 10
+
+
+def llama(dropout: float = 0.0, **overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "attention_dropout": dropout,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+
+
+def gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def sentences(count: int = 24, seed: int = 1) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, VOCABULARY, (count, LENGTH), generator=generator)
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+def make_trainer(
+    folder: Path | str,
+    model: nn.Module | None = None,
+    trainer_class: Callable[..., Trainer] = FSAMTrainer,
+    arguments_class: Callable[..., Any] = FSAMTrainingArguments,
+    trainer: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Trainer:
+    """A quiet Trainer of six steps on the CPU. `trainer`: arguments of the Trainer, the rest are training arguments."""
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 6,
+        "logging_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3,  # a tiny one blows up the rounding noise of gradients that are zero (a key's bias)
+        "lr_scheduler_type": "constant",
+        "seed": 3,
+    }
+    return trainer_class(
+        **{
+            "model": llama() if model is None else model,
+            "args": arguments_class(**(settings | arguments)),
+            "train_dataset": sentences(),
+            **(trainer or {}),
+        }
+    )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train(folder: Path | str, **kwargs: Any) -> dict[str, Tensor]:
+    """Weights after the training that :func:`make_trainer` sets up."""
+    trainer = make_trainer(folder, **kwargs)
+    trainer.train()
+    return weights_of(trainer.model)
+
+
+def distance(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Relative L2 distance over all weights together."""
+    assert weights.keys() == reference.keys()
+    apart = sum((weights[name].double() - reference[name].double()).square().sum() for name in reference)
+    return float((apart / sum(tensor.double().square().sum() for tensor in reference.values())).sqrt())
+
+
+def same_bits(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
+    return weights.keys() == reference.keys() and all(torch.equal(weights[name], reference[name]) for name in weights)
