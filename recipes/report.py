@@ -14,7 +14,6 @@ import datasets
 import torch
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainingArguments
-from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
 
@@ -45,7 +44,6 @@ def show_progress(trainer: FSAMTrainer) -> None:
 
 def quiet(args: TrainingArguments) -> None:
     """One voice: bars and notes come from the main process only."""
-    logging.set_verbosity_error()
     for library in ("torch", "transformers"):
         warnings.filterwarnings("ignore", category=Warning, module=library)
     if args.process_index != 0 or args.disable_tqdm:
