@@ -87,6 +87,91 @@ def test_a_step_with_learning_rate_zero_leaves_the_weights_bit_for_bit(
 ) -> None:
     model = llama().to(dtype)
     before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=0.5, learning_rate=0.0)
+    trainer.train()
+    assert same_bits(weights_of(model), before)
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=0.1)  # it was really perturbed
+
+
+class _Failing(nn.Module):
+    """Raises `error` in the forward or the backward pass number `at`, counted from 0, two passes a step."""
+
+    def __init__(self, error: BaseException, where: str, at: int) -> None:
+        super().__init__()
+        self.model, self.error, self.where, self.at, self.passes = llama(), error, where, at, 0
+        self.config = self.model.config
+        self.seen: list[Tensor] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        index, self.passes = self.passes, self.passes + 1
+        self.seen.append(self.model.lm_head.weight.detach().clone())
+        if index == self.at and self.where == "forward":
+            raise self.error
+        loss = self.model(input_ids=input_ids, labels=labels).loss
+        if index == self.at and self.where == "backward":
+            loss.register_hook(self._raise)
+        return {"loss": loss}
+
+    def _raise(self, gradient: Tensor) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), KeyboardInterrupt(), torch.OutOfMemoryError("mine")], ids=lambda e: type(e).__name__
+)
+def test_an_exception_in_either_pass_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException, where: str, at: int, scope: str
+) -> None:
+    """Passes 2 and 3 are the clean and the perturbed pass of the second micro-batch (or, with `optimizer_step`, the
+    perturbed passes of the first and the second): the first one's gradient waits in `.grad`."""
+    model = _Failing(error, where, at)
+    before = weights_of(model)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        fsam_rho=0.5,
+        fsam_precondition=False,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=2,
+    )
+    gradients: list[dict[str, Tensor]] = []
+    kept = TrainerCallback()
+    kept.on_substep_end = lambda *_, **__: gradients.append(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    )
+    trainer.add_callback(kept)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert model.passes == at + 1
+    assert not torch.equal(model.seen[-1], before["model.lm_head.weight"]) or (scope, at) == ("micro_batch", 2)
+    assert same_bits(weights_of(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
+    if gradients:  # the first micro-batch had been trained on
+        now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        untouched = where == "forward" or (at == 2 and scope == "micro_batch")
+        assert gradients[0].keys() == now.keys()
+        assert not untouched or same_bits(now, gradients[0])
+    # And the trainer can be used again.
+    model.at = -1
+    trainer.train()
+    assert not same_bits(weights_of(model), before)
+
+
+def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path) -> None:
+    """Not between two lines of the restore, either: seventy interrupts, spread over the steps at a tenth of
+    a millisecond. With a learning rate of zero the weights must be the first ones whenever it strikes."""
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    before = weights_of(model)
     settings = {"optim": "sgd", "learning_rate": 0.0, "max_steps": 1}  # an optimizer without a state to be broken
     trainer = make_trainer(tmp_path, model, fsam_rho=1.0, fsam_precondition=False, **settings)
     struck = 0
