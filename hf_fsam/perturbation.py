@@ -14,7 +14,7 @@ from hf_fsam.second_moment import SecondMoment
 # Bits of a float32 mantissa that the narrower format drops.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
-# Numbers worked on at a time, so that temporaries stay small beside one copy of the weights.
+# Numbers worked on at a time, so that temporaries (14 bytes a number) stay small beside one copy of the weights.
 _CHUNK = 1 << 22
 
 
@@ -84,9 +84,8 @@ def _move(theta: Tensor, gradient: Tensor, scale: Tensor, generator: torch.Gener
     wide = torch.promote_types(theta.dtype, torch.float32)
     # A gradient that is not finite has scale 0, and 0 · ∞ is not a number: move nothing, without a look from the host.
     epsilon = gradient.to(wide).mul(scale).nan_to_num_(nan=0.0)
-    moved = stochastic_round(theta.to(wide) + epsilon, theta.dtype, generator)
-    gradient.copy_(moved)
-    return torch.sum((moved.to(wide) - theta).mul_(epsilon), dtype=torch.float32)
+    gradient.copy_(stochastic_round(theta + epsilon, theta.dtype, generator))
+    return torch.sum((gradient.to(wide, copy=True).sub_(theta)).mul_(epsilon), dtype=torch.float32)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -101,7 +100,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
         return x.to(dtype)
     noise = torch.randint(0, 1 << bits, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     # Adding noise below the kept bits carries into them with the probability wanted; clearing the rest truncates.
-    return (x.view(torch.int32) + noise).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
+    return noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:

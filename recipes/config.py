@@ -63,6 +63,8 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
                 raise ValueError(f"{name}={value!r} in {path} is a list, but {name} takes one value.")
             arguments += [f"--{name}", *map(str, value)]
         else:
+            if value is False and "no" in (actions[name].choices or ()):
+                value = "no"  # what YAML reads as false in `save_strategy: no`
             # With `=`, since argparse takes a lone -1e-3 for an option.
             arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments

@@ -3,9 +3,9 @@
     python recipes/finetune.py recipes/configs/finetune_topics.yaml --adapter dora
     accelerate launch recipes/finetune.py recipes/configs/glue_sst2.yaml
 
-What it leaves in output_dir loads with `AutoModelForCausalLM.from_pretrained(output_dir)`, an adapter as well: it names
-its base model, and its config.json holds the labels:
-`AutoModelForSequenceClassification.from_pretrained(output_dir, config=AutoConfig.from_pretrained(output_dir))`.
+What it leaves in output_dir loads with `AutoModelForCausalLM.from_pretrained(output_dir)`, an adapter as well, for it
+names its base model. An adapter does not name its classes, results.json does:
+`AutoPeftModelForSequenceClassification.from_pretrained(output_dir, num_labels=len(results["labels"]))`.
 """
 
 import sys
@@ -336,14 +336,16 @@ def run(argv: list[str]) -> dict[str, Any]:
     metrics = trainer.evaluate()
 
     # ---- Report ----
-    if model_args.adapter != "none" and trainer.is_world_process_zero():
-        trainer.model.config.save_pretrained(training_args.output_dir)  # PEFT saves the adapter without the labels
     return write_report(
         trainer,
         arguments={"model": model_args, "data": data_args, "training": training_args},
         metrics=metrics,
         started=started,
-        extra={"corpus_sha256": splits.sha256, "domains": before_and_after(trainer.state.log_history)},
+        extra={
+            "corpus_sha256": splits.sha256,
+            "domains": before_and_after(trainer.state.log_history),
+            "labels": list(task.model_options.get("label2id", [])),
+        },
         card={
             "tasks": "text-generation" if data_args.task == "causal_lm" else "text-classification",
             "dataset": data_args.dataset,
