@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from datasets.utils import tqdm
 
 # Not in the corpus: other people's code, CPython's own tests (half of the library, repetitive), the build's
 # configuration and extension folders, code tables (encodings) and the English text that fine-tuning is measured on.
@@ -45,7 +45,7 @@ def standard_library(max_bytes: int | None = None, installed: bool = False) -> l
         files = {**{f"site-packages/{name}": path for name, path in packages.items()}, **files}
     names = sorted(files, key=order)
     documents, size = [], 0
-    for name in tqdm(names, desc="Reading the corpus", unit=" files", leave=False, disable=None):
+    for name in tqdm(names, desc="Reading the corpus", unit=" files", leave=False):
         content = files[name].read_bytes()
         if max_bytes is not None and documents and size + len(content) > max_bytes:
             break

@@ -48,6 +48,7 @@ def quiet(args: TrainingArguments) -> None:
         warnings.filterwarnings("ignore", category=Warning, module=library)
     if args.process_index != 0 or args.disable_tqdm:
         datasets.disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 def write_report(

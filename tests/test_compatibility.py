@@ -1,0 +1,176 @@
+"""What the Trainer offers keeps working under the split step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_fsam import FSAMTrainer
+from tests.toys import distance, gpt2, llama, make_trainer, same_bits, train, weights_of
+
+ACTIVE = ["sam", "functional", "logit"]
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(tmp_path: Path, variant: str, reentrant: bool) -> None:
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3, "fsam_precondition": False}
+    whole = train(tmp_path, model=gpt2(0.2), **settings)
+    recomputed = make_trainer(
+        tmp_path,
+        gpt2(0.2),
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        **settings,
+    )
+    recomputed.train()
+    assert recomputed.model.is_activation_checkpointing
+    assert distance(weights_of(recomputed.model), whole) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_neftune_noise_is_the_same_in_both_passes(tmp_path: Path, variant: str) -> None:
+    settings = {"neftune_noise_alpha": 5.0, "fsam_precondition": False}
+    plain = train(tmp_path, fsam_variant="none", **settings)
+    assert distance(train(tmp_path, fsam_variant=variant, fsam_rho=1e-9, **settings), plain) < 1e-6
+    assert distance(train(tmp_path, fsam_variant=variant, fsam_rho=0.3, **settings), plain) > 1e-4
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_train_alike_and_compile_once(tmp_path: Path, variant: str, backend: str) -> None:
+    from torch._dynamo.utils import counters
+
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3}
+    eager = train(tmp_path, **settings)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = make_trainer(tmp_path, torch_compile=True, torch_compile_backend=backend, **settings)
+    graphs: list[int] = []
+    count = TrainerCallback()
+    count.on_step_end = lambda *_, **__: graphs.append(counters["stats"]["unique_graphs"])
+    compiled.add_callback(count)
+    compiled.train()
+    assert distance(weights_of(compiled.model), eager) < 1e-5
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[1], f"compiled anew: {graphs}"
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_bfloat16_autocast_trains_like_float32_within_its_precision(tmp_path: Path, variant: str) -> None:
+    """The split must survive the low precision: the run in bfloat16 is nearer to its own variant in float32 than that
+    is to any other."""
+    settings = {"fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 3e-2, "optim": "sgd"}
+    mixed = make_trainer(tmp_path, bf16=True, fsam_variant=variant, **settings)
+    dtypes: set[torch.dtype] = set()
+    mixed.model.lm_head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    mixed.train()
+    assert dtypes == {torch.bfloat16}
+    own = distance(weights_of(mixed.model), train(tmp_path, fsam_variant=variant, **settings))
+    others = [
+        distance(weights_of(mixed.model), train(tmp_path, fsam_variant=other, **settings))
+        for other in ("none", *ACTIVE)
+        if other != variant
+    ]
+    assert own < 0.25 * min(others), (own, others)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_weights_in_bfloat16_train_and_keep_their_radius(tmp_path: Path, variant: str) -> None:
+    model = llama(hidden_size=64, intermediate_size=256).to(torch.bfloat16)
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=0.05)
+    trainer.train()
+    assert not same_bits(weights_of(model), before)
+    assert model.dtype == torch.bfloat16
+    for entry in trainer.state.log_history[:3]:
+        assert entry["fsam/radius"] == pytest.approx(0.05, rel=0.2)  # a mean of two draws over 90 thousand weights
+
+
+class _Scaled(FSAMTrainer):
+    """Loss scaling as fp16 training has it, on the CPU and in float32, where it must change nothing."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("precondition", [False, True])
+def test_loss_scaling_changes_nothing(tmp_path: Path, variant: str, precondition: bool) -> None:
+    settings = {
+        "fsam_variant": variant,
+        "fsam_rho": 0.3,
+        "fsam_precondition": precondition,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.0,
+    }
+    plain = make_trainer(tmp_path, **settings)
+    plain.train()
+    scaled = make_trainer(tmp_path, trainer_class=_Scaled, **settings)
+    scaled.train()
+    assert scaled.accelerator.scaler.get_scale() > 2.0**10  # it was in use
+    assert distance(weights_of(scaled.model), weights_of(plain.model)) < 1e-6
+    for one, other in zip(scaled.state.log_history[:3], plain.state.log_history[:3], strict=True):
+        for key in ("loss", "fsam/sharpness", "fsam/ascent_grad_norm", "fsam/radius"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with GradScaler needs a GPU: run this file on one")
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_fp16_with_grad_scaler_trains_like_float32_within_its_precision(tmp_path: Path, variant: str) -> None:
+    settings = {"use_cpu": False, "fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 3e-2, "optim": "sgd"}
+    half = make_trainer(tmp_path, fp16=True, fsam_variant=variant, **settings)
+    half.train()
+    assert half.accelerator.scaler is not None
+    own = distance(weights_of(half.model), train(tmp_path, fsam_variant=variant, **settings))
+    others = [
+        distance(weights_of(half.model), train(tmp_path, fsam_variant=other, **settings))
+        for other in ("none", *ACTIVE)
+        if other != variant
+    ]
+    assert own < 0.25 * min(others), (own, others)
+    assert half.state.log_history[0]["fsam/radius"] == pytest.approx(1.0, rel=1e-2)
+
+
+def test_weights_of_one_and_the_same_gradient_memory_are_perturbed_apart(tmp_path: Path) -> None:
+    """Autograd gives p and q one gradient memory here; writing θ+ε into it would give q the values of p."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q = nn.Parameter(torch.ones(2, 3)), nn.Parameter(-torch.ones(3, 2))
+            self.classifier = nn.Identity()
+            self.seen: list[tuple[Tensor, Tensor]] = []
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            self.seen.append((self.p.detach().clone(), self.q.detach().clone()))
+            logits = self.classifier((self.p.view(-1) + self.q.view(-1)) * x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model = Twins()
+    rows = [{"x": torch.arange(6.0), "labels": torch.tensor(i % 6)} for i in range(4)]
+    make_trainer(
+        tmp_path, model, trainer={"train_dataset": rows}, fsam_rho=0.1, fsam_precondition=False, max_steps=1
+    ).train()
+    (clean_p, clean_q), (p, q) = model.seen
+    torch.testing.assert_close((p - clean_p).flatten(), (q - clean_q).flatten())
+    assert torch.cat([p - clean_p, (q - clean_q).view(2, 3)]).norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.classifier = nn.Embedding(4, 4, sparse=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.classifier(self.embedding(x))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = [{"x": torch.tensor(i % 4), "labels": torch.tensor(i % 3)} for i in range(4)]
+    trainer = make_trainer(tmp_path, Sparse(), trainer={"train_dataset": rows}, optim="sgd", fsam_precondition=False)
+    with pytest.raises(ValueError, match="sparse gradients"):
+        trainer.train()
