@@ -1,10 +1,12 @@
 """Peak memory by counting storages: exact on any device, and blind to allocators and to other processes."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -17,15 +19,16 @@ class PeakMemory(TorchDispatchMode):
         self._counted = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # What comes in uncounted was there before: its views are no new memory.
+        for storage in _storages((args, kwargs)):
+            self._counted.setdefault(storage, 0)
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(result):
+            if storage not in self._counted:
+                self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._counted:
-            return
         size = storage.nbytes()
         self._counted[storage] = size
         self.current += size
@@ -34,3 +37,9 @@ class PeakMemory(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.current -= size
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf.untyped_storage()

@@ -76,7 +76,9 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm over all `tensors` together, shape (), float32."""
     if not tensors:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)))
+    # Piece by piece: torch 2.13 on the CPU is 1.1 % short on 10⁸ numbers at once.
+    pieces = [piece for tensor in tensors for piece in _chunks(tensor)]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)))
 
 
 def _move(theta: Tensor, gradient: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,8 +106,9 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:
-    rows = max(1, _CHUNK // max(1, tensor[0].numel())) if tensor.dim() else 0
-    return tensor.split(rows) if tensor.dim() and tensor.shape[0] > rows else (tensor,)
+    if tensor.numel() <= _CHUNK:
+        return (tensor,)
+    return tensor.split(max(1, _CHUNK * tensor.shape[0] // tensor.numel()))
 
 
 def own_storage(gradients: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -76,7 +76,7 @@ class Tape:
     def __init__(self) -> None:
         self.name = ""
         self._handle: torch.utils.hooks.RemovableHandle | None = None
-        self._on_output: Callable[[Tensor], Tensor | None] | None = None
+        self._on_output: Callable[[Tensor], Tensor] | None = None
         self._on_loss: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -102,16 +102,17 @@ class Tape:
         return loss if self._on_loss is None else self._on_loss(loss)
 
     @contextmanager
-    def record(self, *, cut: bool = False) -> Iterator[Recording]:
-        """Record the cotangents of the pass inside. `cut`: end the backward pass at the boundary."""
+    def record(self, *, keep: bool, cut: bool = False) -> Iterator[Recording]:
+        """Record the pass inside. `keep`: its cotangents too. `cut`: end the backward pass at the boundary."""
         recording = Recording()
 
-        def on_output(z: Tensor) -> Tensor | None:
-            leaf = z.detach().requires_grad_() if cut else None
-            (z if leaf is None else leaf).register_hook(partial(recording.keep, recording.crossings))
-            recording.crossings += 1
+        def on_output(z: Tensor) -> Tensor:
             recording.nodes.add(z.grad_fn)
-            return leaf
+            z = z.detach().requires_grad_() if cut else z
+            if keep:
+                z.register_hook(partial(recording.keep, recording.crossings))
+            recording.crossings += 1
+            return z
 
         def on_loss(loss: Tensor) -> Tensor:
             recording.see_loss(loss)
@@ -120,6 +121,11 @@ class Tape:
         with self._session(on_output, on_loss):
             yield recording
         recording.nodes.clear()
+        if keep and not recording.cotangents:
+            raise ValueError(
+                f"the boundary {self.name!r} was never crossed on the way from the loss to the weights, so there is no "
+                "cotangent to keep: name the module that makes the logits with fsam_boundary."
+            )
 
     @contextmanager
     def replay(self, clean: Recording, cotangents: Recording | None) -> Iterator[Recording]:
@@ -145,10 +151,11 @@ class Tape:
             ratio = replayed.scale / recording.scale
             return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
 
-        def on_output(z: Tensor) -> None:
+        def on_output(z: Tensor) -> Tensor:
             if cotangents is not None:
                 z.register_hook(partial(swap, cotangents, replayed.crossings))
                 replayed.crossings += 1
+            return z
 
         def on_loss(loss: Tensor) -> Tensor:
             replayed.see_loss(loss)
@@ -163,7 +170,7 @@ class Tape:
             )
 
     @contextmanager
-    def _session(self, on_output: Callable | None, on_loss: Callable) -> Iterator[None]:
+    def _session(self, on_output: Callable, on_loss: Callable) -> Iterator[None]:
         self._on_output, self._on_loss = on_output, on_loss
         try:
             yield

@@ -152,17 +152,13 @@ class FSAMMixin(_AnyTrainer):
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
-        with self._fsam_tape.record(cut=cut) as recording:
+        keep = cut or self.args.fsam_variant == "functional"
+        with self._fsam_tape.record(keep=keep, cut=cut) as recording:
             with self.compute_loss_context_manager():
                 loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
             if self._fsam_splits and not self._fsam_boundary_checked:
                 self._fsam_check_boundary(loss, recording)
             self._fsam_engine.backward(loss)
-        if self._fsam_splits and not recording.cotangents:
-            raise ValueError(
-                f"the boundary {self._fsam_tape.name!r} was never crossed on the way from the loss to the weights, so "
-                "there is no cotangent to keep: name the module that makes the logits with fsam_boundary."
-            )
         return recording
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:

@@ -1,5 +1,6 @@
 """The embedded corpus and the way from documents to blocks."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -150,9 +152,21 @@ def test_packing_joins_documents_with_the_end_token_and_loses_only_the_tail(
     assert list(blocks["labels"]) == list(blocks["input_ids"])
 
 
+def test_an_edit_of_the_packing_misses_the_cache(tmp_path: Path) -> None:
+    hashes = set()
+    for edit in ("", "blocks = blocks[:-1]"):
+        source = Path(data.__file__).read_text().replace("# The model shifts the labels itself.", edit)
+        (tmp_path / "edited.py").write_text(source)
+        spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+        sys.modules["edited"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        hashes.add(Hasher.hash(module.packing(4)))
+    assert len(hashes) == 2
+
+
 @pytest.mark.parametrize(("tokens", "blocks"), [(7, 1), (8, 2), (9, 2), (3, 0)])
 def test_packing_at_the_edges(tokens: int, blocks: int) -> None:
-    found = data.pack({"input_ids": [list(range(tokens))]}, sequence_length=4)["input_ids"]
+    found = data.packing(sequence_length=4)({"input_ids": [list(range(tokens))]})["input_ids"]
     assert found == [list(range(4 * block, 4 * block + 4)) for block in range(blocks)]
 
 

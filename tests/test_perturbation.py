@@ -89,10 +89,12 @@ def test_bfloat16_keeps_the_radius_along_the_direction_where_rounding_to_nearest
     assert result.radius.item() == pytest.approx(along, rel=1e-2)
 
 
-@pytest.mark.slow
 def test_bfloat16_keeps_the_radius_at_a_hundred_million_weights() -> None:
     weights, gradients = _pair((10_000, 10_000), dtype=torch.bfloat16)
-    assert perturb(weights, gradients, None, 0.05, _generator()).radius.item() == pytest.approx(0.05, rel=0.05)
+    length = gradients[0].double().norm().item()
+    result = perturb(weights, gradients, None, 0.05, _generator())
+    assert result.gradient_norm.item() == pytest.approx(length, rel=1e-3)
+    assert result.radius.item() == pytest.approx(0.05, rel=0.01)  # the mean is exact; its error is 0.4 % here
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

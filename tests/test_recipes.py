@@ -347,7 +347,7 @@ def test_instructions_are_masked_up_to_the_answer(pretrained: Run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
     for context in ("the context", "", None):
         row = {"instruction": "Do it.", "input": context, "output": "Done."}
-        encoded = finetune.encode_instruction(row, tokenizer, length=1000)
+        encoded = finetune.encoding_instruction(tokenizer, length=1000)(row)
         learned = [label for label in encoded["labels"] if label != -100]
         masked = len(encoded["labels"]) - len(learned)
         assert tokenizer.decode(learned) == "Done." + tokenizer.eos_token
@@ -356,7 +356,7 @@ def test_instructions_are_masked_up_to_the_answer(pretrained: Run) -> None:
         assert prompt.endswith("### Response:\n")
         assert ("### Input:\nthe context" in prompt) == bool(context)
         assert "### Instruction:\nDo it.\n" in prompt
-        assert len(finetune.encode_instruction(row, tokenizer, length=5)["input_ids"]) == 5
+        assert len(finetune.encoding_instruction(tokenizer, length=5)(row)["input_ids"]) == 5
 
 
 def test_instructions_from_a_local_file(tmp_path: Path, cache: str, pretrained: Run, instructions: Path) -> None:

@@ -1,0 +1,219 @@
+"""What a step costs: every variant against the plain Trainer, interleaved in one run, in time and in memory.
+
+    python benchmarks/step_cost.py                                # a tiny Llama on the CPU, or a 0.1B one on a GPU
+    python benchmarks/step_cost.py --model PATH --length 1024     # your own checkpoint
+
+All arms are alive at once and take turns, one step each a round, in a new order each round, so that what else the
+machine does falls on all alike. Prints a Markdown table; `--out NAME` writes NAME.md and NAME.json.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.peak_memory import PeakMemory
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+
+ARMS: dict[str, dict] = {
+    "plain Trainer": {"fsam_variant": "none"},
+    "sam": {"fsam_variant": "sam", "fsam_precondition": False},
+    "functional": {"fsam_variant": "functional", "fsam_precondition": False},
+    "functional, preconditioned": {"fsam_variant": "functional", "fsam_precondition": True},
+    "logit (diagnosis)": {"fsam_variant": "logit", "fsam_precondition": False},
+}
+GPU = torch.cuda.is_available()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    make_model = model_maker(args)
+    rows = [{"input_ids": (ids := torch.randint(args.vocabulary, (args.length,))), "labels": ids}] * args.batch
+    arms = {name: Arm(name, make_model, rows, args) for name in ARMS}
+    for arm in arms.values():  # the first steps allocate, and give the optimizer its second moment
+        for _ in range(2):
+            arm.step()
+    order = list(arms)
+    for _ in range(args.rounds):
+        random.shuffle(order)
+        for name in order:
+            arms[name].seconds.append(arms[name].step())
+    for arm in arms.values():
+        arm.release()
+    for name in ARMS:  # by itself, so that one arm's memory is not another's
+        arms[name].peak = Arm(name, make_model, rows, args).peak_memory()
+        gc.collect()
+    report(arms, make_model, args)
+
+
+class Arm:
+    """One Trainer, stepped by hand: the step with its clipping, the optimizer's step, and the gradient's reset."""
+
+    def __init__(self, name: str, make_model: Callable[[], nn.Module], rows: list[dict], args: argparse.Namespace):
+        self.seconds: list[float] = []
+        self.peak = 0
+        folder = tempfile.TemporaryDirectory()
+        self.trainer = FSAMTrainer(
+            model=make_model(),
+            args=FSAMTrainingArguments(
+                output_dir=folder.name,
+                report_to="none",
+                use_cpu=not GPU,
+                bf16=GPU and args.dtype == "float32",
+                per_device_train_batch_size=args.batch,
+                max_steps=10**6,
+                **ARMS[name],
+            ),
+            train_dataset=rows,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.create_optimizer()
+        accelerator = self.trainer.accelerator
+        self.model, self.trainer.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.batch = self.trainer.data_collator(rows)
+        self.tokens = torch.tensor(args.batch * (args.length - 1), device=self.trainer.args.device)
+
+    def step(self) -> float:
+        """Seconds of one step, the device's work included."""
+        synchronize()
+        start = time.perf_counter()
+        self.trainer.training_step(self.model, self.batch, self.tokens)
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.trainer.optimizer.step()
+        self.model.zero_grad()
+        synchronize()
+        return time.perf_counter() - start
+
+    def peak_memory(self) -> int:
+        """Bytes at the most in the second and the third step, over what the model and the optimizer's state hold."""
+        self.step()
+        if GPU:
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.step(), self.step()
+            return torch.cuda.max_memory_allocated() - base
+        with PeakMemory() as memory:
+            self.step(), self.step()
+        return memory.peak
+
+    def release(self) -> None:
+        del self.trainer, self.model, self.batch
+        gc.collect()
+
+
+def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argparse.Namespace) -> None:
+    plain = arms["plain Trainer"]
+    copy = sum(p.numel() * p.element_size() for p in make_model().parameters())
+    width = 2 if GPU or args.dtype == "bfloat16" else 4  # autocast makes the logits in bfloat16
+    logits = args.batch * args.length * args.vocabulary * width
+    rows = []
+    for name, arm in arms.items():
+        ratios = [seconds / base for seconds, base in zip(arm.seconds, plain.seconds, strict=True)]
+        low, middle, high = quartiles(ratios)
+        rows.append(
+            {
+                "arm": name,
+                "seconds_median": statistics.median(arm.seconds),
+                "ratio_median": middle,
+                "ratio_quartiles": [low, high],
+                "peak_mib": arm.peak / 2**20,
+                "peak_beyond_plain_mib": (arm.peak - plain.peak) / 2**20,
+            }
+        )
+    setting = {
+        "weights": sum(p.numel() for p in make_model().parameters()),
+        "one copy of the weights, MiB": round(copy / 2**20, 1),
+        "one cotangent, MiB": round(logits / 2**20, 1),
+        "vocabulary": args.vocabulary,
+        "batch": args.batch,
+        "length": args.length,
+        "dtype": args.dtype + (", bf16 autocast" if GPU and args.dtype == "float32" else ""),
+        "rounds": args.rounds,
+        "device": torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "command": " ".join(["python", "benchmarks/step_cost.py", *sys.argv[1:]]),
+    }
+    table = [
+        "| arm | step, ms (median) | × plain (median, quartiles) | peak of a step, MiB | beyond plain, MiB |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['arm']} | {1e3 * row['seconds_median']:.1f} | {row['ratio_median']:.2f} "
+            f"({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f}) | {row['peak_mib']:.1f} "
+            f"| {row['peak_beyond_plain_mib']:.1f} |"
+            for row in rows
+        ),
+    ]
+    text = "\n".join([*table, "", *(f"- {key}: {value}" for key, value in setting.items())])
+    print(text)
+    if args.out:
+        out = Path(args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text + "\n")
+        out.with_suffix(".json").write_text(json.dumps({"setting": setting, "arms": rows}, indent=1) + "\n")
+
+
+def quartiles(numbers: list[float]) -> tuple[float, float, float]:
+    if len(numbers) < 2:
+        return numbers[0], numbers[0], numbers[0]
+    low, middle, high = statistics.quantiles(numbers, n=4)
+    return low, middle, high
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        args.vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
+        return lambda: AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 64),
+        max_position_embeddings=args.length,
+    )
+    return lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", help="a checkpoint of a causal language model, in place of a Llama of the sizes below"
+    )
+    parser.add_argument("--hidden", type=int, default=768 if GPU else 128)
+    parser.add_argument("--layers", type=int, default=12 if GPU else 4)
+    parser.add_argument("--vocabulary", type=int, default=32_000 if GPU else 2048)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512 if GPU else 128)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: torch's own choice")
+    parser.add_argument("--out", help="write the table to OUT.md and OUT.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
