@@ -35,6 +35,12 @@ def second_moment(optimizer: Optimizer, group: dict, weight: Tensor) -> SecondMo
     state = optimizer.state.get(weight, {})
     if "exp_avg_sq" not in state:
         return None
+    if state["exp_avg_sq"].shape != weight.shape:
+        raise ValueError(
+            f"fsam_precondition=True: {type(optimizer).__name__} keeps a second moment of shape "
+            f"{tuple(state['exp_avg_sq'].shape)} for a weight of shape {tuple(weight.shape)}, as low-rank optimizers "
+            "do. Set fsam_precondition=False."
+        )
     return SecondMoment(state["exp_avg_sq"], group["betas"][1], state["step"], group["eps"])
 
 

@@ -20,8 +20,8 @@ from hf_fsam.arguments import FSAMArguments
 from hf_fsam.boundary import find_boundary
 from hf_fsam.diagnostics import LoggedMeans
 from hf_fsam.engines import Engine, select_engine
+from hf_fsam.forward_state import RandomState, running_statistics_kept
 from hf_fsam.perturbation import Perturbation
-from hf_fsam.rng import RandomState
 from hf_fsam.second_moment import check_keeps_second_moment
 from hf_fsam.tape import Recording, Tape, weights_past_boundary
 
@@ -113,11 +113,16 @@ class FSAMMixin(_AnyTrainer):
             cotangents, moved = batch.clean if self._fsam_splits else None, None
             if self.args.fsam_variant == "logit":
                 batch.random.restore()
-                with weights, self._fsam_engine.ascent(model, average=False):
+                with weights, running_statistics_kept(model), self._fsam_engine.ascent(model, average=False):
                     cotangents = moved = self._fsam_pass(model, batch, num_items_in_batch, cut=True)
                 weights = nullcontext()
             batch.random.restore()
-            with weights, self._fsam_tape.replay(batch.clean, cotangents) as replayed, self._fsam_loss_seen():
+            with (
+                weights,
+                running_statistics_kept(model),
+                self._fsam_tape.replay(batch.clean, cotangents) as replayed,
+                self._fsam_loss_seen(),
+            ):
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._fsam_report(window, batch.clean, replayed, moved or replayed)
             return loss

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -16,6 +16,8 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub.constants import HF_HOME
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Batched = Callable[[dict[str, list]], dict[str, list]]
 
 EMBEDDED = ("stdlib", "stdlib-topics", "stdlib-packages")
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -262,18 +264,16 @@ def packed(
     columns = list(next(iter(documents)))
     described = {} if streamed else {"desc": f"Tokenizing the {name} text", "num_proc": data.num_proc}
     tokens = documents.map(
-        tokenize,
+        tokenizing(tokenizer, data.text_column),
         batched=True,
         remove_columns=columns,
-        fn_kwargs={"tokenizer": tokenizer, "text_column": data.text_column},
         **described,
     )
     blocks = tokens.map(
-        pack,
+        packing(data.sequence_length),
         batched=True,
         batch_size=PACKED_TOGETHER,
         remove_columns=["input_ids"] if streamed else None,
-        fn_kwargs={"sequence_length": data.sequence_length},
         # In one process: the groups, and with them the blocks, are the same for every num_proc.
         **({} if streamed else {"desc": f"Packing the {name} text"}),
     )
@@ -285,22 +285,32 @@ def packed(
     return blocks
 
 
-def tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, text_column: str) -> dict[str, list]:
-    texts = [text for text in batch[text_column] if text]
-    if not texts:
-        return {"input_ids": []}
-    # verbose=False: a document longer than the model is no mistake here, it will be cut into blocks.
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return {"input_ids": [[*document, tokenizer.eos_token_id] for document in ids]}
+# `datasets` finds its cached result by a hash of the function. It hashes a function that another function made by its
+# code, but one of a module by its name, and an edit of it would go unseen: hence the functions inside functions.
 
 
-def pack(batch: dict[str, list], sequence_length: int) -> dict[str, list]:
-    """Joins the batch's documents and cuts full blocks; what is left behind the last one is dropped."""
-    joined = list(chain.from_iterable(batch["input_ids"]))
-    starts = range(0, len(joined) - sequence_length + 1, sequence_length)
-    blocks = [joined[start : start + sequence_length] for start in starts]
-    # The model shifts the labels itself.
-    return {"input_ids": blocks, "labels": [block.copy() for block in blocks]}
+def tokenizing(tokenizer: PreTrainedTokenizerBase, text_column: str) -> Batched:
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        texts = [text for text in batch[text_column] if text]
+        if not texts:
+            return {"input_ids": []}
+        # verbose=False: a document longer than the model is no mistake here, it will be cut into blocks.
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return {"input_ids": [[*document, tokenizer.eos_token_id] for document in ids]}
+
+    return tokenize
+
+
+def packing(sequence_length: int) -> Batched:
+    def pack(batch: dict[str, list]) -> dict[str, list]:
+        """Joins the batch's documents and cuts full blocks; what is left behind the last one is dropped."""
+        joined = list(chain.from_iterable(batch["input_ids"]))
+        starts = range(0, len(joined) - sequence_length + 1, sequence_length)
+        blocks = [joined[start : start + sequence_length] for start in starts]
+        # The model shifts the labels itself.
+        return {"input_ids": blocks, "labels": [block.copy() for block in blocks]}
+
+    return pack
 
 
 def for_validation(

@@ -10,6 +10,7 @@ names its base model. An adapter does not name its classes, results.json does:
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,25 +155,27 @@ def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: A
 # ---- Instructions ----
 
 
-def instruction_prompt(instruction: str, context: str | None) -> str:
-    """Alpaca's prompt, with or without an input."""
-    return INSTRUCTION.format(
-        paired=PAIRED if context else "",
-        instruction=instruction,
-        context=f"### Input:\n{context}\n\n" if context else "",
-    )
+def encoding_instruction(
+    tokenizer: PreTrainedTokenizerBase, length: int
+) -> Callable[[dict[str, Any]], dict[str, list[int]]]:
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        """Prompt and answer as one sequence of at most `length` tokens; the loss sees the answer and its end only."""
+        context = row.get("input")
+        prompt = INSTRUCTION.format(
+            paired=PAIRED if context else "",
+            instruction=row["instruction"],
+            context=f"### Input:\n{context}\n\n" if context else "",
+        )
+        prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
+        answer_ids = tokenizer(row["output"], add_special_tokens=False, verbose=False)["input_ids"]
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+        return {
+            "input_ids": (prompt_ids + answer_ids)[:length],
+            "attention_mask": [1] * min(len(prompt_ids + answer_ids), length),
+            "labels": ([-100] * len(prompt_ids) + answer_ids)[:length],
+        }
 
-
-def encode_instruction(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[int]]:
-    """Prompt and answer as one sequence of at most `length` tokens; the loss sees the answer and its end only."""
-    prompt = tokenizer(instruction_prompt(row["instruction"], row.get("input")), verbose=False)["input_ids"]
-    answer = tokenizer(row["output"], add_special_tokens=False, verbose=False)["input_ids"]
-    answer = [*answer, tokenizer.eos_token_id]
-    return {
-        "input_ids": (prompt + answer)[:length],
-        "attention_mask": [1] * min(len(prompt + answer), length),
-        "labels": ([-100] * len(prompt) + answer)[:length],
-    }
+    return encode
 
 
 def has_answer(row: dict[str, Any]) -> bool:
@@ -183,9 +186,8 @@ def encode_instructions(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: FinetuneDataArguments, name: str
 ) -> Dataset:
     encoded = documents.map(
-        encode_instruction,
+        encoding_instruction(tokenizer, data.sequence_length),
         remove_columns=documents.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "length": data.sequence_length},
         num_proc=data.num_proc,
         desc=f"Tokenizing the {name} instructions",
     ).filter(has_answer, desc="Leaving out prompts that fill the whole sequence")

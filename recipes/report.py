@@ -14,6 +14,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainingArguments
+from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
 

@@ -73,6 +73,7 @@ def test_bad_values_are_refused_with_the_name_and_the_value(tmp_path: Path, name
         ("args", {"_n_gpu": 2}, "DataParallel"),
         ("args", {"use_liger_kernel": True}, "use_liger_kernel"),
         ("args", {"optim": "lomo"}, "lomo"),
+        ("args", {"torch_compile_mode": "reduce-overhead"}, "CUDA graphs"),
         ("args", {"optim": "galore_adamw_layerwise"}, "galore_adamw_layerwise"),
         ("trainer", {"is_model_parallel": True}, "hf_device_map"),
         ("trainer", {"is_distributed_loading_by_transformers": True}, "DistributedConfig"),
@@ -87,7 +88,7 @@ def test_unsupported_ways_of_running_are_refused_by_name(
     tmp_path: Path, where: str, change: dict[str, Any], named: str
 ) -> None:
     trainer = make_trainer(tmp_path, fsam_variant="none")
-    accelerator = SimpleNamespace(distributed_type=trainer.accelerator.distributed_type, parallelism_config=None, **{})
+    accelerator = SimpleNamespace(distributed_type=trainer.accelerator.distributed_type, parallelism_config=None)
     view = SimpleNamespace(
         args=trainer.args,
         accelerator=accelerator,

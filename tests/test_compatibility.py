@@ -160,6 +160,31 @@ def test_weights_of_one_and_the_same_gradient_memory_are_perturbed_apart(tmp_pat
     assert torch.cat([p - clean_p, (q - clean_q).view(2, 3)]).norm().item() == pytest.approx(0.1, rel=1e-4)
 
 
+class _Normed(nn.Module):
+    """A batch norm, whose running statistics every forward pass would move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.classifier = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(self.norm(self.body(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_running_statistics_are_those_of_the_clean_pass_counted_once(tmp_path: Path, variant: str, scope: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"x": torch.randn(4, generator=generator), "labels": torch.tensor(i % 3)} for i in range(24)]
+    settings = {"trainer": {"train_dataset": rows}, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
+    plain = train(tmp_path, model=_Normed(), fsam_variant="none", **settings)
+    split = train(tmp_path, model=_Normed(), fsam_variant=variant, fsam_ascent_scope=scope, fsam_rho=1.0, **settings)
+    assert plain["norm.num_batches_tracked"] == 12
+    assert same_bits(split, plain)
+
+
 def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
     class Sparse(nn.Module):
         def __init__(self) -> None:

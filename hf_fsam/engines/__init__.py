@@ -40,6 +40,9 @@ def select_engine(trainer: "Trainer") -> Engine:
         "tensor, context and sequence parallelism (parallelism_config)": parallelism is not None
         and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
         f"optim={optim!r}, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
+        f"torch_compile_mode={args.torch_compile_mode!r}, whose CUDA graphs hold on to the place of the weights": (
+            args.torch_compile_mode in ("reduce-overhead", "max-autotune")
+        ),
         "use_liger_kernel=True, whose fused loss never makes the logits": args.use_liger_kernel,
     }
     for what, holds in refused.items():

@@ -1,0 +1,34 @@
+# The two commands a newcomer needs: `make test` and `make demo`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install test test-all demo lint clean
+
+install: $(INSTALLED)
+
+# torch first and by itself: its exact version decides between a CPU and a CUDA build, and all others follow it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_fsam needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: install lint
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# With the long runs that `make test` leaves out.
+test-all: install lint
+	$(VENV)/bin/python -m pytest -m 'slow or not slow'
+
+demo: install
+	$(VENV)/bin/python recipes/demo.py
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) outputs

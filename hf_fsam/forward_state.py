@@ -1,0 +1,72 @@
+"""What a forward pass reads and changes besides its output: the random stream, and running statistics.
+
+Both passes of a step must draw the same dropout masks, and a step must leave behind what the plain Trainer's would.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_KEEP_STATISTICS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of every generator that a model's forward pass draws from: Python's, NumPy's, torch's on the CPU and
+    on the device of the training. Some models draw LayerDrop and SpecAugment masks from the first two."""
+
+    python: tuple
+    numpy: dict[str, Any] | tuple
+    cpu: torch.Tensor
+    accelerator: torch.Tensor | None
+    device: torch.device
+
+    @classmethod
+    def capture(cls, device: torch.device) -> "RandomState":
+        accelerator = None
+        if device.type != "cpu":
+            accelerator = torch.get_device_module(device).get_rng_state(*_which(device))
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), accelerator, device)
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, *_which(self.device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is but one
+
+
+@contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """The forward passes inside leave the running statistics of batch and instance norms as they were: they belong to
+    θ+ε, or are counted already."""
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _KEEP_STATISTICS)
+        for buffer in module.buffers(recurse=False)
+    ]
+    saved = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
