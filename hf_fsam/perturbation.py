@@ -64,7 +64,8 @@ def perturb(
                 gradient.div_(moment.denominator())
         direction_norm = total(norm(gradients))
     finite = direction_norm.isfinite() & gradient_norm.isfinite()
-    scale = torch.where(finite & (direction_norm > 0), rho / direction_norm, 0.0)
+    scale = rho / direction_norm
+    scale = torch.where(finite & scale.isfinite(), scale, 0.0)  # no direction, or one too short to be told from none
     along = torch.zeros_like(direction_norm)  # ⟨θ'−θ, ε⟩
     for weight, gradient in zip(weights, gradients, strict=True):
         for theta, chunk in zip(_chunks(weight), _chunks(gradient), strict=True):

@@ -84,13 +84,11 @@ class Tape:
         return self._handle is not None
 
     def attach(self, name: str, module: nn.Module) -> None:
-        """Put the hook on the boundary `module`, once. It stays between steps: a hook that comes and goes would make
+        """Put the hook on the boundary `module`. It stays between steps: a hook that comes and goes would make
         torch.compile compile anew each time."""
-        if self._handle is None:
-            self.name = name
-            # Back-propagation hooks with side effects cannot be traced: the compiled graph breaks here, once.
-            hook = torch.compiler.disable(self._hook)
-            self._handle = module.register_forward_hook(hook)
+        self.name = name
+        # Back-propagation hooks with side effects are not to be traced: the compiled graph breaks here, once.
+        self._handle = module.register_forward_hook(torch.compiler.disable(self._hook))
 
     def detach(self) -> None:
         if self._handle is not None:

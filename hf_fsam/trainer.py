@@ -174,7 +174,7 @@ class FSAMMixin(_AnyTrainer):
                 "training_step was given another one: change batches in the data collator, or use 'micro_batch'."
             )
         if not window.waiting:
-            self._fsam_window = self._fsam_batches = None
+            self._fsam_window = None
         return batch
 
     def _fsam_check_boundary(self, loss: Tensor, recording: Recording) -> None:

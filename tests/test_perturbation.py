@@ -68,6 +68,12 @@ def test_a_gradient_of_zero_moves_nothing_and_is_no_failure() -> None:
     assert result.radius == 0
 
 
+def test_a_gradient_too_short_to_be_scaled_moves_nothing() -> None:
+    weights, gradients = _pair((3, 4))
+    result = perturb(weights, [g.mul_(1e-42) for g in gradients], None, 0.1, _generator())
+    assert torch.equal(result.values[0], weights[0])
+
+
 def test_no_weights_at_all() -> None:
     assert perturb([], [], None, 0.1, _generator()).radius == 0
 

@@ -165,7 +165,8 @@ def test_an_exception_in_either_pass_leaves_nothing_behind(
 
 
 def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path) -> None:
-    """Thirty interrupts, spread over the step. With a learning rate of zero the weights must be the first ones whenever it strikes."""
+    """Thirty interrupts, spread over the step. With a learning rate of zero the weights must be the first ones whenever
+    it strikes."""
 
     def strike(*_: object) -> None:
         raise KeyboardInterrupt
@@ -238,6 +239,17 @@ def test_training_step_called_by_hand_leaves_no_hook(tmp_path: Path) -> None:
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())
     assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_training_step_called_by_hand_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = _Failing(ValueError("mine"), "backward", 1)
+    trainer = make_trainer(tmp_path, model, fsam_rho=1.0, fsam_precondition=False)
+    trainer.current_gradient_accumulation_steps = 1
+    with pytest.raises(ValueError, match="mine"):
+        trainer.training_step(model, trainer.data_collator(sentences()[:2]))
+    assert model.passes == 2
+    assert same_bits(weights_of(model), weights_of(_Failing(ValueError(), "", 0)))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 class _Watch(TrainerCallback):
@@ -516,6 +528,9 @@ def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path)
     class Over(FSAMMixin, Autocast):
         pass
 
-    trainer = make_trainer(tmp_path, trainer_class=Over, fsam_rho=1.0, fsam_precondition=False, learning_rate=0.0)
-    trainer.train()
-    assert trainer.state.log_history[0]["fsam/sharpness"] > 0.1
+    settings = {"fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 0.0}
+    outer, inner = make_trainer(tmp_path, trainer_class=Over, **settings), make_trainer(tmp_path, bf16=True, **settings)
+    for trainer in (outer, inner):
+        trainer.train()
+    outer_rise, inner_rise = (trainer.state.log_history[0]["fsam/sharpness"] for trainer in (outer, inner))
+    assert outer_rise == pytest.approx(inner_rise, rel=1e-2)
