@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hf_fsam.arguments import FSAMArguments
 from hf_fsam.boundary import find_boundary
 from hf_fsam.diagnostics import LoggedMeans
-from hf_fsam.engines import Engine, select_engine
+from hf_fsam.engines import Ascent, Engine, select_engine
 from hf_fsam.forward_state import RandomState, running_statistics_kept
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import check_keeps_second_moment
@@ -113,8 +113,8 @@ class FSAMMixin(_AnyTrainer):
             cotangents, moved = batch.clean if self._fsam_splits else None, None
             if self.args.fsam_variant == "logit":
                 batch.random.restore()
-                with weights, running_statistics_kept(model), self._fsam_engine.ascent(model, average=False):
-                    cotangents = moved = self._fsam_pass(model, batch, num_items_in_batch, cut=True)
+                with weights, running_statistics_kept(model), self._fsam_engine.ascent(model, average=False) as unused:
+                    cotangents = moved = self._fsam_pass(unused, batch, num_items_in_batch, cut=True)
                 weights = nullcontext()
             batch.random.restore()
             with (
@@ -137,7 +137,7 @@ class FSAMMixin(_AnyTrainer):
         with self._fsam_engine.ascent(model, average=scope != "rank") as ascent:
             for batch in batches:
                 batch.random = RandomState.capture(self.args.device)
-                batch.clean = self._fsam_pass(model, batch, num_items_in_batch)
+                batch.clean = self._fsam_pass(ascent, batch, num_items_in_batch)
         perturbation = self._fsam_engine.perturb(
             ascent,
             optimizer=self.optimizer if self.args.fsam_precondition else None,
@@ -150,20 +150,22 @@ class FSAMMixin(_AnyTrainer):
         return self._fsam_window
 
     def _fsam_pass(
-        self, model: nn.Module, batch: _MicroBatch, num_items_in_batch: Tensor | int | None, *, cut: bool = False
+        self, ascent: Ascent, batch: _MicroBatch, num_items_in_batch: Tensor | int | None, *, cut: bool = False
     ) -> Recording:
         """A forward and backward pass as the parent's step makes it, recorded. `cut`: back to the boundary only."""
-        model.train()
+        ascent.model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
         keep = cut or self.args.fsam_variant == "functional"
         with self._fsam_tape.record(keep=keep, cut=cut) as recording:
             with self.compute_loss_context_manager():
-                loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+                loss = self._fsam_tape.see_loss(
+                    self.compute_loss(ascent.model, inputs, num_items_in_batch=num_items_in_batch)
+                )
             if self._fsam_splits and not self._fsam_boundary_checked:
                 self._fsam_check_boundary(loss, recording)
-            self._fsam_engine.backward(loss)
+            ascent.backward(loss)
         return recording
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:

@@ -23,7 +23,7 @@ def run_arms(output_dir: Path, overrides: list[str]) -> dict[str, dict[str, Any]
     results = {}
     for number, (name, variant) in enumerate(ARMS.items(), start=1):
         print(f"{number}/{len(ARMS)} {name}", flush=True)
-        own = ["--fsam_variant", variant, "--output_dir", str(output_dir / variant)]
+        own = ["--fsam_variant", variant, "--output_dir", str(output_dir / name.lower())]
         results[name] = pretrain.run([str(CONFIG), *overrides, *own])
     return results
 

@@ -20,7 +20,6 @@ from data import (
     DatasetArguments,
     Splits,
     check_sequence_length,
-    check_streaming,
     for_validation,
     load_splits,
     load_tokenizer,
@@ -99,12 +98,12 @@ class FinetuneDataArguments(DatasetArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streaming:
+            raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")
         if self.task == "sequence_classification":
-            for name in ("old_dataset", "streaming"):
-                if getattr(self, name):
+            for name, default in (("old_dataset", None), ("format", "text")):
+                if getattr(self, name) != default:
                     raise ValueError(f"{name}={getattr(self, name)!r} is for task='causal_lm' only.")
-        if self.format == "alpaca" and (self.streaming or self.task != "causal_lm"):
-            raise ValueError("format='alpaca' is for task='causal_lm' without streaming.")
 
     def columns(self) -> dict[str, str]:
         if self.task == "sequence_classification":
@@ -137,7 +136,9 @@ def load_config(name_or_path: str) -> PretrainedConfig:
 
 
 def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: Any) -> PreTrainedModel | PeftModel:
-    model = auto.from_pretrained(args.model_name_or_path, pad_token_id=pad_token_id, **options)
+    # Weights that are trained are kept in fp32 whatever the checkpoint has, as bf16 would round small updates away.
+    dtype = "float32" if args.adapter == "none" else "auto"
+    model = auto.from_pretrained(args.model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, **options)
     if args.adapter == "none":
         return model
     adapter = LoraConfig(
@@ -205,11 +206,12 @@ def encode_instructions(
 def label_names(splits: Splits, column: str) -> list[str]:
     """The classes in the order of their indices."""
     feature = splits.train.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
     if feature.dtype.startswith("float"):
         raise ValueError(f"label_column={column!r} holds {feature.dtype}: classification needs classes, not numbers.")
-    return [str(name) for name in sorted(set(splits.train.unique(column)) | set(splits.validation.unique(column)))]
+    found = {*splits.train.unique(column), *splits.validation.unique(column)}
+    if found & {None, -1}:  # -1 is how the hub's test splits hide their labels
+        raise ValueError(f"label_column={column!r} has rows without a label: choose another split, or leave them out.")
+    return list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
 
 
 def encode_labelled(
@@ -313,7 +315,6 @@ def run(argv: list[str]) -> dict[str, Any]:
         (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments), argv, "finetune.py"
     )
     quiet(training_args)
-    check_streaming(data_args, training_args.max_steps)
     set_seed(training_args.seed)
 
     # ---- Data: the main process fills the caches, the others read them ----

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hf_fsam import FSAMTrainer
 
 PACKAGES = ("hf-fsam", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "deepspeed")
-DATA_COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")
+COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")
 
 
 class Progress(ProgressCallback):
@@ -74,8 +74,8 @@ def write_report(
         "metrics": metrics,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "parameters": sum(map(size, trainer.model.parameters())),
+        "trainable_parameters": sum(size(weight) for weight in trainer.model.parameters() if weight.requires_grad),
         "wall_seconds": time.perf_counter() - started,
         "train_seconds": training_seconds(history),
         **extra,
@@ -90,6 +90,10 @@ def write_report(
         plot_curves({"": history}, folder / "curves.png", training=True)
         trainer.create_model_card(**card)
     return results
+
+
+def size(weight: torch.nn.Parameter) -> int:
+    return getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves the weight itself empty
 
 
 def as_dict(arguments: Any) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def plot_curves(histories: dict[str, list[dict[str, float]]], path: Path, traini
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for color, (name, history) in zip(DATA_COLORS, histories.items(), strict=False):
+    for color, (name, history) in zip(COLORS, histories.items(), strict=False):
         if training:
             steps, losses = curve(history, "loss")
             axes.plot(steps, losses, color="0.7", label=f"{name} training".strip())
@@ -154,7 +158,7 @@ def plot_curves(histories: dict[str, list[dict[str, float]]], path: Path, traini
             steps, losses = curve(history, key)
             # eval_loss → validation, eval_old_loss → validation old
             label = " ".join([name, "validation", *key.split("_")[1:-1]]).strip()
-            shade = color if len(keys) == 1 else DATA_COLORS[index % len(DATA_COLORS)]
+            shade = color if len(keys) == 1 else COLORS[index % len(COLORS)]
             axes.plot(steps, losses, color=shade, marker="o", markersize=3, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token or example)")
     axes.grid(alpha=0.3)

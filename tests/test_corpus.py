@@ -39,11 +39,11 @@ def tokenizer(library: list[Document]) -> PreTrainedTokenizerFast:
 # ---- The corpus ----
 
 
-def test_another_process_reads_the_same_corpus(library: list[Document]) -> None:
-    code = f"import corpus; print(corpus.fingerprint(corpus.standard_library({SMALL})))"
+def test_another_process_reads_and_splits_the_same_corpus(library: list[Document]) -> None:
+    code = f"import corpus; print(*map(corpus.fingerprint, corpus.split(corpus.standard_library({SMALL}), 0.3)))"
     folder = Path(corpus.__file__).parent
     other = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == corpus.fingerprint(library)
+    assert other.stdout.split() == [corpus.fingerprint(side) for side in corpus.split(library, 0.3)]
 
 
 def test_the_corpus_is_source_code_without_tests_and_without_the_other_domain(library: list[Document]) -> None:

@@ -276,8 +276,9 @@ def test_lora_reports_both_domains_before_and_after(lora: Run, pretrained: Run) 
     domains = lora.written["domains"]
     assert domains.keys() == {"new", "old"}
     for name, losses in domains.items():
-        history = [entry[f"eval_{name}_loss"] for entry in lora.written["history"] if f"eval_{name}_loss" in entry]
-        assert losses["loss_before"] == history[0]
+        key = f"eval_{name}_loss"
+        evaluated = [(entry["step"], entry[key]) for entry in lora.written["history"] if key in entry]
+        assert evaluated[0] == (0, losses["loss_before"])
         assert losses["loss_after"] == lora.results["metrics"][f"eval_{name}_loss"]
         assert losses["change"] == losses["loss_after"] - losses["loss_before"] != 0
     assert domains["new"]["change"] < 0
@@ -298,6 +299,17 @@ def test_lora_adapter_loads_in_the_three_ways(lora: Run, pretrained: Run) -> Non
     ]
     assert all(torch.allclose(each, tuned[0], atol=1e-5) for each in tuned)
     assert not torch.allclose(plain, tuned[0], atol=1e-4)
+
+
+def test_trained_weights_are_kept_in_fp32_and_frozen_ones_as_they_come(tmp_path: Path, pretrained: Run) -> None:
+    AutoModelForCausalLM.from_pretrained(pretrained.folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    dtypes = {}
+    for adapter in ("none", "lora"):
+        model_args = finetune.ModelArguments(str(tmp_path), adapter)
+        model = finetune.load_model(model_args, AutoModelForCausalLM, pad_token_id=1)
+        dtypes[adapter] = {(weight.dtype, weight.requires_grad) for weight in model.parameters()}
+    assert dtypes["none"] == {(torch.float32, True)}
+    assert dtypes["lora"] == {(torch.bfloat16, False), (torch.float32, True)}
 
 
 def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) -> None:
@@ -376,6 +388,9 @@ def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache:
     settings = {"dataset": path, "max_steps": 2, "eval_strategy": "no", "dataset_config": "default"}
     run = run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
     assert AutoConfig.from_pretrained(run.folder).id2label == {0: "other", 1: "same"}
+    path.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "label": None}])))
+    with pytest.raises(ValueError, match="label_column='label' has rows without a label"):
+        run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
     with pytest.raises(ValueError, match="label_column='lable' is not a column"):
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings, label_column="lable")
 
@@ -405,6 +420,8 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
         ("finetune_topics", {"adapter": "ia3"}, ValueError, "--adapter: invalid choice: 'ia3'"),
         ("finetune_topics", {"old_dataset": "./absent"}, FileNotFoundError, "'./absent' does not exist"),
         ("finetune_packages", {"old_dataset": "stdlib"}, ValueError, "old_dataset='stdlib' is for task='causal_lm'"),
+        ("finetune_packages", {"format": "alpaca"}, ValueError, "format='alpaca' is for task='causal_lm'"),
+        ("finetune_topics", {"streaming": True, "dataset": "x/y"}, ValueError, "streaming=True is for pretrain.py"),
         ("finetune_packages", {"dataset": "stdlib"}, ValueError, "label_column='label' is not a column of 'stdlib'"),
         ("finetune_topics", {"format": "alpaca"}, ValueError, "format='alpaca', instruction='instruction' is not a"),
         ("finetune_topics", {"fsam_rho": -1}, ValueError, "fsam_rho=-1.0"),
@@ -447,9 +464,10 @@ def test_a_model_configuration_with_too_few_positions_is_refused(tmp_path: Path,
 
 def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     demo.main(["--output_dir", str(tmp_path), *arguments({**TINY, "cache_dir": cache, "logging_steps": 1})])
-    written = {arm: json.loads((tmp_path / arm / "results.json").read_text()) for arm in ("none", "functional")}
-    for arm, result in written.items():
-        assert result["arguments"]["training"]["fsam_variant"] == arm
+    variants = {"adamw": "none", "functional-sam": "functional"}
+    written = {arm: json.loads((tmp_path / arm / "results.json").read_text()) for arm in variants}
+    for arm, variant in variants.items():
+        assert written[arm]["arguments"]["training"]["fsam_variant"] == variant
     first = [result["history"][0]["loss"] for result in written.values()]
     assert first[0] == pytest.approx(first[1], rel=1e-6)  # the loss at the same weights on the same batch
     table = json.loads((tmp_path / "table.json").read_text())

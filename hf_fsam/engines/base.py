@@ -1,5 +1,6 @@
 """What the Trainer's step asks of an engine."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,21 +13,27 @@ from hf_fsam.perturbation import Perturbation
 
 @dataclass
 class Ascent:
-    """Weights and the gradients that were accumulated for them, one for one, filled when the ascent has ended."""
+    """Clean passes and the gradients that they leave.
 
+    Attributes:
+        model: what to call in these passes.
+        backward: back-propagates a loss, in the loss scaler's units, and accumulates.
+        weights: what is perturbed, where this process holds it; filled when the ascent has ended.
+        gradients: one for each of them.
+    """
+
+    model: nn.Module
+    backward: Callable[[Tensor], None]
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
 
 
 class Engine(Protocol):
     def ascent(self, model: nn.Module, *, average: bool) -> AbstractContextManager[Ascent]:
-        """Passes inside accumulate into the ascent, and leave the gradients of the training as they were.
+        """The passes inside accumulate into the ascent, and leave the gradients of the training as they were.
 
         average: over all processes; else this process's own.
         """
-
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate `loss` in the loss scaler's units."""
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]

@@ -22,7 +22,7 @@ class LocalEngine:
     def ascent(self, model: nn.Module, *, average: bool) -> Iterator[Ascent]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         aside = [parameter.grad for parameter in parameters]
-        ascent = Ascent()
+        ascent = Ascent(model, self._backward)
         try:
             # A plain backward into empty `.grad`, since reentrant checkpointing refuses torch.autograd.grad.
             for parameter in parameters:
@@ -50,7 +50,7 @@ class LocalEngine:
             for parameter, gradient in zip(parameters, aside, strict=True):
                 parameter.grad = gradient
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         scaler = self.accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
 
