@@ -9,8 +9,6 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from hf_fsam.second_moment import SecondMoment
-
 # Bits of a float32 mantissa that the narrower format drops.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -42,7 +40,7 @@ class Perturbation:
 def perturb(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    moments: Sequence[SecondMoment | None] | None,
+    precondition: Callable[[Sequence[Tensor]], None] | None,
     rho: float,
     generator: torch.Generator,
     total: Callable[[Tensor], Tensor] = lambda norm: norm,
@@ -52,16 +50,14 @@ def perturb(
     Args:
         weights: θ, left alone.
         gradients: g, each in the shape and dtype of its weight, no two sharing memory (:func:`own_storage`).
-        moments: one for each weight, to precondition: d = g / (√v̂ + eps), or d = g where it is None. None: d = g.
+        precondition: turns g into the direction d in place. None: d = g.
         rho: the L2 radius ρ over all weights together.
         generator: draws the stochastic rounding of bfloat16 and float16 weights, on their device.
         total: makes the norm over all processes of a norm over this one's shards.
     """
     gradient_norm = direction_norm = total(norm(gradients))
-    if moments is not None:
-        for gradient, moment in zip(gradients, moments, strict=True):
-            if moment is not None:
-                gradient.div_(moment.denominator())
+    if precondition is not None:
+        precondition(gradients)
         direction_norm = total(norm(gradients))
     finite = direction_norm.isfinite() & gradient_norm.isfinite()
     scale = rho / direction_norm

@@ -1,6 +1,7 @@
 """The optimizer's second moment, which preconditions the ascent."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,26 @@ class SecondMoment:
         return self.average.sqrt().div_(correction).add_(self.eps)
 
 
-def second_moment(optimizer: Optimizer, group: dict, weight: Tensor) -> SecondMoment | None:
-    """The second moment of `weight`, a member of the parameter group `group`; None before its first step."""
+def precondition(gradients: Sequence[Tensor], moments: Sequence[SecondMoment | None]) -> None:
+    """g → g / (√v̂ + eps), in place; g stays where there is no moment yet."""
+    for gradient, moment in zip(gradients, moments, strict=True):
+        if moment is not None:
+            gradient.div_(moment.denominator())
+
+
+def second_moments(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:
+    """The second moment of each weight; None before its first step, and for weights that are not the optimizer's.
+
+    Raises:
+        ValueError: the optimizer keeps one of another shape than the weight's.
+    """
+    group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
+    return [_second_moment(optimizer, group_of.get(weight), weight) for weight in weights]
+
+
+def _second_moment(optimizer: Optimizer, group: dict | None, weight: Tensor) -> SecondMoment | None:
     state = optimizer.state.get(weight, {})
-    if "exp_avg_sq" not in state:
+    if group is None or "exp_avg_sq" not in state:
         return None
     if state["exp_avg_sq"].shape != weight.shape:
         raise ValueError(
@@ -62,7 +79,7 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
         settings = {key: value for key, value in group.items() if key in taken and key != "params"}
         twin = type(optimizer)([probe], **settings)
         twin.step()
-        moment = second_moment(twin, twin.param_groups[0], probe)
+        (moment,) = second_moments(twin, [probe])
         found = moment is not None and moment.average.shape == probe.shape
     except Exception:  # whatever an unknown optimizer raises, it could not be asked
         found = False

@@ -24,11 +24,13 @@ class Recording:
             each in the shape and dtype of its z, e.g. (batch, length, vocabulary).
         crossings: how many tensors crossed the boundary in the forward pass.
         nodes: the autograd nodes of those tensors, while the pass lasts.
+        leaves: what takes the place of those tensors where the graph is cut at the boundary.
     """
 
     cotangents: dict[int, Tensor] = field(default_factory=dict)
     crossings: int = 0
     nodes: set[Any] = field(default_factory=set)
+    leaves: list[Tensor] = field(default_factory=list)
     _loss: Tensor | None = None
     _scale: Tensor | None = None
 
@@ -47,6 +49,13 @@ class Recording:
         # Two crossings can be handed one and the same tensor (z₁ + z₂), and replaying scales in place.
         shared = any(cotangent.data_ptr() == other.data_ptr() for other in self.cotangents.values())
         self.cotangents[index] = cotangent.clone() if shared else cotangent
+
+    def differentiate(self, loss: Tensor) -> None:
+        """The backward pass where the graph is cut: to the boundary, past which no weight is touched."""
+        for index, gradient in enumerate(torch.autograd.grad(loss, self.leaves, allow_unused=True)):
+            if gradient is not None:
+                self.keep(index, gradient)
+        self.leaves.clear()
 
     def see_loss(self, loss: Tensor) -> None:
         if self._loss is not None:
@@ -101,13 +110,16 @@ class Tape:
 
     @contextmanager
     def record(self, *, keep: bool, cut: bool = False) -> Iterator[Recording]:
-        """Record the pass inside. `keep`: its cotangents too. `cut`: end the backward pass at the boundary."""
+        """Record the pass inside. `keep`: its cotangents too. `cut`: the graph ends at the boundary, and the backward
+        pass is :meth:`Recording.differentiate`."""
         recording = Recording()
 
         def on_output(z: Tensor) -> Tensor:
             recording.nodes.add(z.grad_fn)
-            z = z.detach().requires_grad_() if cut else z
-            if keep:
+            if cut:
+                z = z.detach().requires_grad_()
+                recording.leaves.append(z)
+            elif keep:
                 z.register_hook(partial(recording.keep, recording.crossings))
             recording.crossings += 1
             return z

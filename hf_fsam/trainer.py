@@ -113,8 +113,10 @@ class FSAMMixin(_AnyTrainer):
             cotangents, moved = batch.clean if self._fsam_splits else None, None
             if self.args.fsam_variant == "logit":
                 batch.random.restore()
-                with weights, running_statistics_kept(model), self._fsam_engine.ascent(model, average=False) as unused:
-                    cotangents = moved = self._fsam_pass(unused, batch, num_items_in_batch, cut=True)
+                with weights, running_statistics_kept(model):
+                    # Past the wrappers, which would wait for a backward pass of the training.
+                    inner = self.accelerator.unwrap_model(model)
+                    cotangents = moved = self._fsam_pass(inner, batch, num_items_in_batch)
                 weights = nullcontext()
             batch.random.restore()
             with (
@@ -137,7 +139,7 @@ class FSAMMixin(_AnyTrainer):
         with self._fsam_engine.ascent(model, average=scope != "rank") as ascent:
             for batch in batches:
                 batch.random = RandomState.capture(self.args.device)
-                batch.clean = self._fsam_pass(ascent, batch, num_items_in_batch)
+                batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, ascent)
         perturbation = self._fsam_engine.perturb(
             ascent,
             optimizer=self.optimizer if self.args.fsam_precondition else None,
@@ -150,22 +152,28 @@ class FSAMMixin(_AnyTrainer):
         return self._fsam_window
 
     def _fsam_pass(
-        self, ascent: Ascent, batch: _MicroBatch, num_items_in_batch: Tensor | int | None, *, cut: bool = False
+        self,
+        model: nn.Module,
+        batch: _MicroBatch,
+        num_items_in_batch: Tensor | int | None,
+        ascent: Ascent | None = None,
     ) -> Recording:
-        """A forward and backward pass as the parent's step makes it, recorded. `cut`: back to the boundary only."""
-        ascent.model.train()
+        """A forward and backward pass as the parent's step makes it, recorded; without an ascent, back to the boundary
+        only."""
+        model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
-        keep = cut or self.args.fsam_variant == "functional"
-        with self._fsam_tape.record(keep=keep, cut=cut) as recording:
+        keep = ascent is None or self.args.fsam_variant == "functional"
+        with self._fsam_tape.record(keep=keep, cut=ascent is None) as recording:
             with self.compute_loss_context_manager():
-                loss = self._fsam_tape.see_loss(
-                    self.compute_loss(ascent.model, inputs, num_items_in_batch=num_items_in_batch)
-                )
+                loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
             if self._fsam_splits and not self._fsam_boundary_checked:
                 self._fsam_check_boundary(loss, recording)
-            ascent.backward(loss)
+            if ascent is None:
+                recording.differentiate(self._fsam_engine.scale(loss))
+            else:
+                ascent.backward(loss)
         return recording
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:

@@ -1,28 +1,11 @@
 """Two processes with one row each train like one process with both."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
+from tests.distributed import train_distributed
 from tests.toys import distance, gpt2, make_trainer, weights_of
-
-ROOT = Path(__file__).parents[1]
-
-
-def _run(folder: Path, processes: int, **settings: Any) -> tuple[dict, list, int]:
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "tests.ddp_worker", str(folder), json.dumps(settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "out.pt", weights_only=False)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +23,7 @@ def test_two_processes_train_like_one(tmp_path: Path, scope: str, accumulation: 
         tmp_path, gpt2(), train_sampling_strategy="sequential", per_device_train_batch_size=2, **settings
     )
     one.train()
-    weights, logs, world = _run(tmp_path / "two", 2, per_device_train_batch_size=1, **settings)
+    weights, logs, world = train_distributed(tmp_path / "two", 2, per_device_train_batch_size=1, **settings)
     assert world == 2
     assert distance(weights, weights_of(one.model)) < 1e-5
     for key in ("loss", "fsam/sharpness", "fsam/ascent_grad_norm", "fsam/radius"):
@@ -50,7 +33,7 @@ def test_two_processes_train_like_one(tmp_path: Path, scope: str, accumulation: 
 def test_rank_scope_perturbs_each_process_by_its_own_rows(tmp_path: Path) -> None:
     """One process is its own `micro_batch`; two with `rank` are m-SAM, which is something else."""
     settings = {"fsam_rho": 0.3, "fsam_precondition": False, "max_steps": 2, "per_device_train_batch_size": 1}
-    own, logs, _ = _run(tmp_path / "rank", 2, fsam_ascent_scope="rank", **settings)
-    joint, _, _ = _run(tmp_path / "joint", 2, fsam_ascent_scope="micro_batch", **settings)
+    own, logs, _ = train_distributed(tmp_path / "rank", 2, fsam_ascent_scope="rank", **settings)
+    joint, _, _ = train_distributed(tmp_path / "joint", 2, fsam_ascent_scope="micro_batch", **settings)
     assert logs[0]["fsam/radius"] == pytest.approx(0.3, rel=1e-3)
     assert distance(own, joint) > 1e-4

@@ -1,11 +1,13 @@
 """The perturbation of a list of tensors: its length, its direction, its rounding, its way back."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from hf_fsam.perturbation import Exchange, norm, own_storage, perturb, stochastic_round
-from hf_fsam.second_moment import SecondMoment
+from hf_fsam.second_moment import SecondMoment, precondition
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -34,7 +36,8 @@ def test_epsilon_is_rho_times_the_unit_direction_over_all_weights_together(preco
     expected = [w.double() + 0.3 * d / length for w, d in zip(weights, directions, strict=True)]
     whole = torch.cat([g.flatten() for g in gradients]).norm()
 
-    result = perturb(weights, gradients, moments, 0.3, _generator())
+    divide = partial(precondition, moments=moments) if preconditioned else None
+    result = perturb(weights, gradients, divide, 0.3, _generator())
     for value, reference in zip(result.values, expected, strict=True):
         torch.testing.assert_close(value.double(), reference, rtol=1e-6, atol=1e-7)
     assert result.radius.item() == pytest.approx(0.3, rel=1e-5)

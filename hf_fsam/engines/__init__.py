@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import DistributedType
 
 from hf_fsam.engines.base import Ascent, Engine
+from hf_fsam.engines.deepspeed import select_deepspeed_engine
 from hf_fsam.engines.local import LocalEngine
 
 if TYPE_CHECKING:
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ascent", "Engine", "LocalEngine", "select_engine"]
 
-_LOCAL = (
+_SUPPORTED = (
     DistributedType.NO,
+    DistributedType.DEEPSPEED,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_NPU,
@@ -32,7 +34,7 @@ def select_engine(trainer: "Trainer") -> Engine:
     optim = str(getattr(args.optim, "value", args.optim) or "")
     refused = {
         "DataParallel (n_gpu > 1 without a launcher)": args.n_gpu > 1,
-        f"distributed_type={accelerator.distributed_type.value}": accelerator.distributed_type not in _LOCAL,
+        f"distributed_type={accelerator.distributed_type.value}": accelerator.distributed_type not in _SUPPORTED,
         "a model spread over several devices (hf_device_map)": trainer.is_model_parallel,
         "a model sharded at load time (DistributedConfig)": getattr(
             trainer, "is_distributed_loading_by_transformers", False
@@ -49,6 +51,8 @@ def select_engine(trainer: "Trainer") -> Engine:
         if holds:
             raise ValueError(
                 f"hf_fsam does not support {what} yet. Run one process, or one process a device under `torchrun` or "
-                "`accelerate launch` (DDP), or set fsam_variant='none'."
+                "`accelerate launch` (DDP, DeepSpeed ZeRO), or set fsam_variant='none'."
             )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return select_deepspeed_engine(args, accelerator)
     return LocalEngine(accelerator)

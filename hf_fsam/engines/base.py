@@ -35,6 +35,9 @@ class Engine(Protocol):
         average: over all processes; else this process's own.
         """
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` in the loss scaler's units."""
+
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
     ) -> Perturbation:

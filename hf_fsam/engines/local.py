@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from hf_fsam.engines.base import Ascent
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
-from hf_fsam.second_moment import second_moment
+from hf_fsam.second_moment import precondition, second_moments
 
 
 class LocalEngine:
@@ -51,21 +52,21 @@ class LocalEngine:
                 parameter.grad = gradient
 
     def _backward(self, loss: Tensor) -> None:
+        self.scale(loss).backward()
+
+    def scale(self, loss: Tensor) -> Tensor:
         scaler = self.accelerator.scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss if scaler is None else scaler.scale(loss)
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
     ) -> Perturbation:
-        moments = None
-        if optimizer is not None:
-            group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
-            moments = [
-                second_moment(optimizer, group_of[weight], weight) if weight in group_of else None
-                for weight in ascent.weights
-            ]
         generator = torch.Generator(self.accelerator.device).manual_seed(seed)
-        return perturb(ascent.weights, own_storage(ascent.gradients, cotangents), moments, rho, generator)
+        gradients = own_storage(ascent.gradients, cotangents)
+        divide = None
+        if optimizer is not None:
+            divide = partial(precondition, moments=second_moments(optimizer, ascent.weights))
+        return perturb(ascent.weights, gradients, divide, rho, generator)
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
         return self._exchange(perturbation)

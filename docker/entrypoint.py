@@ -1,0 +1,73 @@
+"""The image's entry point: runs the recipe that a configuration is for, on every GPU that is visible."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# What every configuration of a recipe says, and none of the other's can: which model to make, or to start from.
+TELLTALES = {"pretrain.py": ("architecture", "model_config"), "finetune.py": ("model_name_or_path",)}
+
+USAGE = """\
+usage: docker run --rm --gpus all --ipc=host -v "$PWD/outputs:/app/outputs" IMAGE CONFIG.yaml [--name value ...]
+
+Everything behind the configuration goes to its recipe; `CONFIG.yaml --help` lists what it takes. More than one GPU: one
+process each. Results appear in outputs/; `-v hf-fsam-cache:/cache` keeps downloads and prepared data.
+"""
+
+
+def recipe_of(config: Path) -> str:
+    """The script that `config` is for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no configuration of exactly one recipe.
+    """
+    if not config.is_file():
+        raise FileNotFoundError(f"The configuration {str(config)!r} does not exist.")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    names = settings if isinstance(settings, dict) else {}
+    fitting = [script for script, telltales in TELLTALES.items() if any(name in names for name in telltales)]
+    if len(fitting) != 1:
+        choices = "; ".join(f"{' or '.join(telltales)} for {script}" for script, telltales in TELLTALES.items())
+        raise ValueError(f"{config} does not tell which recipe it is for. Let it name one of: {choices}.")
+    return fitting[0]
+
+
+def command(argv: list[str], gpus: int) -> list[str]:
+    """What to execute for `argv = [CONFIG.yaml, ...]`."""
+    script = str(RECIPES / recipe_of(Path(argv[0])))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    return [sys.executable, *launcher, script, *argv]
+
+
+def usage() -> str:
+    """How to call the image, and the configurations that are in it."""
+    listed = [f"  {path.relative_to(RECIPES.parent)}" for path in sorted(RECIPES.glob("configs/*.yaml"))]
+    return "\n".join([USAGE, "configurations:", *listed])
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    import torch  # seconds, so not for a usage message
+
+    try:
+        line = command(argv, torch.cuda.device_count())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"{error}\n\n{usage()}")
+    if os.path.isdir("outputs") and not os.access("outputs", os.W_OK):
+        sys.exit(
+            f"outputs/ cannot be written by user {os.getuid()}. Make the folder before the container is started, or "
+            'build the image with --build-arg UID="$(id -u)".'
+        )
+    print("+", shlex.join(line), flush=True)
+    os.execv(line[0], line)  # in place of this process: Ctrl-C reaches the training, its exit status is the container's
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
