@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_fsam.perturbation import chunks
+
 
 @dataclass(frozen=True)
 class SecondMoment:
@@ -25,17 +27,18 @@ class SecondMoment:
     step: float | Tensor
     eps: float
 
-    def denominator(self) -> Tensor:
-        """√v̂ + eps with v̂ = v / (1 − β₂ᵗ), in a new tensor."""
+    def divide(self, gradient: Tensor) -> None:
+        """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place."""
         correction = (1 - self.beta**self.step) ** 0.5
-        return self.average.sqrt().div_(correction).add_(self.eps)
+        for g, v in zip(chunks(gradient), chunks(self.average), strict=True):
+            g.div_(v.sqrt().div_(correction).add_(self.eps))
 
 
 def precondition(gradients: Sequence[Tensor], moments: Sequence[SecondMoment | None]) -> None:
     """g → g / (√v̂ + eps), in place; g stays where there is no moment yet."""
     for gradient, moment in zip(gradients, moments, strict=True):
         if moment is not None:
-            gradient.div_(moment.denominator())
+            moment.divide(gradient)
 
 
 def second_moments(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.peak_memory import PeakMemory
+from hf_fsam import perturbation
 from tests.toys import LENGTH, llama, make_trainer
 
 ROWS = 2
@@ -35,8 +36,8 @@ def _size(model: nn.Module) -> int:
 def test_at_most_one_copy_of_the_weights_beyond_the_plain_trainer(
     tmp_path: Path, dtype: torch.dtype, precondition: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Temporaries in the proportion that they have to a model of 250 million weights.
-    monkeypatch.setattr("hf_fsam.perturbation._CHUNK", 1 << 14)
+    # Temporaries in the proportion that they have to a model of ten million weights.
+    monkeypatch.setitem(perturbation._CHUNK, "cpu", 1 << 14)
     copy = _size(_wide(dtype))
     plain = _peak(tmp_path, _wide(dtype), fsam_variant="none", gradient_accumulation_steps=accumulation)
     for variant in ("sam", "functional"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fsam import perturbation
 from hf_fsam.perturbation import Exchange, norm, own_storage, perturb, stochastic_round
 from hf_fsam.second_moment import SecondMoment, precondition
 
@@ -47,7 +48,7 @@ def test_epsilon_is_rho_times_the_unit_direction_over_all_weights_together(preco
 
 def test_large_tensors_are_worked_on_in_pieces_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perturb(*_pair((37, 5), (64,)), None, 0.1, _generator())
-    monkeypatch.setattr("hf_fsam.perturbation._CHUNK", 16)
+    monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
     pieces = perturb(*_pair((37, 5), (64,)), None, 0.1, _generator())
     assert all(map(torch.equal, whole.values, pieces.values))
     assert pieces.radius.item() == pytest.approx(whole.radius.item(), rel=1e-5)

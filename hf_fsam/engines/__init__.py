@@ -35,6 +35,7 @@ def select_engine(trainer: "Trainer") -> Engine:
     refused = {
         "DataParallel (n_gpu > 1 without a launcher)": args.n_gpu > 1,
         f"distributed_type={accelerator.distributed_type.value}": accelerator.distributed_type not in _SUPPORTED,
+        f"parallel_mode={args.parallel_mode.value!r}": args.parallel_mode.value.startswith(("sagemaker", "tpu")),
         "a model spread over several devices (hf_device_map)": trainer.is_model_parallel,
         "a model sharded at load time (DistributedConfig)": getattr(
             trainer, "is_distributed_loading_by_transformers", False

@@ -134,8 +134,7 @@ class ReplicatedDeepSpeedEngine:
         optimizer = self._engine.optimizer
         for weight, gradient in zip(weights, gradients, strict=True):
             if not hasattr(weight, "_hp_mapping"):  # stage 0 in float32 shards nothing
-                moment = SecondMoment(optimizer.state[weight]["exp_avg_sq"], beta, step, eps)
-                gradient.div_(moment.denominator())
+                SecondMoment(optimizer.state[weight]["exp_avg_sq"], beta, step, eps).divide(gradient)
                 continue
             whole = gradient.flatten()
             own = torch.zeros_like(whole)
@@ -144,9 +143,8 @@ class ReplicatedDeepSpeedEngine:
                 flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 average = optimizer.optimizer.state[flat]["exp_avg_sq"].narrow(0, there.start, there.numel)
-                moment = SecondMoment(average.to(whole.device), beta, step, eps)
-                part = whole.narrow(0, here.start, here.numel)
-                own.narrow(0, here.start, here.numel).copy_(part / moment.denominator())
+                part = own.narrow(0, here.start, here.numel).copy_(whole.narrow(0, here.start, here.numel))
+                SecondMoment(average.to(whole.device), beta, step, eps).divide(part)
             gradient.copy_(self.accelerator.reduce(own, "sum").view_as(gradient))
 
     @property
