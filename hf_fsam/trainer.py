@@ -70,8 +70,8 @@ class FSAMMixin(_AnyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, FSAMArguments):
-            for name, value in _settings(FSAMArguments()).items():
+        for name, value in _settings(FSAMArguments()).items():
+            if not hasattr(self.args, name):
                 setattr(self.args, name, value)
         self.add_callback(FSAMSettings(**_settings(self.args)))
         self._fsam_tape = Tape()
@@ -309,9 +309,10 @@ class FSAMSettings(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.settings = _settings(args)
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("args", {}) if state.global_step else {}
-        for name, value in saved.items():
-            if name in self.settings and self.settings[name] != value:
+        # A plain Trainer's checkpoint has no place for these settings, which the Trainer needs to save them to.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        for name, value in saved["args"].items():
+            if state.global_step and self.settings.get(name, value) != value:
                 logger.warning(
                     f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}."
                 )

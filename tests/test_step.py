@@ -534,3 +534,20 @@ def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path)
         trainer.train()
     outer_rise, inner_rise = (trainer.state.log_history[0]["fsam/sharpness"] for trainer in (outer, inner))
     assert outer_rise == pytest.approx(inner_rise, rel=1e-2)
+
+
+def test_a_plain_trainers_checkpoint_can_be_resumed_and_saved_again(tmp_path: Path) -> None:
+    """The swap in the middle of a run: its trainer_state.json knows nothing of FSAMSettings."""
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, trainer_class=Trainer, arguments_class=TrainingArguments, **settings).train()
+    swapped = make_trainer(tmp_path, fsam_rho=0.1, **settings)
+    swapped.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FSAMSettings"]["args"]["fsam_rho"] == 0.1
+
+
+def test_fields_set_on_plain_arguments_are_kept(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args.fsam_rho = 0.5
+    trainer = FSAMTrainer(model=llama(), args=args)
+    assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
