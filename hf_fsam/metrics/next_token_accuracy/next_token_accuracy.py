@@ -31,10 +31,9 @@ class NextTokenAccuracy(evaluate.Metric):
         for row, (guess, truth) in enumerate(zip(predictions, references, strict=True)):
             if len(guess) != len(truth):
                 raise ValueError(f"Row {row} has {len(guess)} predictions for {len(truth)} references: align them.")
-            guess, truth = np.asarray(guess), np.asarray(truth)
-            counts = truth != MASKED
-            counted += int(counts.sum())
-            hits += int((guess[counts] == truth[counts]).sum())
+            masked = np.equal(truth, MASKED)
+            counted += int(np.sum(~masked))
+            hits += int(np.sum(np.equal(guess, truth) & ~masked))
         if counted == 0:
             raise ValueError(f"Every reference is {MASKED}: next_token_accuracy needs at least one unmasked token.")
         return {"next_token_accuracy": hits / counted}
