@@ -22,7 +22,7 @@ test: install lint
 
 # With the long runs that `make test` leaves out.
 test-all: install lint
-	$(VENV)/bin/python -m pytest -m 'slow or not slow'
+	$(VENV)/bin/python -m pytest -m 'slow or not slow' $(PYTEST_ARGS)
 
 demo: install
 	$(VENV)/bin/python recipes/demo.py

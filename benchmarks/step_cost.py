@@ -67,11 +67,11 @@ class Arm:
     def __init__(self, name: str, make_model: Callable[[], nn.Module], rows: list[dict], args: argparse.Namespace):
         self.seconds: list[float] = []
         self.peak = 0
-        folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
         self.trainer = FSAMTrainer(
             model=make_model(),
             args=FSAMTrainingArguments(
-                output_dir=folder.name,
+                output_dir=self.folder.name,
                 report_to="none",
                 use_cpu=not GPU,
                 bf16=GPU and args.dtype == "float32",

@@ -1,7 +1,9 @@
 """The `fsam_*` training arguments: their defaults, their help texts, their checks."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, get_args
 
 from transformers import TrainingArguments
@@ -38,7 +40,8 @@ class FSAMArguments:
         default=True,
         metadata={
             "help": "Ascend along g / (sqrt(v) + eps), with the optimizer's bias-corrected second moment v and its own "
-            "eps, in place of g. Needs an optimizer of the Adam family."
+            "eps, in place of g. Needs Adam, AdamW, NAdam, RAdam or one that keeps its "
+            "state as they do."
         },
     )
     fsam_ascent_scope: AscentScope = field(
@@ -58,18 +61,10 @@ class FSAMArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("fsam_variant", self.fsam_variant, get_args(Variant))
-        _check_choice("fsam_ascent_scope", self.fsam_ascent_scope, get_args(AscentScope))
-        number = isinstance(self.fsam_rho, int | float) and not isinstance(self.fsam_rho, bool)
-        if not (number and math.isfinite(self.fsam_rho) and self.fsam_rho >= 0):
-            raise ValueError(f"fsam_rho={self.fsam_rho!r} is not a radius: give a finite number, zero or above.")
-        if not isinstance(self.fsam_precondition, bool):
-            raise ValueError(f"fsam_precondition={self.fsam_precondition!r} is neither True nor False.")
-        if self.fsam_boundary is not None and not (isinstance(self.fsam_boundary, str) and self.fsam_boundary):
-            raise ValueError(
-                f"fsam_boundary={self.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "
-                "leave it out to have the head found."
-            )
+        if isinstance(self.fsam_rho, str):  # YAML reads 5e-2, without a point, as one
+            with suppress(ValueError):
+                self.fsam_rho = float(self.fsam_rho)
+        check(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
@@ -78,6 +73,23 @@ class FSAMArguments:
 @dataclass
 class FSAMTrainingArguments(FSAMArguments, TrainingArguments):
     """`transformers.TrainingArguments` with the fields of :class:`FSAMArguments`."""
+
+
+def check(args: FSAMArguments) -> None:
+    """Raises the `ValueError` of :class:`FSAMArguments`, also for fields that were set after it was made, as a
+    hyperparameter search or a callback does."""
+    _check_choice("fsam_variant", args.fsam_variant, get_args(Variant))
+    _check_choice("fsam_ascent_scope", args.fsam_ascent_scope, get_args(AscentScope))
+    number = isinstance(args.fsam_rho, Real) and not isinstance(args.fsam_rho, bool)
+    if not (number and math.isfinite(args.fsam_rho) and args.fsam_rho >= 0):
+        raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")
+    if not isinstance(args.fsam_precondition, bool):
+        raise ValueError(f"fsam_precondition={args.fsam_precondition!r} is neither True nor False.")
+    if args.fsam_boundary is not None and not (isinstance(args.fsam_boundary, str) and args.fsam_boundary):
+        raise ValueError(
+            f"fsam_boundary={args.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "
+            "leave it out to have the head found."
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -12,16 +12,17 @@ class LoggedMeans:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         self._steps = 0
-        self._ascents = 0
-        self._sharpness, self._norm, self._radius, self._skipped = torch.zeros(4, device=self._device).unbind()
+        self._sharpness, self._norm, self._radius, self._perturbed, self._skipped = torch.zeros(
+            5, device=self._device
+        ).unbind()
 
     def add_ascent(self, perturbation: Perturbation, unit: Tensor) -> None:
         """unit: what one unit of the plain gradient measures in the ascent gradient's, shape ()."""
-        self._ascents += 1
+        self._perturbed = self._perturbed + (perturbation.radius != 0)
         self._skipped = self._skipped + perturbation.skipped
         self._radius = self._radius + perturbation.radius
         self._norm = self._norm + torch.where(perturbation.skipped, 0.0, perturbation.gradient_norm / unit)
@@ -38,14 +39,14 @@ class LoggedMeans:
         """The means since the last call, over all processes; empty where there was no step."""
         if self._steps == 0:
             return {}
-        sums = torch.stack([self._sharpness, self._norm, self._radius, self._skipped])
-        sharpness, norm, radius, skipped = accelerator.reduce(sums, "mean").tolist()
-        perturbed = max(1.0, self._ascents - skipped)
+        sums = torch.stack([self._sharpness, self._norm, self._radius, self._perturbed, self._skipped])
+        sharpness, norm, radius, perturbed, skipped = accelerator.reduce(sums, "mean").tolist()
+        perturbed = perturbed or 1.0
         logs = {
             "fsam/sharpness": sharpness / self._steps,
             "fsam/ascent_grad_norm": norm / perturbed,
             "fsam/radius": radius / perturbed,
             "fsam/skipped": skipped,
         }
-        self._clear()
+        self.clear()
         return logs

@@ -73,22 +73,25 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
     Raises:
         ValueError: it keeps no second moment, or none that is known here; the message names optimizers that do.
     """
-    group = optimizer.param_groups[0]
-    taken = inspect.signature(type(optimizer)).parameters
+    while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
+        optimizer = optimizer.optimizer
+    group = next(group for group in optimizer.param_groups if group["params"])
     like = group["params"][0]
     probe = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)
     probe.grad = torch.ones_like(probe)
+    taken = inspect.signature(type(optimizer)).parameters
+    settings = {key: value for key, value in group.items() if key in taken and key != "params"}
+    found, error = False, None
     try:
-        settings = {key: value for key, value in group.items() if key in taken and key != "params"}
         twin = type(optimizer)([probe], **settings)
         twin.step()
         (moment,) = second_moments(twin, [probe])
-        found = moment is not None and moment.average.shape == probe.shape
-    except Exception:  # whatever an unknown optimizer raises, it could not be asked
-        found = False
+        found = moment is not None
+    except Exception as raised:  # whatever an unknown optimizer raises, it could not be asked
+        error = raised
     if not found:
         raise ValueError(
             f"fsam_precondition=True divides by the optimizer's second moment, but {type(optimizer).__name__} keeps "
             "none (state 'exp_avg_sq' and 'step', group 'betas' and 'eps'). torch.optim's Adam, AdamW, NAdam and RAdam "
             "do, so do optim='adamw_torch' and 'adamw_torch_fused'. Choose one, or set fsam_precondition=False."
-        )
+        ) from error

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from hf_fsam.arguments import FSAMArguments
+from hf_fsam.arguments import FSAMArguments, check
 from hf_fsam.boundary import find_boundary
 from hf_fsam.diagnostics import LoggedMeans
 from hf_fsam.engines import Ascent, Engine, select_engine
@@ -65,7 +65,11 @@ class FSAMMixin(_AnyTrainer):
 
     Raises:
         ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
-            needed, an empty data set, or a way of running that is not supported.
+            needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
+            is not on the way from the weights to the loss.
+        TypeError: at the first step, for a boundary that does not return a tensor.
+        RuntimeError: where a step below computes no loss with `compute_loss`, or two, or where its second pass does
+            not compute the function of the first.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +84,7 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_window: _Window | None = None
         self._fsam_micro_step = 0
         self._fsam_training = False
-        self._fsam_boundary_checked = False
+        self._fsam_checked_model: nn.Module | None = None
         if self._fsam_active:
             _ = self._fsam_engine
             if self._fsam_splits:
@@ -88,6 +92,7 @@ class FSAMMixin(_AnyTrainer):
 
     @property
     def _fsam_active(self) -> bool:
+        check(self.args)  # a search or a callback may have changed them
         return self.args.fsam_variant != "none" and self.args.fsam_rho > 0
 
     @functools.cached_property
@@ -103,7 +108,7 @@ class FSAMMixin(_AnyTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The parent's step with its gradient split. Returns the clean loss ℓ(θ), scaled as the parent scales it."""
+        """The parent's step with its gradient split. Returns the clean loss ℓ(θ), shape (), in the parent's scale."""
         if not self._fsam_active:
             return super().training_step(model, inputs, num_items_in_batch)
         with self._fsam_tidied():
@@ -145,7 +150,7 @@ class FSAMMixin(_AnyTrainer):
             optimizer=self.optimizer if self.args.fsam_precondition else None,
             rho=self.args.fsam_rho,
             # From where the run stands, so that a resumed one rounds alike.
-            seed=hash((self.args.seed, self.state.global_step, self._fsam_micro_step)) % 2**63,
+            seed=((self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self._fsam_micro_step) % 2**63,
             cotangents=[cotangent for batch in batches for cotangent in batch.clean.cotangents.values()],
         )
         self._fsam_window = _Window(batches, perturbation)
@@ -168,7 +173,7 @@ class FSAMMixin(_AnyTrainer):
         with self._fsam_tape.record(keep=keep, cut=ascent is None) as recording:
             with self.compute_loss_context_manager():
                 loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
-            if self._fsam_splits and not self._fsam_boundary_checked:
+            if self._fsam_splits and self._fsam_checked_model is not self.model:
                 self._fsam_check_boundary(loss, recording)
             if ascent is None:
                 recording.differentiate(self._fsam_engine.scale(loss))
@@ -189,7 +194,7 @@ class FSAMMixin(_AnyTrainer):
 
     def _fsam_check_boundary(self, loss: Tensor, recording: Recording) -> None:
         """Once a training: make sure that the boundary is crossed, and say what goes past it."""
-        self._fsam_boundary_checked = True
+        self._fsam_checked_model = self.model
         names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         past = weights_past_boundary(loss, recording, names)
         if recording.crossings and past:
@@ -226,8 +231,7 @@ class FSAMMixin(_AnyTrainer):
         """The boundary's hook is on inside; nothing of the step outlives an exception."""
         if self._fsam_splits and not self._fsam_tape.attached:
             self._fsam_tape.attach(*find_boundary(self.model, self.args.fsam_boundary))
-            self._fsam_boundary_checked = False
-        if self._fsam_micro_step == 0:
+        if self._fsam_micro_step == 0 or self._fsam_batches is None:  # driven by hand, each call is a step
             self._fsam_means.count_step()
         try:
             yield
@@ -243,6 +247,7 @@ class FSAMMixin(_AnyTrainer):
             self._fsam_engine.restore()
         self._fsam_tape.detach()
         self._fsam_window = self._fsam_batches = None
+        self._fsam_means.clear()
 
     def _fsam_report(self, window: _Window, clean: Recording, replayed: Recording, moved: Recording) -> None:
         share = replayed.scale / clean.scale  # of the micro-batch's loss in the one that is logged
@@ -253,6 +258,10 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_means.add_sharpness((moved.loss - clean.loss) * share, skipped)
 
     # ---- Around the step ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.__dict__.pop("_fsam_engine", None)  # a hyperparameter search makes a new accelerator for each trial
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         dataset = self.train_dataset
@@ -278,7 +287,8 @@ class FSAMMixin(_AnyTrainer):
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._fsam_active and "loss" in logs:
+        # The Trainer's own line, which it writes on all processes together: the means are reduced over them.
+        if self._fsam_active and {"loss", "learning_rate"} <= logs.keys():
             logs = {**logs, **self._fsam_means.drain(self.accelerator)}
         super().log(logs, *args, **kwargs)
 
@@ -306,6 +316,9 @@ class FSAMSettings(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": self.settings, "attributes": {}}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.settings = _settings(args)  # a schedule of ρ, say, changes them
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.settings = _settings(args)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 
 from hf_fsam import FSAMArguments, FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.engines import select_engine
@@ -57,7 +57,7 @@ def test_every_field_has_a_help_text() -> None:
         ("fsam_rho", -0.1),
         ("fsam_rho", math.nan),
         ("fsam_rho", math.inf),
-        ("fsam_rho", "0.1"),
+        ("fsam_rho", "large"),
         ("fsam_precondition", "yes"),
         ("fsam_boundary", ""),
     ],
@@ -110,6 +110,46 @@ def test_the_trainer_asks_before_training(tmp_path: Path) -> None:
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make_trainer(tmp_path, trainer={"train_dataset": []}).train()
+
+
+def test_yaml_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("output_dir: out\nfsam_rho: 5e-2\n")
+    (parsed,) = HfArgumentParser(FSAMTrainingArguments).parse_yaml_file(str(tmp_path / "a.yaml"))
+    assert parsed.fsam_rho == 0.05
+
+
+@pytest.mark.parametrize(("name", "value"), [("fsam_variant", "funtional"), ("fsam_rho", math.nan), ("fsam_rho", -0.1)])
+def test_fields_changed_after_the_start_are_checked_too(tmp_path: Path, name: str, value: Any) -> None:
+    trainer = make_trainer(tmp_path)
+    setattr(trainer.args, name, value)  # as a hyperparameter search does
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        trainer.train()
+
+
+def test_preconditioning_switched_on_later_asks_the_optimizer_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fsam_variant="none", optim="sgd")
+    later = TrainerCallback()
+    later.on_step_begin = lambda args, state, control, **_: setattr(args, "fsam_variant", "functional")
+    trainer.add_callback(later)
+    with pytest.raises(ValueError, match="fsam_precondition=True"):
+        trainer.train()
+
+
+def test_a_group_without_weights_is_no_obstacle(tmp_path: Path) -> None:
+    """Training norms alone leaves the Trainer's group with weight decay empty."""
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "norm" in name
+    trainer = make_trainer(tmp_path, model, fsam_rho=0.1)
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match="post-accumulate-gradient hooks"):
+        make_trainer(tmp_path, model).train()
 
 
 class _OwnAdam(torch.optim.Adam):

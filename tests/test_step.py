@@ -551,3 +551,28 @@ def test_fields_set_on_plain_arguments_are_kept(tmp_path: Path) -> None:
     args.fsam_rho = 0.5
     trainer = FSAMTrainer(model=llama(), args=args)
     assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
+
+
+def test_the_logged_means_of_one_training_do_not_reach_the_next(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fsam_rho=0.1, max_steps=3, logging_steps=2)
+    trainer.train()  # the third step is never logged
+    trainer.args.fsam_rho = 0.5
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_log_line_of_ones_own_does_not_take_the_means(tmp_path: Path) -> None:
+    class Talking(FSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            self.log({"loss": 1.0})
+            return super().training_step(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path, trainer_class=Talking, fsam_rho=0.1, max_steps=2, logging_steps=2)
+    trainer.train()
+    assert [("fsam/radius" in entry) for entry in trainer.state.log_history[:3]] == [False, False, True]
+
+
+def test_a_new_accelerator_brings_a_new_engine(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.create_accelerator_and_postprocess()  # a hyperparameter search does so for each trial
+    assert trainer._fsam_engine.accelerator is trainer.accelerator

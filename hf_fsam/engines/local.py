@@ -11,17 +11,24 @@ from torch.optim import Optimizer
 
 from hf_fsam.engines.base import Ascent
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
-from hf_fsam.second_moment import precondition, second_moments
+from hf_fsam.second_moment import check_keeps_second_moment, precondition, second_moments
 
 
 class LocalEngine:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._exchange = Exchange()
+        self._asked: Optimizer | None = None
 
     @contextmanager
     def ascent(self, model: nn.Module, *, average: bool) -> Iterator[Ascent]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):  # torch 2.13
+            raise ValueError(
+                "hf_fsam does not support post-accumulate-gradient hooks on weights, such as an optimizer that steps "
+                "in the backward pass: they would act on the ascent's gradient too. Remove them, or set "
+                "fsam_variant='none'."
+            )
         aside = [parameter.grad for parameter in parameters]
         ascent = Ascent(model, self._backward)
         try:
@@ -65,6 +72,9 @@ class LocalEngine:
         gradients = own_storage(ascent.gradients, cotangents)
         divide = None
         if optimizer is not None:
+            if optimizer is not self._asked:  # preconditioning may be switched on in the middle of a training
+                check_keeps_second_moment(optimizer)
+                self._asked = optimizer
             divide = partial(precondition, moments=second_moments(optimizer, ascent.weights))
         return perturb(ascent.weights, gradients, divide, rho, generator)
 
