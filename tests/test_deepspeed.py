@@ -62,7 +62,7 @@ def test_two_processes_under_zero_train_like_one(tmp_path: Path, stage: int, set
             assert logs[0][key] == pytest.approx(one.state.log_history[0][key], rel=1e-3), key
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_in_bfloat16_the_radius_is_kept_and_the_masters_learn(tmp_path: Path, stage: int) -> None:
     weights, logs, _ = train_distributed(
         tmp_path / "two",

@@ -17,8 +17,8 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 def _pair(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(7)
-    draw = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
-    return [draw(s).mul_(0.02).to(dtype) for s in shapes], [draw(s).to(dtype) for s in shapes]
+    weights = [torch.randn(shape, generator=generator).mul_(0.02).to(dtype) for shape in shapes]
+    return weights, [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])

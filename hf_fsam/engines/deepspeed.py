@@ -79,11 +79,41 @@ def _second_moment_settings(engine: Any) -> tuple[float, float | Tensor, float] 
     return beta, state["step"] if "step" in state else inner.param_groups[0]["step"], eps
 
 
-class ReplicatedDeepSpeedEngine:
+class _DeepSpeedEngine:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def _engine(self) -> Any:
+        return self.accelerator.deepspeed_engine_wrapped.engine
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * getattr(self._engine.optimizer, "loss_scale", 1.0)
+
+    @contextmanager
+    def _restored_before_step(self) -> Iterator[None]:
+        """Accelerate's `backward` steps the engine, too: restoring later would undo the update."""
+        engine, step = self._engine, self._engine.step
+
+        def restored_step(*args: Any, **kwargs: Any) -> Any:
+            self.restore()
+            return step(*args, **kwargs)
+
+        engine.step = restored_step
+        try:
+            yield
+        finally:
+            del engine.step
+
+    def restore(self) -> None:
+        raise NotImplementedError
+
+
+class ReplicatedDeepSpeedEngine(_DeepSpeedEngine):
     """ZeRO-0, -1 and -2: every process holds every weight whole."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        super().__init__(accelerator)
         self._exchange = Exchange()
 
     @contextmanager
@@ -97,7 +127,8 @@ class ReplicatedDeepSpeedEngine:
             for index, gradient in enumerate(gradients):
                 if gradient is not None:
                     total = sums[index]
-                    sums[index] = gradient if total is None else total.add_(gradient)
+                    # Not in place: several weights may share the memory of one gradient.
+                    sums[index] = gradient if total is None else total + gradient
 
         # The module inside: the engine's own forward pass announces a backward pass of the training.
         ascent = Ascent(model.module, backward)
@@ -109,9 +140,6 @@ class ReplicatedDeepSpeedEngine:
             if gradient is not None:
                 ascent.weights.append(parameter)
                 ascent.gradients.append(gradient)
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * getattr(self._engine.optimizer, "loss_scale", 1.0)
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
@@ -132,6 +160,10 @@ class ReplicatedDeepSpeedEngine:
     ) -> None:
         """Each process divides what it owns the second moment of, and all put the parts together."""
         optimizer = self._engine.optimizer
+        # Of ZeRO-1 and -2, or of the bfloat16 optimizer below them; none at stage 0 in float32.
+        masters: Any = getattr(optimizer, "single_partition_of_fp32_groups", None) or getattr(
+            optimizer, "fp32_groups_flat_partition", None
+        )
         for weight, gradient in zip(weights, gradients, strict=True):
             if not hasattr(weight, "_hp_mapping"):  # stage 0 in float32 shards nothing
                 SecondMoment(optimizer.state[weight]["exp_avg_sq"], beta, step, eps).divide(gradient)
@@ -140,31 +172,27 @@ class ReplicatedDeepSpeedEngine:
             own = torch.zeros_like(whole)
             mapping = weight._hp_mapping
             if mapping is not None:
-                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                flat = masters[mapping.param_group_index]
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 average = optimizer.optimizer.state[flat]["exp_avg_sq"].narrow(0, there.start, there.numel)
                 part = own.narrow(0, here.start, here.numel).copy_(whole.narrow(0, here.start, here.numel))
                 SecondMoment(average.to(whole.device), beta, step, eps).divide(part)
             gradient.copy_(self.accelerator.reduce(own, "sum").view_as(gradient))
 
-    @property
-    def _engine(self) -> Any:
-        return self.accelerator.deepspeed_engine_wrapped.engine
-
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        with self._exchange(perturbation), _restored_before_step(self._engine, self.restore):
+        with self._exchange(perturbation), self._restored_before_step():
             yield
 
     def restore(self) -> None:
         self._exchange.restore()
 
 
-class ShardedDeepSpeedEngine:
+class ShardedDeepSpeedEngine(_DeepSpeedEngine):
     """ZeRO-3: every process holds a shard of every weight, of its gradient and of the optimizer's state."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        super().__init__(accelerator)
         self._moved: list[Any] = []
 
     @contextmanager
@@ -188,9 +216,6 @@ class ShardedDeepSpeedEngine:
             ascent.weights.append(parameter)
             ascent.gradients.append(safe_get_local_grad(parameter).clone())
             _set(safe_set_local_grad, parameter, None if waiting is None else waiting[index])
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * getattr(self._engine.optimizer, "loss_scale", 1.0)
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
@@ -216,10 +241,6 @@ class ShardedDeepSpeedEngine:
     def _over_processes(self, norm: Tensor) -> Tensor:
         return self.accelerator.reduce(norm.square(), "sum").sqrt()
 
-    @property
-    def _engine(self) -> Any:
-        return self.accelerator.deepspeed_engine_wrapped.engine
-
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         weights: list[Any] = perturbation.weights
@@ -228,7 +249,7 @@ class ShardedDeepSpeedEngine:
             for weight, value in zip(weights, perturbation.values, strict=True):
                 weight.ds_tensor.data.copy_(value)
             _forget_gathered(weights)
-            with _restored_before_step(self._engine, self.restore):
+            with self._restored_before_step():
                 yield
         finally:
             self.restore()
@@ -255,18 +276,3 @@ def _forget_gathered(weights: list[Any]) -> None:
     for weight in weights:
         if weight.ds_status == ZeroParamStatus.AVAILABLE:
             weight.partition(param_list=[weight], has_been_updated=False)
-
-
-@contextmanager
-def _restored_before_step(engine: Any, restore: Any) -> Iterator[None]:
-    step = engine.step
-
-    def restored_step(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return step(*args, **kwargs)
-
-    engine.step = restored_step
-    try:
-        yield
-    finally:
-        del engine.step
