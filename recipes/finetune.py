@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import PartialState
 from config import parse
 from data import (
     DatasetArguments,
@@ -361,6 +362,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 def main() -> None:
     results = run(sys.argv[1:])
     print_summary(results)
+    PartialState().destroy_process_group()  # gloo's threads abort a process that exits with its group
 
 
 if __name__ == "__main__":

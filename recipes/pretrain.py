@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from accelerate import PartialState
 from config import parse
 from data import (
     STREAM_SHUFFLE_BUFFER,
@@ -173,6 +174,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     print_summary(run(sys.argv[1:]))
+    PartialState().destroy_process_group()  # gloo's threads abort a process that exits with its group
 
 
 if __name__ == "__main__":

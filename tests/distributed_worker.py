@@ -24,3 +24,4 @@ if __name__ == "__main__":
         weights = weights_of(trainer.model)
     if trainer.is_world_process_zero():
         torch.save((weights, trainer.state.log_history, trainer.args.world_size), folder / "out.pt")
+    trainer.accelerator.end_training()  # gloo's threads abort a process that exits with its group
