@@ -243,7 +243,7 @@ class FSAMMixin(_AnyTrainer):
             self._fsam_tape.detach()
 
     def _fsam_drop(self) -> None:
-        if self._fsam_active:
+        if "_fsam_engine" in self.__dict__:  # whatever the arguments say by now
             self._fsam_engine.restore()
         self._fsam_tape.detach()
         self._fsam_window = self._fsam_batches = None

@@ -85,7 +85,7 @@ def test_in_bfloat16_the_radius_is_kept_and_the_masters_learn(tmp_path: Path, st
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "Super"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload at ZeRO stage 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload to the CPU"),
         ({"compile": {"deepcompile": True}}, "DeepCompile"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),

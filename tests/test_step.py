@@ -220,6 +220,25 @@ def test_ctrl_c_on_the_last_line_before_the_restore_leaves_clean_weights(
     assert same_bits(weights_of(trainer.model), weights_of(llama()))
 
 
+def test_the_weights_come_back_even_where_the_arguments_have_turned_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore, calls = Exchange.restore, []
+    trainer = make_trainer(tmp_path, fsam_rho=1.0, learning_rate=0.0)
+
+    def struck(self: Exchange) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            trainer.args.fsam_variant = "none"
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(Exchange, "restore", struck)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), weights_of(llama()))
+
+
 def test_auto_find_batch_size_goes_on_from_clean_weights_after_running_out_of_memory(tmp_path: Path) -> None:
     model = _Failing(RuntimeError("CUDA out of memory."), "backward", 1)
     trainer = make_trainer(tmp_path, model, auto_find_batch_size=True, fsam_rho=0.5, max_steps=2)

@@ -39,7 +39,7 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
         "zenflow": bool(zero.get("zenflow")),
         "super_offload (SuperOffload)": any(part.get("super_offload") for part in offload),
         "offload to NVMe": any(part.get("device") == "nvme" for part in offload),
-        "offload at ZeRO stage 3": sharded and any(part.get("device") == "cpu" for part in offload),
+        "offload to the CPU": any(part.get("device") == "cpu" for part in offload),
         "compile.deepcompile (DeepCompile)": bool(config.get("compile", {}).get("deepcompile")),
         "torch_autocast": bool(config.get("torch_autocast", {}).get("enabled")),
         "tensor_parallel": bool(config.get("tensor_parallel")),
