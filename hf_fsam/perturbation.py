@@ -50,7 +50,7 @@ def perturb(
     """Turn ascent gradients into perturbed weights, in place: `gradients` hold θ+ε afterwards.
 
     Args:
-        weights: θ, left alone.
+        weights: θ, left alone; on the device of its gradient or offloaded from it.
         gradients: g, each in the shape and dtype of its weight, no two sharing memory (:func:`own_storage`).
         precondition: turns g into the direction d in place. None: d = g.
         rho: the L2 radius ρ over all weights together.
@@ -82,6 +82,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _move(theta: Tensor, gradient: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
     """Write θ' ≈ θ + scale · gradient over `gradient`, rounded so that its mean is exact; returns ⟨θ'−θ, ε⟩."""
+    theta = theta.to(gradient.device)  # an offloaded shard
     wide = torch.promote_types(theta.dtype, torch.float32)
     # A gradient that is not finite has scale 0, and 0 · ∞ is not a number: move nothing, without a look from the host.
     epsilon = gradient.to(wide).mul(scale).nan_to_num_(nan=0.0)

@@ -1,7 +1,7 @@
 """The optimizer's second moment, which preconditions the ascent."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ class SecondMoment:
     """One weight's second moment as an optimizer of the Adam family keeps it.
 
     Attributes:
-        average: the running average v of g², in the shape of the weight.
+        average: the running average v of g², in the shape of the weight; maybe offloaded from its device.
         beta: its decay β₂.
         step: the steps t that it has averaged over, a number or a tensor of shape ().
         eps: the optimizer's own epsilon.
@@ -31,10 +31,10 @@ class SecondMoment:
         """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place."""
         correction = (1 - self.beta**self.step) ** 0.5
         for g, v in zip(chunks(gradient), chunks(self.average), strict=True):
-            g.div_(v.sqrt().div_(correction).add_(self.eps))
+            g.div_(v.to(g.device).sqrt().div_(correction).add_(self.eps))
 
 
-def precondition(gradients: Sequence[Tensor], moments: Sequence[SecondMoment | None]) -> None:
+def precondition(gradients: Sequence[Tensor], moments: Iterable[SecondMoment | None]) -> None:
     """g → g / (√v̂ + eps), in place; g stays where there is no moment yet."""
     for gradient, moment in zip(gradients, moments, strict=True):
         if moment is not None:

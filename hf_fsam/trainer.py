@@ -280,6 +280,19 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_batches, self._fsam_window, self._fsam_micro_step = batches, None, 0
         return batches, num_items_in_batch
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._fsam_settle()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._fsam_settle()
+        super().save_model(*args, **kwargs)
+
+    def _fsam_settle(self) -> None:
+        """An exception in the step may have left the weights of other processes' shards to be brought back."""
+        if "_fsam_engine" in self.__dict__:
+            self._fsam_engine.settle()
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._fsam_active and self.args.fsam_precondition and not isinstance(optimizer, AcceleratedOptimizer):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from config import parse
 from data import (
     DatasetArguments,
@@ -35,7 +34,7 @@ from evaluation import (
     reduce_language_model,
 )
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from report import print_summary, quiet, show_progress, write_report
+from report import leave_group, print_summary, quiet, show_progress, write_report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -362,7 +361,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 def main() -> None:
     results = run(sys.argv[1:])
     print_summary(results)
-    PartialState().destroy_process_group()  # gloo's threads abort a process that exits with its group
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from accelerate import PartialState
 from config import parse
 from data import (
     STREAM_SHUFFLE_BUFFER,
@@ -24,7 +23,7 @@ from data import (
     trained_tokenizer,
 )
 from evaluation import LanguageModelMetrics, evaluate_by_batch, reduce_language_model
-from report import print_summary, quiet, show_progress, write_report
+from report import leave_group, print_summary, quiet, show_progress, write_report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -174,7 +173,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     print_summary(run(sys.argv[1:]))
-    PartialState().destroy_process_group()  # gloo's threads abort a process that exits with its group
+    leave_group()
 
 
 if __name__ == "__main__":

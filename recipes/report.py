@@ -110,6 +110,19 @@ def print_summary(results: dict[str, Any]) -> None:
         print(f"{'written to':32} {results['arguments']['training']['output_dir']}")
 
 
+def leave_group() -> None:
+    """Leave the other processes, at the end of a script.
+
+    A thread of gloo's that hands a tensor back to Python while the interpreter shuts down aborts the process (torch
+    2.13), and DeepSpeed keeps the threads alive: they get a second for what they still hold.
+    """
+    state = PartialState()
+    gloo = state.backend == "gloo"
+    state.destroy_process_group()
+    if gloo:
+        time.sleep(1)
+
+
 def training_seconds(history: list[dict[str, float]]) -> float:
     """The Trainer's own clock without the evaluations on the way: what the optimizer's steps took."""
     end = next((index for index, entry in enumerate(history) if "train_runtime" in entry), None)

@@ -5,23 +5,82 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 
+# `accelerate` and the Trainer take them as they are. "fsdp2" is the Trainer's default version.
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 
-def train_distributed(folder: Path, processes: int, **settings: Any) -> tuple[dict, list, int]:
-    """Weights, log and number of processes after training with `settings` (of :func:`tests.toys.make_trainer`).
+
+def zero(stage: int, persistent: int = 0, **more: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration. `more` goes into its ZeRO part where that has such a key, beside it else."""
+    parts = ("offload_optimizer", "offload_param", "reduce_bucket_size")
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": persistent}
+        | {key: more.pop(key) for key in parts if key in more},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own has to be compiled
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+    }
+    return {"deepspeed": config | more}
+
+
+CPU = {"device": "cpu", "pin_memory": False}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero0": zero(0),
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero3": zero(3),
+    "zero2_offload": zero(2, offload_optimizer=CPU),
+    "zero3_offload": zero(3, offload_optimizer=CPU),
+    "zero3_offload_all": zero(3, offload_optimizer=CPU, offload_param=CPU),
+    "fsdp2": FSDP2,
+}
+
+
+class Trained(NamedTuple):
+    """What the first process ends with.
+
+    Attributes:
+        weights: by name, whole, as the training holds them.
+        masters: the optimizer's float32 copies of them under DeepSpeed; else the same.
+        logs: the Trainer's log.
+        facts: what else the worker was asked to find out.
+    """
+
+    weights: dict[str, Tensor]
+    masters: dict[str, Tensor]
+    logs: list[dict[str, float]]
+    facts: dict[str, Any]
+
+
+def launch(processes: int, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m arguments` in each of `processes`, offline, on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | environment
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def train_distributed(folder: Path, processes: int, *cases: dict[str, Any]) -> list[Trained]:
+    """One training after the other in the same processes, each with settings of :func:`tests.toys.make_trainer`.
+
+    Beside those, a case may have the keys of :func:`tests.distributed_worker.train`.
 
     Raises:
         AssertionError: a process failed; the message is the end of what it said.
     """
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "tests.distributed_worker", str(folder), json.dumps(settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return torch.load(folder / "out.pt", weights_only=False)
+    folder.mkdir(parents=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = launch(processes, "tests.distributed_worker", str(folder))
+    assert done.returncode == 0, done.stderr[-8000:]
+    return [Trained(*torch.load(folder / f"{index}.pt", weights_only=False)) for index in range(len(cases))]

@@ -1,27 +1,110 @@
-"""What each process of a distributed test runs: `distributed_worker.py FOLDER JSON` trains the toy GPT-2 and writes
-the weights that the optimizer holds, the log and the number of processes."""
+"""What each process of a distributed test runs: `distributed_worker.py FOLDER` trains what FOLDER/cases.json says."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.toys import gpt2, make_trainer, weights_of
+from tests.toys import adapted, gpt2, make_trainer, sentences
+
+
+def shard_on_cpu() -> None:
+    """Accelerate turns FSDP on CPU processes into DDP without a word (1.15): have it do what it was asked for."""
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def start_anew() -> None:
+    """A training in this process must not see what the one before it set up."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    if PartialState._shared_state:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+def whole(model: nn.Module, deepspeed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights and their float32 masters, gathered."""
+    parameters = dict(model.named_parameters())
+    sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    gathered: Any = nullcontext()
+    masters = {}
+    if deepspeed:
+        import deepspeed as ds
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered = ds.zero.GatheredParameters(sharded) if sharded else nullcontext()
+        for name, parameter in parameters.items():
+            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if master is not None:
+                masters[name] = master.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
+    with gathered:
+        weights = {
+            name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+            for name, parameter in parameters.items()
+        }
+    return weights, weights | masters
+
+
+def train(
+    folder: Path, lora: bool = False, rows: int = 24, masked: bool = False, dtype: str = "float32", **settings: Any
+) -> tuple[Any, ...]:
+    """One case.
+
+    Args:
+        lora: train adapters.
+        rows, masked: of the data, :func:`tests.toys.sentences`.
+        dtype: what the model is loaded in.
+    """
+    model = gpt2().to(getattr(torch, dtype))
+    trainer = make_trainer(
+        folder,
+        adapted(model) if lora else model,
+        train_sampling_strategy="sequential",
+        trainer={"train_dataset": sentences(rows, masked=masked)},
+        **settings,
+    )
+    trainer.train()
+    weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)
+    engine = trainer.__dict__.get("_fsam_engine")
+    facts = {
+        "processes": trainer.args.world_size,
+        "engine": type(engine).__name__,
+        "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+    }
+    return weights, masters, trainer.state.log_history, facts
+
 
 if __name__ == "__main__":
-    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    trainer = make_trainer(folder, gpt2(), train_sampling_strategy="sequential", **settings)
-    trainer.train()
-    gathered = nullcontext()
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
-    with gathered:
-        weights = weights_of(trainer.model)
-    if trainer.is_world_process_zero():
-        torch.save((weights, trainer.state.log_history, trainer.args.world_size), folder / "out.pt")
-    trainer.accelerator.end_training()  # gloo's threads abort a process that exits with its group
+    shard_on_cpu()
+    for index, case in enumerate(json.loads((folder / "cases.json").read_text())):
+        start_anew()
+        result = train(folder, **case)
+        if PartialState().is_main_process:
+            torch.save(result, folder / f"{index}.pt")
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread of gloo's that hands a tensor back while the interpreter shuts down aborts the process (torch 2.13).
+    os._exit(0)

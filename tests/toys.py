@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
 
@@ -48,10 +49,24 @@ def gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def sentences(count: int = 24, seed: int = 1) -> list[dict[str, Tensor]]:
+def adapted(model: nn.Module) -> nn.Module:
+    """With LoRA on GPT-2's attention; no adapter begins at zero, where half of the gradients would be, too."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    return get_peft_model(model, config)
+
+
+def sentences(count: int = 24, seed: int = 1, masked: bool = False) -> list[dict[str, Tensor]]:
+    """masked: each row has another number of targets."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(3, VOCABULARY, (count, LENGTH), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+    labels = rows.clone()
+    if masked:
+        for index, row in enumerate(labels):
+            row[2 + index % (LENGTH - 3) :] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
 
 
 def make_trainer(

@@ -6,6 +6,7 @@ from accelerate.utils import DistributedType
 
 from hf_fsam.engines.base import Ascent, Engine
 from hf_fsam.engines.deepspeed import select_deepspeed_engine
+from hf_fsam.engines.fsdp import select_fsdp_engine
 from hf_fsam.engines.local import LocalEngine
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __all__ = ["Ascent", "Engine", "LocalEngine", "select_engine"]
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_NPU,
@@ -52,8 +54,10 @@ def select_engine(trainer: "Trainer") -> Engine:
         if holds:
             raise ValueError(
                 f"hf_fsam does not support {what} yet. Run one process, or one process a device under `torchrun` or "
-                "`accelerate launch` (DDP, DeepSpeed ZeRO), or set fsam_variant='none'."
+                "`accelerate launch` (DDP, FSDP2, DeepSpeed ZeRO), or set fsam_variant='none'."
             )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return select_deepspeed_engine(args, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return select_fsdp_engine(args, accelerator)
     return LocalEngine(accelerator)

@@ -1,14 +1,18 @@
 """What the Trainer's step asks of an engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.perturbation import Perturbation
+from hf_fsam.perturbation import Perturbation, perturb
+
+RANK_SET_LATE = "fsam_ascent_scope='rank' was set after the start, and gradients are sharded: choose another scope."
 
 
 @dataclass
@@ -51,4 +55,30 @@ class Engine(Protocol):
         """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""
 
     def restore(self) -> None:
-        """The weights are at θ after this, whether they were before or not."""
+        """The weights that this process owns are at θ after this, whether they were before or not.
+
+        No communication: an exception may have struck this process alone.
+        """
+
+    def settle(self) -> None:
+        """All weights are at θ after this. All processes call it together, before the weights are used again."""
+
+
+def perturb_shards(
+    accelerator: Accelerator,
+    shards: list[Tensor],
+    gradients: list[Tensor],
+    precondition: Callable[[Sequence[Tensor]], None] | None,
+    rho: float,
+    seed: int,
+) -> Perturbation:
+    """:func:`perturb` of weights of which every process holds other numbers: the radius is that of all together."""
+
+    def over_processes(norm: Tensor) -> Tensor:
+        return accelerator.reduce(norm.to(accelerator.device).square(), "sum").sqrt()
+
+    # Each process rounds numbers of its own.
+    generator = torch.Generator(accelerator.device).manual_seed(seed + accelerator.process_index)
+    result = perturb(shards, gradients, precondition, rho, generator, total=over_processes)
+    result.radius = accelerator.reduce(result.radius, "sum")
+    return result

@@ -1,6 +1,6 @@
 """One process, or DDP: every process holds every parameter whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -23,21 +23,9 @@ class LocalEngine:
     @contextmanager
     def ascent(self, model: nn.Module, *, average: bool) -> Iterator[Ascent]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):  # torch 2.13
-            raise ValueError(
-                "hf_fsam does not support post-accumulate-gradient hooks on weights, such as an optimizer that steps "
-                "in the backward pass: they would act on the ascent's gradient too. Remove them, or set "
-                "fsam_variant='none'."
-            )
-        aside = [parameter.grad for parameter in parameters]
-        ascent = Ascent(model, self._backward)
-        try:
-            # A plain backward into empty `.grad`, since reentrant checkpointing refuses torch.autograd.grad.
-            for parameter in parameters:
-                parameter.grad = None
-            # The forward passes, too, have to stay out of DDP's reducer, which would take them for the training's.
-            with self.accelerator.no_sync(model):
-                yield ascent
+        with gradients_set_aside(parameters), self._apart(model) as inner:
+            ascent = Ascent(inner, self._backward)
+            yield ascent
             several = average and self.accelerator.num_processes > 1
             for parameter in parameters:
                 gradient = parameter.grad
@@ -54,9 +42,21 @@ class LocalEngine:
                     gradient = self.accelerator.reduce(gradient, "mean")
                 ascent.weights.append(parameter)
                 ascent.gradients.append(gradient)
-        finally:
-            for parameter, gradient in zip(parameters, aside, strict=True):
-                parameter.grad = gradient
+
+    @contextmanager
+    def _apart(self, model: nn.Module) -> Iterator[nn.Module]:
+        """What to call in the ascent's passes, of which nobody who waits for the training's passes must know."""
+        if any(
+            getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()
+        ):  # torch 2.13
+            raise ValueError(
+                "hf_fsam does not support post-accumulate-gradient hooks on weights, such as an optimizer that steps "
+                "in the backward pass: they would act on the ascent's gradient too. Remove them, or set "
+                "fsam_variant='none'."
+            )
+        # The forward passes, too, have to stay out of DDP's reducer, which would take them for the training's.
+        with self.accelerator.no_sync(model):
+            yield model
 
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()
@@ -72,14 +72,36 @@ class LocalEngine:
         gradients = own_storage(ascent.gradients, cotangents)
         divide = None
         if optimizer is not None:
-            if optimizer is not self._asked:  # preconditioning may be switched on in the middle of a training
-                check_keeps_second_moment(optimizer)
-                self._asked = optimizer
+            self._check(optimizer)
             divide = partial(precondition, moments=second_moments(optimizer, ascent.weights))
         return perturb(ascent.weights, gradients, divide, rho, generator)
+
+    def _check(self, optimizer: Optimizer) -> None:
+        if optimizer is not self._asked:  # preconditioning may be switched on in the middle of a training
+            check_keeps_second_moment(optimizer)
+            self._asked = optimizer
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
         return self._exchange(perturbation)
 
     def restore(self) -> None:
         self._exchange.restore()
+
+    def settle(self) -> None:
+        pass
+
+
+@contextmanager
+def gradients_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """A plain backward pass inside begins with empty `.grad`; afterwards what was there is there again.
+
+    Not `torch.autograd.grad`, which reentrant checkpointing refuses.
+    """
+    aside = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, aside, strict=True):
+            parameter.grad = gradient

@@ -1,0 +1,133 @@
+"""FSDP2 (`fully_shard`): weights, gradients and optimizer state are sharded DTensors between the passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, perturb_shards
+from hf_fsam.engines.local import LocalEngine, gradients_set_aside
+from hf_fsam.perturbation import Perturbation
+from hf_fsam.second_moment import precondition, second_moments
+
+
+def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
+    """The engine for the run's FSDP settings.
+
+    Raises:
+        ValueError: something in them would be ignored or wrong; the message names it.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    refused = {
+        "FSDP1 (set fsdp_config version: 2)": plugin.fsdp_version == 1,
+        "fsam_ascent_scope='rank', where no process holds its own gradient whole,": args.fsam_ascent_scope == "rank",
+        "offload to the CPU": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "hybrid sharding (dp_replicate)": parallelism is not None
+        and bool(getattr(parallelism, "dp_replicate_enabled", False)),
+        "torch_compile=True": args.torch_compile,
+    }
+    for what, holds in refused.items():
+        if holds:
+            raise ValueError(
+                f"hf_fsam does not support {what} under FSDP. Change that setting, or set fsam_variant='none'."
+            )
+    return FSDPEngine(accelerator)
+
+
+class FSDPEngine(LocalEngine):
+    """Every process holds a shard of every weight, and perturbs and restores that."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self._model: Any = None
+        self._parameters: list[Any] = []
+        self._away: list[list[Tensor]] = []  # [shard, where its θ is]
+
+    @contextmanager
+    def ascent(self, model: Any, *, average: bool) -> Iterator[Ascent]:
+        if not average:
+            raise ValueError(RANK_SET_LATE)
+        self._model, self._parameters = model, []
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with gradients_set_aside(parameters), self._apart(model) as inner:
+            ascent = Ascent(inner, self._backward)
+            yield ascent
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    self._parameters.append(parameter)
+                    ascent.weights.append(_local(parameter))
+                    ascent.gradients.append(_local(parameter.grad))
+
+    @contextmanager
+    def _apart(self, model: Any) -> Iterator[nn.Module]:
+        self._reduce_at_once()
+        yield model
+
+    def _reduce_at_once(self) -> None:
+        """Gradients that wait unsharded for the end of the accumulation window, as the Trainer has them do, would be
+        reduced with the next ascent's."""
+        self._model.set_requires_gradient_sync(True)
+
+    def perturb(
+        self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
+    ) -> Perturbation:
+        divide = None
+        if optimizer is not None:
+            self._check(optimizer)
+            moments = second_moments(optimizer, self._parameters)
+            local = [moment and replace(moment, average=_local(moment.average)) for moment in moments]
+            divide = partial(precondition, moments=local)
+        return perturb_shards(self.accelerator, ascent.weights, ascent.gradients, divide, rho, seed)
+
+    @contextmanager
+    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+        try:
+            self._reduce_at_once()
+            self._exchange_contents(perturbation)
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def _exchange_contents(self, perturbation: Perturbation) -> None:
+        """FSDP gathers from the memory that the shards lie in: the numbers have to change places, not the tensors."""
+        for shard, value in zip(perturbation.weights, perturbation.values, strict=True):
+            theta = shard.clone()
+            self._away.append([shard, theta])
+            shard.copy_(value)
+            value.copy_(theta)
+            self._away[-1][1] = value
+        self._forget_gathered()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self._away:
+            while self._away:
+                shard, theta = self._away[-1]
+                value = shard.clone()
+                shard.copy_(theta)
+                self._away.pop()
+                theta.copy_(value)  # the next micro-batch of the window is perturbed alike
+            self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """A pass that ended at the boundary leaves some weights gathered: have them gathered anew."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's shard, in the memory of the DTensor."""
+    return tensor.detach().to_local()

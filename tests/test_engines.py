@@ -1,0 +1,166 @@
+"""Every engine trains two processes to the weights that plain torch reaches with the rows of both in one batch.
+
+One launch an engine runs all its cases; each test then holds one of them against `tests.reference`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import reference
+from tests.distributed import ENGINES, Trained, train_distributed
+from tests.reference import Problem, Tensors
+from tests.toys import adapted, distance, gpt2, sentences
+
+deepspeed = pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
+
+PROCESSES = 2
+ROWS = 24
+SAME = 1e-5  # relative; what is measured is 1e-7
+BASE: dict[str, Any] = {"fsam_rho": 0.3, "max_steps": 4, "per_device_train_batch_size": 1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"fsam_variant": "none"},
+    "sam": {"fsam_variant": "sam", "fsam_precondition": False},
+    "functional": {"fsam_variant": "functional", "fsam_precondition": False},
+    "preconditioned": {"fsam_variant": "functional", "fsam_precondition": True},
+    "logit": {"fsam_variant": "logit", "fsam_precondition": False},
+}
+MATRIX = {
+    f"{variant}-accumulate{accumulation}-{scope}": settings
+    | {"gradient_accumulation_steps": accumulation, "fsam_ascent_scope": scope}
+    for variant, settings in VARIANTS.items()
+    for accumulation in (1, 2)
+    for scope in ("micro_batch", "optimizer_step")
+    if not (variant == "none" and scope == "optimizer_step")
+}
+# What the plain Trainer can do has to go on working.
+FEATURES: dict[str, dict[str, Any]] = {
+    "lora": VARIANTS["preconditioned"] | {"lora": True, "gradient_accumulation_steps": 2},
+    "clipped": VARIANTS["functional"] | {"max_grad_norm": 0.05},
+    "not_clipped": VARIANTS["functional"] | {"max_grad_norm": 0.0},
+    "scheduled": VARIANTS["functional"] | {"lr_scheduler_type": "linear", "warmup_steps": 1},
+    "checkpointed": VARIANTS["preconditioned"] | {"gradient_checkpointing": True},
+    # 11 rows: the last batch is filled from the beginning, the last window of an epoch is shorter.
+    "uneven": VARIANTS["functional"]
+    | {"rows": 11, "num_train_epochs": 2, "max_steps": -1}
+    | {"gradient_accumulation_steps": 4, "fsam_ascent_scope": "optimizer_step"},
+    # Rows with few targets count for less: by their number, not by their process.
+    "unequal_targets": VARIANTS["functional"] | {"masked": True, "gradient_accumulation_steps": 2},
+}
+RANK: dict[str, dict[str, Any]] = {
+    f"rank-{variant}": VARIANTS[variant] | {"fsam_ascent_scope": "rank", "gradient_accumulation_steps": 2}
+    for variant in ("sam", "functional", "preconditioned")
+}
+
+
+def cases_of(engine: str) -> dict[str, dict[str, Any]]:
+    rank: dict[str, dict[str, Any]] = {}
+    if engine in ("ddp", "zero0", "zero1", "zero2"):
+        rank = {
+            name: case for name, case in RANK.items() if engine in ("ddp", "zero0") or name != "rank-preconditioned"
+        }
+    return MATRIX | FEATURES | rank
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(engine, case) → what two processes end with; an engine's processes start once."""
+    results: dict[str, dict[str, Trained]] = {}
+
+    def result(engine: str, case: str) -> Trained:
+        if engine not in results:
+            cases = cases_of(engine)
+            folder = tmp_path_factory.mktemp("engines") / engine
+            ended = train_distributed(folder, PROCESSES, *(BASE | each | ENGINES[engine] for each in cases.values()))
+            results[engine] = dict(zip(cases, ended, strict=True))
+        return results[engine][case]
+
+    return result
+
+
+def reference_weights(settings: dict[str, Any]) -> tuple[Tensors, Tensors]:
+    """Where plain torch begins, and where it ends with all rows in one process."""
+    settings = BASE | {"gradient_accumulation_steps": 1, "fsam_ascent_scope": "micro_batch"} | settings
+    model = adapted(gpt2()) if settings.get("lora") else gpt2()
+    rows = sentences(settings.get("rows", ROWS), masked=settings.get("masked", False))
+    rows += rows[: len(rows) % PROCESSES]  # as Accelerate fills the last batch
+    accumulation, epochs, scope = settings["gradient_accumulation_steps"], 1, settings["fsam_ascent_scope"]
+    if settings["max_steps"] > 0:
+        rows = rows[: PROCESSES * accumulation * settings["max_steps"]]
+    else:
+        epochs = settings["num_train_epochs"]
+    together = PROCESSES
+    if scope == "rank":  # one process after the other, each as a micro-batch with a perturbation of its own
+        together, accumulation, scope = 1, PROCESSES * accumulation, "micro_batch"
+    batches = [
+        {key: torch.stack([row[key] for row in rows[start : start + together]]) for key in rows[0]}
+        for start in range(0, len(rows), together)
+    ]
+    total = epochs * -(-len(batches) // accumulation)
+
+    def schedule(step: int) -> float:
+        warmup = settings.get("warmup_steps", 0)
+        if settings.get("lr_scheduler_type", "constant") == "constant":
+            return 1.0
+        return step / warmup if step < warmup else (total - step) / (total - warmup)
+
+    def optimizer_factory(model: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(reference.trainable(model).values(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    ended = reference.train(
+        model,
+        Problem(reference.causal_lm_loss, count=reference.count_labels),
+        batches,
+        variant=settings["fsam_variant"],
+        precondition=settings.get("fsam_precondition", False),
+        rho=settings["fsam_rho"],
+        scope=scope,
+        accumulation=accumulation,
+        epochs=epochs,
+        max_grad_norm=settings.get("max_grad_norm", 1.0),
+        optimizer_factory=optimizer_factory,
+    )
+    return {name: weight.detach() for name, weight in reference.trainable(model).items()}, ended
+
+
+@pytest.mark.parametrize(("engine", "case"), [(engine, case) for engine in ENGINES for case in cases_of(engine)])
+def test_two_processes_end_where_plain_torch_does(engine: str, case: str, trained: Any) -> None:
+    settings = cases_of(engine)[case]
+    start, wanted = reference_weights(settings)
+    weights, _, logs, facts = trained(engine, case)
+    assert facts["processes"] == PROCESSES
+    assert facts["sharded"] == (engine == "fsdp2")  # Accelerate makes DDP of FSDP on CPU processes without a word
+    weights = {name: weights[name] for name in wanted}  # the adapters alone
+    assert distance(wanted, start) > 1e-3  # an engine that loses the update would otherwise look alike
+    assert distance(weights, wanted) < SAME
+    if settings["fsam_variant"] != "none":
+        assert logs[0]["fsam/radius"] == pytest.approx(BASE["fsam_rho"], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_base_model_stays_under_adapters(engine: str, trained: Any) -> None:
+    start = dict(adapted(gpt2()).named_parameters())
+    weights = trained(engine, "lora").weights
+    assert weights.keys() == start.keys()
+    for name, weight in weights.items():
+        assert ("lora_" in name) != torch.equal(weight, start[name]), name
+
+
+def test_the_reference_tells_the_cases_apart() -> None:
+    """Each two end further apart than the tolerance, so that none can stand in for another."""
+    ends = {name: reference_weights(case)[1] for name, case in (MATRIX | FEATURES | RANK).items() if name != "lora"}
+    # With one micro-batch in the window, both scopes are the same.
+    alike = {frozenset((f"{v}-accumulate1-micro_batch", f"{v}-accumulate1-optimizer_step")) for v in VARIANTS}
+    # The gradient's norm is about 1, and 1 is the Trainer's limit.
+    alike |= {
+        frozenset(("preconditioned-accumulate1-" + scope, "checkpointed"))
+        for scope in ("micro_batch", "optimizer_step")
+    }
+    for name, end in ends.items():
+        for other in ends:
+            if name < other and frozenset((name, other)) not in alike:
+                assert distance(end, ends[other]) > 10 * SAME, (name, other)
