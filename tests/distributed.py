@@ -82,5 +82,5 @@ def train_distributed(folder: Path, processes: int, *cases: dict[str, Any]) -> l
     folder.mkdir(parents=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     done = launch(processes, "tests.distributed_worker", str(folder))
-    assert done.returncode == 0, done.stderr[-8000:]
+    assert done.returncode == 0, done.stderr[-40_000:]
     return [Trained(*torch.load(folder / f"{index}.pt", weights_only=False)) for index in range(len(cases))]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from tests.toys import adapted, gpt2, make_trainer, sentences
 
@@ -65,17 +68,48 @@ def whole(model: nn.Module, deepspeed: bool) -> tuple[dict[str, Tensor], dict[st
     return weights, weights | masters
 
 
+def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
+    """In the second pass of `step` (from 0), on one process or on all: "kill" and "terminate" send that signal,
+    "raise" raises, "hang" waits for ever."""
+    compute_loss, calls = trainer.compute_loss, 0
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * step + 2 and rank in (None, trainer.args.process_index):
+            if kind == "raise":
+                raise RuntimeError("struck in the second pass")
+            if kind == "hang":
+                time.sleep(10_000)
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[kind])
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = struck
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, JITCheckpointCallback):
+            callback.jit_manager.kill_wait = 0
+
+
 def train(
-    folder: Path, lora: bool = False, rows: int = 24, masked: bool = False, dtype: str = "float32", **settings: Any
+    folder: Path,
+    lora: bool = False,
+    rows: int = 24,
+    masked: bool = False,
+    resume: str | None = None,
+    save_to: str | None = None,
+    struck: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Any, ...]:
     """One case.
 
     Args:
         lora: train adapters.
         rows, masked: of the data, :func:`tests.toys.sentences`.
-        dtype: what the model is loaded in.
+        resume: a checkpoint.
+        save_to: where the model is saved at the end.
+        struck: arguments of :func:`strike`.
     """
-    model = gpt2().to(getattr(torch, dtype))
+    model = gpt2()
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
@@ -83,7 +117,11 @@ def train(
         trainer={"train_dataset": sentences(rows, masked=masked)},
         **settings,
     )
-    trainer.train()
+    if struck is not None:
+        strike(trainer, **struck)
+    trainer.train(resume_from_checkpoint=resume)
+    if save_to is not None:
+        trainer.save_model(save_to)
     weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)
     engine = trainer.__dict__.get("_fsam_engine")
     facts = {

@@ -77,7 +77,6 @@ def test_bad_values_are_refused_with_the_name_and_the_value(tmp_path: Path, name
         ("args", {"optim": "galore_adamw_layerwise"}, "galore_adamw_layerwise"),
         ("trainer", {"is_model_parallel": True}, "hf_device_map"),
         ("trainer", {"is_distributed_loading_by_transformers": True}, "DistributedConfig"),
-        ("accelerator", {"distributed_type": DistributedType.FSDP}, "FSDP"),
         ("accelerator", {"distributed_type": DistributedType.XLA}, "XLA"),
         ("accelerator", {"distributed_type": DistributedType.MEGATRON_LM}, "MEGATRON_LM"),
         ("accelerator", {"parallelism_config": SimpleNamespace(tp_enabled=True)}, "tensor, context"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.distributed import ENGINES, Trained, train_distributed
+from tests.distributed import CPU, ENGINES, FSDP2, Trained, train_distributed, zero
 from tests.reference import Problem, Tensors
 from tests.toys import adapted, distance, gpt2, sentences
 
@@ -18,6 +18,7 @@ deepspeed = pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspe
 PROCESSES = 2
 ROWS = 24
 SAME = 1e-5  # relative; what is measured is 1e-7
+SAME_BF16 = 1e-2  # what is measured is 3e-3 to 6e-3; no two variants end nearer to each other than 3e-2
 BASE: dict[str, Any] = {"fsam_rho": 0.3, "max_steps": 4, "per_device_train_batch_size": 1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"fsam_variant": "none"},
@@ -51,6 +52,15 @@ FEATURES: dict[str, dict[str, Any]] = {
 RANK: dict[str, dict[str, Any]] = {
     f"rank-{variant}": VARIANTS[variant] | {"fsam_ascent_scope": "rank", "gradient_accumulation_steps": 2}
     for variant in ("sam", "functional", "preconditioned")
+}
+
+
+BF16: dict[str, dict[str, Any]] = {
+    "zero1": zero(1, bf16={"enabled": True}),
+    "zero2": zero(2, bf16={"enabled": True}),
+    "zero3": zero(3, bf16={"enabled": True}),
+    "zero3_offload_all": zero(3, bf16={"enabled": True}, offload_optimizer=CPU, offload_param=CPU),
+    "fsdp2": FSDP2,
 }
 
 
@@ -164,3 +174,53 @@ def test_the_reference_tells_the_cases_apart() -> None:
         for other in ends:
             if name < other and frozenset((name, other)) not in alike:
                 assert distance(end, ends[other]) > 10 * SAME, (name, other)
+
+
+# bfloat16 -------------------------------------------------------------------------------------------------------------
+
+
+def bf16_reference(settings: dict[str, Any]) -> Tensors:
+    """Float32 masters that are stepped with the gradient of their bfloat16 roundings."""
+    model = gpt2().bfloat16()
+    masters = {name: weight.detach().float().requires_grad_() for name, weight in model.named_parameters()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    direction = reference.second_moment_direction(optimizer, masters) if settings.get("fsam_precondition") else dict
+    rows = sentences()
+    for step in range(BASE["max_steps"]):
+        batch = {key: torch.stack([row[key] for row in rows[2 * step : 2 * step + 2]]) for key in rows[0]}
+        gradient = reference.window_gradient(
+            Problem(reference.causal_lm_loss, count=reference.count_labels),
+            model,
+            {name: master.detach().bfloat16() for name, master in masters.items()},
+            [batch],
+            variant=settings["fsam_variant"],
+            rho=BASE["fsam_rho"],
+            direction=direction,
+        )
+        wide = {name: g.float() for name, g in gradient.items()}
+        shrink = min(1.0, 1.0 / (float(reference.norm(wide)) + 1e-6))
+        for name, master in masters.items():
+            master.grad = wide[name] * shrink
+        optimizer.step()
+    return {name: master.detach() for name, master in masters.items()}
+
+
+@pytest.mark.parametrize("engine", BF16)
+def test_in_bfloat16_the_masters_learn_and_the_radius_is_kept(engine: str, tmp_path_factory: Any) -> None:
+    names = [name for name in VARIANTS if name != "logit"]
+    small = VARIANTS["functional"] | {"fsam_rho": 0.02}  # most entries of ε are under the weights' resolution
+    cases = [BASE | {"bf16": True} | case | BF16[engine] for case in [*(VARIANTS[name] for name in names), small]]
+    ended = train_distributed(tmp_path_factory.mktemp("bf16") / engine, PROCESSES, *cases)
+    wanted = {name: bf16_reference(VARIANTS[name]) for name in names}
+    for name, result in zip(names, ended, strict=False):
+        dtype = next(iter(result.weights.values())).dtype
+        assert dtype == (torch.float32 if engine == "fsdp2" else torch.bfloat16)
+        apart = {other: distance(result.masters, wanted[other]) for other in names}
+        assert apart[name] < SAME_BF16, (name, apart)
+        assert all(apart[other] > 2 * SAME_BF16 for other in names if other != name), (name, apart)
+        for weight, master in zip(result.weights.values(), result.masters.values(), strict=True):
+            assert torch.equal(weight, master.to(dtype))  # nothing of ε is left
+    for result in ended[1:]:
+        rho = 0.02 if result is ended[-1] else BASE["fsam_rho"]
+        for entry in result.logs[:-1]:
+            assert entry["fsam/radius"] == pytest.approx(rho, rel=0.05)
