@@ -141,7 +141,7 @@ class FSAMMixin(_AnyTrainer):
         scope = self.args.fsam_ascent_scope
         fetched = (scope == "optimizer_step" and self._fsam_batches) or [inputs]
         batches = [_MicroBatch(micro_batch) for micro_batch in fetched]
-        with self._fsam_engine.ascent(model, average=scope != "rank") as ascent:
+        with self._fsam_engine.ascent(model, average=scope != "rank", passes=len(batches)) as ascent:
             for batch in batches:
                 batch.random = RandomState.capture(self.args.device)
                 batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, ascent)

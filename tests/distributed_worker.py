@@ -1,5 +1,6 @@
 """What each process of a distributed test runs: `distributed_worker.py FOLDER` trains what FOLDER/cases.json says."""
 
+import gc
 import json
 import os
 import signal
@@ -13,10 +14,14 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from tests.toys import adapted, gpt2, make_trainer, sentences
+from benchmarks.collectives import Collectives
+from benchmarks.peak_memory import PeakMemory
+from hf_fsam import perturbation
+from tests.toys import WIDE, adapted, gpt2, llama, make_trainer, sentences
 
 
 def shard_on_cpu() -> None:
@@ -90,9 +95,29 @@ def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
             callback.jit_manager.kill_wait = 0
 
 
+class Measured(TrainerCallback):
+    """What the third step takes: bytes at once, and what passes between the processes."""
+
+    def __init__(self, memory: PeakMemory) -> None:
+        self.memory, self.collectives = memory, Collectives()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            gc.collect()
+            self.memory.peak = self.memory.current
+            self.collectives.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.collectives.__exit__(None, None, None)
+            self.peak = self.memory.peak
+
+
 def train(
     folder: Path,
     lora: bool = False,
+    wide: bool = False,
+    measured: bool = False,
     rows: int = 24,
     masked: bool = False,
     resume: str | None = None,
@@ -104,12 +129,14 @@ def train(
 
     Args:
         lora: train adapters.
+        wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
+        measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
         resume: a checkpoint.
         save_to: where the model is saved at the end.
         struck: arguments of :func:`strike`.
     """
-    model = gpt2()
+    model = llama(**WIDE) if wide else gpt2()
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
@@ -119,7 +146,11 @@ def train(
     )
     if struck is not None:
         strike(trainer, **struck)
-    trainer.train(resume_from_checkpoint=resume)
+    with PeakMemory() if measured else nullcontext() as memory:
+        if measured:
+            trainer.add_callback(callback := Measured(memory))
+            perturbation._CHUNK["cpu"] = 1 << 13  # temporaries as small beside this model as beside a large one
+        trainer.train(resume_from_checkpoint=resume)
     if save_to is not None:
         trainer.save_model(save_to)
     weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)
@@ -129,6 +160,8 @@ def train(
         "engine": type(engine).__name__,
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
     }
+    if measured:
+        facts |= {"peak": callback.peak, "calls": dict(callback.collectives.calls), "bytes": callback.collectives.bytes}
     return weights, masters, trainer.state.log_history, facts
 
 

@@ -12,6 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 VOCABULARY, LENGTH = 48, 10
+# A Llama of a million weights, of which a copy stands out beside ten tokens.
+WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
 
 def llama(dropout: float = 0.0, **overrides: Any) -> LlamaForCausalLM:

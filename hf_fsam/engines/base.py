@@ -33,10 +33,10 @@ class Ascent:
 
 
 class Engine(Protocol):
-    def ascent(self, model: nn.Module, *, average: bool) -> AbstractContextManager[Ascent]:
+    def ascent(self, model: nn.Module, *, average: bool, passes: int) -> AbstractContextManager[Ascent]:
         """The passes inside accumulate into the ascent, and leave the gradients of the training as they were.
 
-        average: over all processes; else this process's own.
+        average: over all processes; else this process's own. passes: how many there will be.
         """
 
     def scale(self, loss: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Read in DeepSpeed 0.19.8. Accelerate calls `engine.backward(loss)` and, at the e
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -68,7 +68,9 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
             )
     if stage == 3:
         return ShardedDeepSpeedEngine(accelerator)
-    return WholeDeepSpeedEngine(accelerator) if stage == 0 or rank else FlatDeepSpeedEngine(accelerator)
+    if stage == 0 or rank:
+        return WholeDeepSpeedEngine(accelerator)
+    return ReplicatedDeepSpeedEngine(accelerator) if stage == 1 else FlatDeepSpeedEngine(accelerator)
 
 
 @contextmanager
@@ -138,7 +140,7 @@ class WholeDeepSpeedEngine(LocalEngine):
 
 
 class _ShardingEngine:
-    """ZeRO-1 to -3: each process perturbs the shards that it has the master weights of.
+    """ZeRO-2 and -3: each process perturbs the shards that it has the master weights of.
 
     Ascent gradients are reduced to their owners as they arrive and kept on the shards, in the weights' dtype: nothing
     enters ZeRO's own accumulators, and nothing is whole.
@@ -156,7 +158,7 @@ class _ShardingEngine:
         return loss * self._engine.optimizer.loss_scale
 
     @contextmanager
-    def ascent(self, model: Any, *, average: bool) -> Iterator[Ascent]:
+    def ascent(self, model: Any, *, average: bool, passes: int) -> Iterator[Ascent]:
         if not average:
             raise ValueError(RANK_SET_LATE)
         self.settle()
@@ -168,11 +170,15 @@ class _ShardingEngine:
             bucket.flush()
             self._release(model)
 
+        def take(parameter: Any) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            bucket.add(parameter, gradient)
+
         shards = self._shards(model)
         self._sums = {key: torch.zeros_like(shard, device=self.accelerator.device) for key, shard in shards}
         ascent = Ascent(model.module, backward)
         try:
-            with gradients_set_aside(parameters), _gradients_to(model.optimizer, bucket.add):
+            with gradients_set_aside(parameters), _gradients_to(model.optimizer, take):
                 yield ascent
             ascent.weights = [shard for _, shard in shards]
             ascent.gradients = list(self._sums.values())
@@ -182,11 +188,7 @@ class _ShardingEngine:
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
     ) -> Perturbation:
-        divide = None
-        if optimizer is not None and (settings := _second_moment_settings(self._engine)) is not None:
-            # One after the other: offloaded state visits the device.
-            moments = (SecondMoment(average, *settings) for average in self._averages())
-            divide = partial(precondition, moments=moments)
+        divide = _dividing_by(self._averages(), self._engine) if optimizer is not None else None
         return perturb_shards(self.accelerator, ascent.weights, ascent.gradients, divide, rho, seed)
 
     def _shards(self, model: Any) -> list[tuple[Any, Tensor]]:
@@ -208,9 +210,97 @@ class _ShardingEngine:
         """Where no process holds what another one perturbs, nothing is left to do."""
 
 
+class _Flat:
+    """How ZeRO-1 and -2 lay out the weights: views of one flat tensor a group, of which each process owns a stretch."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.wholes: list[Tensor] = optimizer.bit16_groups_flat
+        self.groups: list[Any] = optimizer.real_dp_process_group
+        self.masters: list[Tensor] = optimizer.single_partition_of_fp32_groups
+        self.own = [
+            stretches[torch.distributed.get_rank(group)]
+            for stretches, group in zip(optimizer.parallel_partitioned_bit16_groups, self.groups, strict=True)
+        ]
+
+    def averages(self) -> Iterator[Tensor]:
+        """The optimizer's second moment of each stretch that this process owns."""
+        for master in self.masters:
+            yield self._optimizer.optimizer.state[master]["exp_avg_sq"]
+
+    def place(self, parameter: Tensor) -> tuple[int, int]:
+        """The parameter's group, and at which number it begins there."""
+        for index, whole in enumerate(self.wholes):
+            numbers, rest = divmod(parameter.data_ptr() - whole.data_ptr(), whole.element_size())
+            if rest == 0 and 0 <= numbers < whole.numel():
+                return index, numbers
+        raise RuntimeError("a trainable weight is in none of DeepSpeed's flat groups: this version lays them out anew.")
+
+    def reduce(self, parameters: list[Any], gradients: list[Tensor], sums: dict[int, Tensor]) -> None:
+        """Add the means over the processes to `sums`, each number at its owner's alone."""
+        pieces: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            index, place = self.place(parameter)
+            length = self.own[index].numel()
+            for start, end in _stretches(place, gradient.numel(), length):
+                piece = gradient.view(-1)[start - place : end - place]
+                pieces[index, start // length].append((start % length, piece))
+        for (index, owner), parts in sorted(pieces.items()):
+            group = self.groups[index]
+            joined = torch.cat([piece for _, piece in parts]).div_(torch.distributed.get_world_size(group))
+            torch.distributed.reduce(joined, dst=torch.distributed.get_global_rank(group, owner), group=group)
+            if owner == torch.distributed.get_rank(group):
+                sizes = [piece.numel() for _, piece in parts]
+                for (start, _), reduced in zip(parts, joined.split(sizes), strict=True):
+                    sums[index][start : start + reduced.numel()] += reduced
+
+    def gather(self, wholes: list[Tensor], own: list[Tensor]) -> None:
+        """Every process's stretches into `wholes`."""
+        for whole, stretch, group in zip(wholes, own, self.groups, strict=True):
+            torch.distributed.all_gather_into_tensor(whole, stretch, group=group)
+
+
+class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
+    """ZeRO-1: weights and gradients are whole everywhere, as under DDP, and so are the perturbed weights; but each
+    process has the second moment, and so the direction, of its own stretch alone."""
+
+    @contextmanager
+    def ascent(self, model: Any, *, average: bool, passes: int) -> Iterator[Ascent]:
+        if not average:
+            raise ValueError(RANK_SET_LATE)
+        with super().ascent(model, average=False, passes=passes) as ascent:
+            yield ascent
+
+    def perturb(
+        self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
+    ) -> Perturbation:
+        flat = _Flat(self._engine.optimizer)
+        sums = {index: torch.zeros_like(stretch) for index, stretch in enumerate(flat.own)}
+        bucket = _Bucket(self._engine.optimizer.reduce_bucket_size, partial(flat.reduce, sums=sums))
+        parameters = [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
+        gradients = dict(zip(ascent.weights, ascent.gradients, strict=True))
+        ascent.gradients.clear()
+        for parameter in parameters:
+            gradient = gradients.pop(parameter, None)
+            # Another process may have used this weight: all take part in the reduction.
+            bucket.add(parameter, torch.zeros_like(parameter) if gradient is None else gradient)
+        bucket.flush()
+        divide = _dividing_by(flat.averages(), self._engine) if optimizer is not None else None
+        result = perturb_shards(self.accelerator, flat.own, list(sums.values()), divide, rho, seed)
+        wholes = [torch.empty_like(whole) for whole in flat.wholes]
+        flat.gather(wholes, result.values)
+        places = [flat.place(parameter) for parameter in parameters]
+        result.weights = parameters
+        result.values = [
+            wholes[index][place : place + parameter.numel()].view_as(parameter)
+            for parameter, (index, place) in zip(parameters, places, strict=True)
+        ]
+        return result
+
+
 class FlatDeepSpeedEngine(_ShardingEngine):
-    """ZeRO-1 and -2: the weights are whole everywhere, views of one flat tensor a group, of which each process owns one
-    stretch: that one it perturbs, and the stretches are gathered as after an optimizer step.
+    """ZeRO-2: weights are whole everywhere, gradients are not. Each process perturbs the stretch that it owns, and the
+    stretches are gathered as after an optimizer step.
 
     The way back is the same, from the master weights, unless the optimizer's step follows: that overwrites and gathers
     every weight anyway.
@@ -220,54 +310,27 @@ class FlatDeepSpeedEngine(_ShardingEngine):
         super().__init__(accelerator)
         self._own_moved = self._others_moved = False
 
-    def _shards(self, model: Any) -> list[tuple[Any, Tensor]]:
-        return list(enumerate(self._own))
-
     @property
-    def _own(self) -> list[Tensor]:
-        optimizer = self._engine.optimizer
-        return [
-            stretches[torch.distributed.get_rank(group)]
-            for stretches, group in zip(
-                optimizer.parallel_partitioned_bit16_groups, optimizer.real_dp_process_group, strict=True
-            )
-        ]
+    def _flat(self) -> _Flat:
+        return _Flat(self._engine.optimizer)
+
+    def _shards(self, model: Any) -> list[tuple[Any, Tensor]]:
+        return list(enumerate(self._flat.own))
 
     def _averages(self) -> Iterable[Tensor]:
-        optimizer = self._engine.optimizer
-        for master in optimizer.single_partition_of_fp32_groups:
-            yield optimizer.optimizer.state[master]["exp_avg_sq"]
+        return self._flat.averages()
 
     def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
-        optimizer = self._engine.optimizer
-        pieces: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            index, place = _place(parameter, optimizer.bit16_groups_flat)
-            length = self._sums[index].numel()
-            for start, end in _stretches(place, gradient.numel(), length):
-                piece = gradient.view(-1)[start - place : end - place]
-                pieces[index, start // length].append((start % length, piece))
-        for (index, owner), parts in sorted(pieces.items()):
-            group = optimizer.real_dp_process_group[index]
-            joined = torch.cat([piece for _, piece in parts]).div_(torch.distributed.get_world_size(group))
-            torch.distributed.reduce(joined, dst=torch.distributed.get_global_rank(group, owner), group=group)
-            if owner == torch.distributed.get_rank(group):
-                for (start, piece), reduced in zip(
-                    parts, joined.split([piece.numel() for _, piece in parts]), strict=True
-                ):
-                    self._sums[index][start : start + piece.numel()] += reduced
+        self._flat.reduce(parameters, gradients, self._sums)
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        optimizer = self._engine.optimizer
+        flat = self._flat
         self._own_moved = self._others_moved = True
         try:
-            for own, value in zip(self._own, perturbation.values, strict=True):
+            for own, value in zip(flat.own, perturbation.values, strict=True):
                 own.copy_(value)
-            for flat, own, group in zip(
-                optimizer.bit16_groups_flat, self._own, optimizer.real_dp_process_group, strict=True
-            ):
-                torch.distributed.all_gather_into_tensor(flat, own, group=group)
+            flat.gather(flat.wholes, flat.own)
             with self._overwritten_by_step():
                 yield
             self.settle()
@@ -292,14 +355,17 @@ class FlatDeepSpeedEngine(_ShardingEngine):
 
     def restore(self) -> None:
         if self._own_moved:
-            for own, master in zip(self._own, self._engine.optimizer.single_partition_of_fp32_groups, strict=True):
+            flat = self._flat
+            for own, master in zip(flat.own, flat.masters, strict=True):
                 own.copy_(master.data)
             self._own_moved = False
 
     def settle(self) -> None:
         if self._others_moved:
-            self._engine.optimizer.update_lp_params()
-            self._own_moved = self._others_moved = False
+            self.restore()
+            flat = self._flat
+            flat.gather(flat.wholes, flat.own)
+            self._others_moved = False
 
 
 class ShardedDeepSpeedEngine(_ShardingEngine):
@@ -377,10 +443,7 @@ class _Bucket:
         self._gradients: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, parameter: Any) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return
+    def add(self, parameter: Any, gradient: Tensor) -> None:
         if sum(each.numel() for each in self._gradients) + gradient.numel() > self._most:
             self.flush()
         self._parameters.append(parameter)
@@ -393,15 +456,6 @@ class _Bucket:
         self._parameters, self._gradients = [], []
 
 
-def _place(parameter: Tensor, flats: list[Tensor]) -> tuple[int, int]:
-    """Which of `flats` the parameter is a view of, and at which number it begins there."""
-    for index, flat in enumerate(flats):
-        numbers, rest = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
-        if rest == 0 and 0 <= numbers < flat.numel():
-            return index, numbers
-    raise RuntimeError("a trainable weight is not in any of DeepSpeed's flat groups: this version lays them out anew.")
-
-
 def _stretches(start: int, count: int, length: int) -> Iterator[tuple[int, int]]:
     """[start, start + count) cut at the multiples of `length`."""
     end = start + count
@@ -409,6 +463,15 @@ def _stretches(start: int, count: int, length: int) -> Iterator[tuple[int, int]]
         cut = min(end, (start // length + 1) * length)
         yield start, cut
         start = cut
+
+
+def _dividing_by(averages: Iterable[Tensor], engine: Any) -> Callable[[Sequence[Tensor]], None] | None:
+    """What preconditions with these second moments; None before the optimizer's first step."""
+    settings = _second_moment_settings(engine)
+    if settings is None:
+        return None
+    # One after the other: offloaded state visits the device.
+    return partial(precondition, moments=(SecondMoment(average, *settings) for average in averages))
 
 
 def _second_moment_settings(engine: Any) -> tuple[float, float | Tensor, float] | None:

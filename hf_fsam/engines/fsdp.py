@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, perturb_shards
@@ -50,32 +50,37 @@ class FSDPEngine(LocalEngine):
         super().__init__(accelerator)
         self._model: Any = None
         self._parameters: list[Any] = []
+        self._reduce_at_once = True
         self._away: list[list[Tensor]] = []  # [shard, where its θ is]
 
     @contextmanager
-    def ascent(self, model: Any, *, average: bool) -> Iterator[Ascent]:
+    def ascent(self, model: Any, *, average: bool, passes: int) -> Iterator[Ascent]:
         if not average:
             raise ValueError(RANK_SET_LATE)
         self._model, self._parameters = model, []
+        # Gradients that wait unsharded for the end of the window, as the Trainer has them do, would be reduced with the
+        # ascent of the next micro-batch.
+        self._reduce_at_once = passes == 1
+        remaining = passes
+
+        def backward(loss: Tensor) -> None:
+            nonlocal remaining
+            remaining -= 1
+            model.set_requires_gradient_sync(remaining == 0)
+            self._backward(loss)
+
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with gradients_set_aside(parameters), self._apart(model) as inner:
-            ascent = Ascent(inner, self._backward)
-            yield ascent
+        with gradients_set_aside(parameters):
+            ascent = Ascent(model, backward)
+            try:
+                yield ascent
+            finally:
+                model.set_requires_gradient_sync(self.accelerator.sync_gradients)
             for parameter in parameters:
                 if parameter.grad is not None:
                     self._parameters.append(parameter)
                     ascent.weights.append(_local(parameter))
                     ascent.gradients.append(_local(parameter.grad))
-
-    @contextmanager
-    def _apart(self, model: Any) -> Iterator[nn.Module]:
-        self._reduce_at_once()
-        yield model
-
-    def _reduce_at_once(self) -> None:
-        """Gradients that wait unsharded for the end of the accumulation window, as the Trainer has them do, would be
-        reduced with the next ascent's."""
-        self._model.set_requires_gradient_sync(True)
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
@@ -91,7 +96,8 @@ class FSDPEngine(LocalEngine):
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         try:
-            self._reduce_at_once()
+            if self._reduce_at_once:
+                self._model.set_requires_gradient_sync(True)
             self._exchange_contents(perturbation)
             yield
         finally:

@@ -21,7 +21,7 @@ class LocalEngine:
         self._asked: Optimizer | None = None
 
     @contextmanager
-    def ascent(self, model: nn.Module, *, average: bool) -> Iterator[Ascent]:
+    def ascent(self, model: nn.Module, *, average: bool, passes: int) -> Iterator[Ascent]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with gradients_set_aside(parameters), self._apart(model) as inner:
             ascent = Ascent(inner, self._backward)
