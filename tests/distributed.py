@@ -62,13 +62,19 @@ class Trained(NamedTuple):
     facts: dict[str, Any]
 
 
-def launch(processes: int, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m arguments` in each of `processes`, offline, on the CPU."""
+def launch(processes: int, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`python -m arguments` in each of `processes`, on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | environment
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=timeout
-    )
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not kill: the launcher takes its processes with it
+            out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def train_distributed(folder: Path, processes: int, *cases: dict[str, Any]) -> list[Trained]:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def train(
         save_to: where the model is saved at the end.
         struck: arguments of :func:`strike`.
     """
+    if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
     model = llama(**WIDE) if wide else gpt2()
     trainer = make_trainer(
         folder,

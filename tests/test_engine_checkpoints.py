@@ -85,7 +85,9 @@ def test_one_process_that_raises_takes_the_run_down(engine: str, tmp_path: Path)
     assert time.monotonic() - began < 120  # the group's own limit is half an hour
 
 
-@pytest.mark.parametrize("engine", [pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES])
+# Below stage 3 DeepSpeed waits in groups of its own, which have torch's limit.
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "zero3_offload", "zero3_offload_all", "fsdp2"])
 def test_a_process_that_hangs_ends_the_run_after_ddp_timeout(engine: str, tmp_path: Path) -> None:
     began = time.monotonic()
     struck = {"struck": {"kind": "hang", "step": 1, "rank": 1}, "ddp_timeout": 20}

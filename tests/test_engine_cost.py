@@ -37,11 +37,19 @@ def run(folder: Path, processes: int, engine: dict[str, Any]) -> dict[str, tuple
     return dict(zip(CASES, zip(ended[::2], ended[1::2], strict=True), strict=True))
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
-@pytest.mark.parametrize("engine", SHARDED)
+CORE = ("zero2_bf16", "zero3_bf16", "fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes"),
+    [
+        pytest.param(engine, processes, marks=() if processes == 2 and engine in CORE else pytest.mark.slow)
+        for engine in SHARDED
+        for processes in (1, 2, 4)
+        if not (engine == "fsdp2" and processes == 1)  # not distributed
+    ],
+)
 def test_memory_grows_by_a_shard_of_the_weights(engine: str, processes: int, tmp_path: Path) -> None:
-    if engine == "fsdp2" and processes == 1:
-        pytest.skip("one process is not distributed")
     width = 2 if engine.endswith("bf16") else 4
     shard = sum(parameter.numel() for parameter in llama(**WIDE).parameters()) * width / processes
     for case, (split, plain) in run(tmp_path / "run", processes, SHARDED[engine]).items():
@@ -49,7 +57,9 @@ def test_memory_grows_by_a_shard_of_the_weights(engine: str, processes: int, tmp
         assert 0.5 < grown < 1.2 or (case == "window" and grown < 1.2), (case, grown)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=pytest.mark.slow if "offload" in name else ()) for name in ENGINES]
+)
 def test_no_more_than_twice_passes_between_the_processes(engine: str, tmp_path: Path) -> None:
     """What a step of `micro_batch` sends, and a window of `optimizer_step`."""
     for case, (split, plain) in run(tmp_path / "run", 2, ENGINES[engine]).items():
