@@ -58,7 +58,8 @@ def test_memory_grows_by_a_shard_of_the_weights(engine: str, processes: int, tmp
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=pytest.mark.slow if "offload" in name else ()) for name in ENGINES]
+    "engine",
+    [pytest.param(e, marks=() if e in ("ddp", "zero2", "zero3", "fsdp2") else pytest.mark.slow) for e in ENGINES],
 )
 def test_no_more_than_twice_passes_between_the_processes(engine: str, tmp_path: Path) -> None:
     """What a step of `micro_batch` sends, and a window of `optimizer_step`."""
@@ -67,6 +68,7 @@ def test_no_more_than_twice_passes_between_the_processes(engine: str, tmp_path: 
         assert split.facts["bytes"] <= 2.001 * plain.facts["bytes"], case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero0", "zero1", "zero2"])
 def test_rank_scope_sends_nothing_more(engine: str, tmp_path: Path) -> None:
     alone = {"fsam_ascent_scope": "rank", "fsam_precondition": False}

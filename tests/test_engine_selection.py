@@ -8,6 +8,7 @@ import torch
 
 from hf_fsam.engines.deepspeed import (
     FlatDeepSpeedEngine,
+    ReplicatedDeepSpeedEngine,
     ShardedDeepSpeedEngine,
     WholeDeepSpeedEngine,
     select_deepspeed_engine,
@@ -35,7 +36,7 @@ def config(stage: int, **more: Any) -> dict[str, Any]:
 
 def test_the_engine_follows_stage_and_scope() -> None:
     for stage, engine in enumerate(
-        (WholeDeepSpeedEngine, FlatDeepSpeedEngine, FlatDeepSpeedEngine, ShardedDeepSpeedEngine)
+        (WholeDeepSpeedEngine, ReplicatedDeepSpeedEngine, FlatDeepSpeedEngine, ShardedDeepSpeedEngine)
     ):
         assert type(select(config(stage))) is engine
     assert type(select(config(2), fsam_ascent_scope="rank", fsam_precondition=False)) is WholeDeepSpeedEngine

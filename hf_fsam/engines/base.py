@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -82,3 +82,30 @@ def perturb_shards(
     result = perturb(shards, gradients, precondition, rho, generator, total=over_processes)
     result.radius = accelerator.reduce(result.radius, "sum")
     return result
+
+
+class Bucket:
+    """Gradients on their way to their owners: enough of them together to be worth a reduction.
+
+    Args:
+        most: numbers in it, unless one gradient alone has more.
+        reduce: takes the weights and their gradients, (weights, gradients).
+    """
+
+    def __init__(self, most: int, reduce: Callable[[list[Any], list[Tensor]], None]) -> None:
+        self._most, self._reduce = most, reduce
+        self._parameters: list[Any] = []
+        self._gradients: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, parameter: Any, gradient: Tensor) -> None:
+        if sum(each.numel() for each in self._gradients) + gradient.numel() > self._most:
+            self.flush()
+        self._parameters.append(parameter)
+        self._gradients.append(gradient)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        if self._gradients:
+            self._reduce(self._parameters, self._gradients)
+        self._parameters, self._gradients = [], []

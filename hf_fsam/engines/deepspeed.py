@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, perturb_shards
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Engine, perturb_shards
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import SecondMoment, precondition
@@ -163,7 +163,7 @@ class _ShardingEngine:
             raise ValueError(RANK_SET_LATE)
         self.settle()
         parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
-        bucket = _Bucket(model.optimizer.reduce_bucket_size, self._reduce)
+        bucket = Bucket(model.optimizer.reduce_bucket_size, self._reduce)
 
         def backward(loss: Tensor) -> None:
             self.scale(loss).backward()
@@ -243,7 +243,7 @@ class _Flat:
             index, place = self.place(parameter)
             length = self.own[index].numel()
             for start, end in _stretches(place, gradient.numel(), length):
-                piece = gradient.view(-1)[start - place : end - place]
+                piece = gradient.flatten()[start - place : end - place]
                 pieces[index, start // length].append((start % length, piece))
         for (index, owner), parts in sorted(pieces.items()):
             group = self.groups[index]
@@ -276,7 +276,7 @@ class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
     ) -> Perturbation:
         flat = _Flat(self._engine.optimizer)
         sums = {index: torch.zeros_like(stretch) for index, stretch in enumerate(flat.own)}
-        bucket = _Bucket(self._engine.optimizer.reduce_bucket_size, partial(flat.reduce, sums=sums))
+        bucket = Bucket(self._engine.optimizer.reduce_bucket_size, partial(flat.reduce, sums=sums))
         parameters = [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
         gradients = dict(zip(ascent.weights, ascent.gradients, strict=True))
         ascent.gradients.clear()
@@ -390,7 +390,7 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
         from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 
         # The mean. The last process's parts are shorter than its shards, which end in padding.
-        parts = reduce_scatter_coalesced(gradients, parameters[0].ds_process_group)
+        parts = reduce_scatter_coalesced([g.contiguous() for g in gradients], parameters[0].ds_process_group)
         for parameter, part in zip(parameters, parts, strict=True):
             self._sums[parameter][: part.numel()] += part
 
@@ -427,33 +427,6 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
         for weight in self._weights:
             if weight.ds_status == ZeroParamStatus.AVAILABLE:
                 weight.partition(param_list=[weight], has_been_updated=False)
-
-
-class _Bucket:
-    """Gradients on their way to their owners: enough of them together to be worth a reduction.
-
-    Args:
-        most: numbers in it, unless one gradient alone has more.
-        reduce: takes the weights and their gradients, (weights, gradients).
-    """
-
-    def __init__(self, most: int, reduce: Callable[[list[Any], list[Tensor]], None]) -> None:
-        self._most, self._reduce = most, reduce
-        self._parameters: list[Any] = []
-        self._gradients: list[Tensor] = []
-
-    @torch.no_grad()
-    def add(self, parameter: Any, gradient: Tensor) -> None:
-        if sum(each.numel() for each in self._gradients) + gradient.numel() > self._most:
-            self.flush()
-        self._parameters.append(parameter)
-        self._gradients.append(gradient.contiguous())
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        if self._gradients:
-            self._reduce(self._parameters, self._gradients)
-        self._parameters, self._gradients = [], []
 
 
 def _stretches(start: int, count: int, length: int) -> Iterator[tuple[int, int]]:

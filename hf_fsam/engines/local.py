@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines.base import Ascent
+from hf_fsam.engines.base import Ascent, Bucket
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
 from hf_fsam.second_moment import check_keeps_second_moment, precondition, second_moments
+
+_REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
 
 class LocalEngine:
@@ -27,6 +29,7 @@ class LocalEngine:
             ascent = Ascent(inner, self._backward)
             yield ascent
             several = average and self.accelerator.num_processes > 1
+            bucket = Bucket(_REDUCED_AT_ONCE, self._average)
             for parameter in parameters:
                 gradient = parameter.grad
                 if gradient is None:
@@ -39,9 +42,10 @@ class LocalEngine:
                         "hf_fsam does not support sparse gradients: build the embedding with sparse=False."
                     )
                 if several:
-                    gradient = self.accelerator.reduce(gradient, "mean")
+                    bucket.add(parameter, gradient)
                 ascent.weights.append(parameter)
                 ascent.gradients.append(gradient)
+            bucket.flush()
 
     @contextmanager
     def _apart(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -57,6 +61,13 @@ class LocalEngine:
         # The forward passes, too, have to stay out of DDP's reducer, which would take them for the training's.
         with self.accelerator.no_sync(model):
             yield model
+
+    def _average(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        """Over the processes, in place."""
+        sizes = [gradient.numel() for gradient in gradients]
+        means = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, mean in zip(gradients, means.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()
