@@ -2,6 +2,9 @@
 
     python benchmarks/step_cost.py                                # a tiny Llama on the CPU, or a 0.1B one on a GPU
     python benchmarks/step_cost.py --model PATH --length 1024     # your own checkpoint
+    # A Llama of 1.2B under DeepSpeed, against plain DeepSpeed (as many arms as fit on the device together):
+    torchrun --nproc_per_node 1 benchmarks/step_cost.py --deepspeed recipes/launch/zero3.json --dtype bfloat16 \\
+      --hidden 2048 --layers 16 --length 1024 --arms functional --out benchmarks/results/zero3_gpu
 
 All arms are alive at once and take turns, one step each a round, in a new order each round, so that what else the
 machine does falls on all alike. Prints a Markdown table; `--out NAME` writes NAME.md and NAME.json.
@@ -22,6 +25,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -29,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
+PLAIN = "plain Trainer"
 ARMS: dict[str, dict] = {
-    "plain Trainer": {"fsam_variant": "none"},
+    PLAIN: {"fsam_variant": "none"},
     "sam": {"fsam_variant": "sam", "fsam_precondition": False},
     "functional": {"fsam_variant": "functional", "fsam_precondition": False},
     "functional, preconditioned": {"fsam_variant": "functional", "fsam_precondition": True},
@@ -44,7 +49,8 @@ def main() -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     make_model = model_maker(args)
     rows = [{"input_ids": (ids := torch.randint(args.vocabulary, (args.length,))), "labels": ids}] * args.batch
-    arms = {name: Arm(name, make_model, rows, args) for name in ARMS}
+    names = [name for name in ARMS if name == PLAIN or args.arms is None or name in args.arms]
+    arms = {name: Arm(name, make_model, rows, args) for name in names}
     for arm in arms.values():  # the first steps allocate, and give the optimizer its second moment
         for _ in range(2):
             arm.step()
@@ -55,7 +61,7 @@ def main() -> None:
             arms[name].seconds.append(arms[name].step())
     for arm in arms.values():
         arm.release()
-    for name in ARMS:  # by itself, so that one arm's memory is not another's
+    for name in names:  # by itself, so that one arm's memory is not another's
         arms[name].peak = Arm(name, make_model, rows, args).peak_memory()
         gc.collect()
     report(arms, make_model, args)
@@ -68,13 +74,16 @@ class Arm:
         self.seconds: list[float] = []
         self.peak = 0
         self.folder = tempfile.TemporaryDirectory()
+        if args.deepspeed:
+            AcceleratorState._reset_state()  # each arm has a DeepSpeed engine of its own
         self.trainer = FSAMTrainer(
             model=make_model(),
             args=FSAMTrainingArguments(
                 output_dir=self.folder.name,
                 report_to="none",
                 use_cpu=not GPU,
-                bf16=GPU and args.dtype == "float32",
+                bf16=GPU and (args.dtype == "float32" or bool(args.deepspeed)),
+                deepspeed=args.deepspeed,
                 per_device_train_batch_size=args.batch,
                 max_steps=10**6,
                 **ARMS[name],
@@ -84,6 +93,8 @@ class Arm:
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.create_optimizer()
         accelerator = self.trainer.accelerator
+        if args.deepspeed:
+            self.trainer.args.hf_deepspeed_config.trainer_config_finalize(self.trainer.args, self.trainer.model, 10**6)
         self.model, self.trainer.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.batch = self.trainer.data_collator(rows)
         self.tokens = torch.tensor(args.batch * (args.length - 1), device=self.trainer.args.device)
@@ -93,9 +104,10 @@ class Arm:
         synchronize()
         start = time.perf_counter()
         self.trainer.training_step(self.model, self.batch, self.tokens)
-        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.trainer.optimizer.step()
-        self.model.zero_grad()
+        if not self.trainer.is_deepspeed_enabled:  # which has done all this
+            self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.trainer.optimizer.step()
+            self.model.zero_grad()
         synchronize()
         return time.perf_counter() - start
 
@@ -117,8 +129,10 @@ class Arm:
 
 
 def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argparse.Namespace) -> None:
-    plain = arms["plain Trainer"]
-    copy = sum(p.numel() * p.element_size() for p in make_model().parameters())
+    plain = arms[PLAIN]
+    # ZeRO-3 leaves a weight itself empty.
+    weights = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in make_model().parameters()]
+    copy = sum(numel * size for numel, size in weights)
     width = 2 if GPU or args.dtype == "bfloat16" else 4  # autocast makes the logits in bfloat16
     logits = args.batch * args.length * args.vocabulary * width
     rows = []
@@ -136,7 +150,7 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
             }
         )
     setting = {
-        "weights": sum(p.numel() for p in make_model().parameters()),
+        "weights": sum(numel for numel, _ in weights),
         "one copy of the weights, MiB": round(copy / 2**20, 1),
         "one cotangent, MiB": round(logits / 2**20, 1),
         "vocabulary": args.vocabulary,
@@ -144,6 +158,7 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
         "length": args.length,
         "dtype": args.dtype + (", bf16 autocast" if GPU and args.dtype == "float32" else ""),
         "rounds": args.rounds,
+        "deepspeed": args.deepspeed,
         "device": torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -209,6 +224,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512 if GPU else 128)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="beside the plain Trainer; all by default")
+    parser.add_argument("--deepspeed", help="a DeepSpeed configuration, for a process started by torchrun")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: torch's own choice")
     parser.add_argument("--out", help="write the table to OUT.md and OUT.json")

@@ -38,7 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero0": zero(0),
     "zero1": zero(1),
     "zero2": zero(2),
-    "zero3": zero(3),
+    "zero3": zero(3, persistent=100),  # biases and norms stay gathered between the passes, matrices do not
     "zero2_offload": zero(2, offload_optimizer=CPU),
     "zero3_offload": zero(3, offload_optimizer=CPU),
     "zero3_offload_all": zero(3, offload_optimizer=CPU, offload_param=CPU),

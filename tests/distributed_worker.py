@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,10 @@ def train(
         if measured:
             trainer.add_callback(callback := Measured(memory))
             perturbation._CHUNK["cpu"] = 1 << 13  # temporaries as small beside this model as beside a large one
-        trainer.train(resume_from_checkpoint=resume)
+        # A strike at all processes, unlike one at a single one, is an interruption that the caller may survive.
+        survives = struck is not None and struck["kind"] == "raise" and "rank" not in struck
+        with suppress(RuntimeError) if survives else nullcontext():
+            trainer.train(resume_from_checkpoint=resume)
     if save_to is not None:
         trainer.save_model(save_to)
     weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)

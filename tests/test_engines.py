@@ -5,6 +5,7 @@ One launch an engine runs all its cases; each test then holds one of them agains
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from tests import reference
 from tests.distributed import CPU, ENGINES, FSDP2, Trained, train_distributed, zero
 from tests.reference import Problem, Tensors
-from tests.toys import adapted, distance, gpt2, sentences
+from tests.toys import adapted, distance, gpt2, make_trainer, sentences
 
 deepspeed = pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
 
@@ -167,6 +168,17 @@ def test_two_processes_end_where_plain_torch_does(engine: str, case: str, traine
     assert distance(weights, wanted) < SAME
     if settings["fsam_variant"] != "none":
         assert logs[0]["fsam/radius"] == pytest.approx(BASE["fsam_rho"], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in LONG])
+def test_the_log_is_that_of_one_process(engine: str, trained: Any, tmp_path: Path) -> None:
+    case = "preconditioned-accumulate2-micro_batch"
+    settings = BASE | MATRIX[case] | {"per_device_train_batch_size": PROCESSES}
+    one = make_trainer(tmp_path, gpt2(), train_sampling_strategy="sequential", **settings)
+    one.train()
+    wanted, found = one.state.log_history[0], trained(engine, case).logs[0]
+    for key in ("loss", "grad_norm", "fsam/sharpness", "fsam/ascent_grad_norm", "fsam/radius"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-3), key
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in LONG])
