@@ -11,6 +11,7 @@ from hf_fsam.engines.deepspeed import (
     ReplicatedDeepSpeedEngine,
     ShardedDeepSpeedEngine,
     WholeDeepSpeedEngine,
+    _gradients_to,
     select_deepspeed_engine,
 )
 from hf_fsam.engines.fsdp import FSDPEngine, select_fsdp_engine
@@ -94,3 +95,17 @@ def test_rank_scope_needs_what_it_reads_in_one_place() -> None:
 def test_under_fsdp(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         select_fsdp(**change)
+
+
+def test_a_deepspeed_without_the_methods_that_are_intercepted_is_refused() -> None:
+    taken: list[Any] = []
+    unknown = SimpleNamespace(reduce_bucket_size=1, process_gradients=print)
+    with (
+        pytest.raises(RuntimeError, match=r"0\.19\.8.*lacks.*clear_backward_seen_flag"),
+        _gradients_to(unknown, taken.append),
+    ):
+        pass
+    known = SimpleNamespace(reduce_bucket_size=1, process_gradients=print, clear_backward_seen_flag=lambda: None)
+    with _gradients_to(known, taken.append):
+        known.process_gradients("weight", 0)
+    assert taken == ["weight"]

@@ -96,17 +96,16 @@ def _gradients_to(optimizer: Any, take: Callable[[Any], None]) -> Iterator[None]
     DeepSpeed's hooks on the weights call these methods (0.19.8): `process_gradients` at stages 1 and 2,
     `reduce_ready_partitions_and_remove_grads` at stage 3. There is no public way to keep a backward pass from them.
     """
-    name = next(
-        (
-            name
-            for name in ("process_gradients", "reduce_ready_partitions_and_remove_grads")
-            if hasattr(optimizer, name)
-        ),
-        None,
-    )
-    if name is None:  # stage 0 has no such hooks
+    if not hasattr(optimizer, "reduce_bucket_size"):  # stage 0, which has no hooks
         yield
         return
+    names = ("process_gradients", "reduce_ready_partitions_and_remove_grads", "clear_backward_seen_flag")
+    name = next((name for name in names[:2] if hasattr(optimizer, name)), None)
+    if name is None or not hasattr(optimizer, names[2]):
+        raise RuntimeError(
+            f"hf_fsam was written for DeepSpeed 0.19.8: {type(optimizer).__name__} of this version lacks {names}, so "
+            "the ascent's gradients would enter the training's. Install that version, or set fsam_variant='none'."
+        )
     # As before any forward pass of the engine's; without it the hooks believe to be in the last backward pass still.
     optimizer.clear_backward_seen_flag()
     setattr(optimizer, name, lambda parameter, *_: take(parameter))
@@ -132,6 +131,16 @@ class WholeDeepSpeedEngine(LocalEngine):
         # The module inside: the engine's own forward pass announces a backward pass of the training.
         with _gradients_to(model.optimizer, take=lambda parameter: None):
             yield model.module
+
+    def perturb(
+        self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
+    ) -> Perturbation:
+        if optimizer is not None and hasattr(self._engine.optimizer, "reduce_bucket_size"):
+            raise ValueError(
+                "fsam_precondition=True was set after the start with fsam_ascent_scope='rank', where no process "
+                "holds the second moment whole. Set it before."
+            )
+        return super().perturb(ascent, optimizer, rho, seed, cotangents)
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
