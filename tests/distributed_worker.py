@@ -76,7 +76,7 @@ def whole(model: nn.Module, deepspeed: bool) -> tuple[dict[str, Tensor], dict[st
 
 def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
     """In the second pass of `step` (from 0), on one process or on all: "kill" and "terminate" send that signal,
-    "raise" raises, "hang" waits for ever."""
+    "hang" waits for ever, "raise" raises between forward and backward."""
     compute_loss, calls = trainer.compute_loss, 0
 
     def struck(*args: Any, **kwargs: Any) -> Any:
@@ -84,6 +84,7 @@ def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
         calls += 1
         if calls == 2 * step + 2 and rank in (None, trainer.args.process_index):
             if kind == "raise":
+                compute_loss(*args, **kwargs)
                 raise RuntimeError("struck in the second pass")
             if kind == "hang":
                 time.sleep(10_000)
@@ -123,6 +124,7 @@ def train(
     masked: bool = False,
     resume: str | None = None,
     save_to: str | None = None,
+    evaluated: bool = False,
     struck: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Any, ...]:
@@ -135,6 +137,7 @@ def train(
         rows, masked: of the data, :func:`tests.toys.sentences`.
         resume: a checkpoint.
         save_to: where the model is saved at the end.
+        evaluated: find out the loss on four rows, before that.
         struck: arguments of :func:`strike`.
     """
     if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
@@ -157,14 +160,16 @@ def train(
         survives = struck is not None and struck["kind"] == "raise" and "rank" not in struck
         with suppress(RuntimeError) if survives else nullcontext():
             trainer.train(resume_from_checkpoint=resume)
+    loss = trainer.evaluate(sentences(4))["eval_loss"] if evaluated else None
     if save_to is not None:
         trainer.save_model(save_to)
     weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)
-    engine = trainer.__dict__.get("_fsam_engine")
     facts = {
         "processes": trainer.args.world_size,
-        "engine": type(engine).__name__,
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+        # How many backward passes ZeRO believes to be in (0.19.8).
+        "depth": getattr(getattr(trainer.model_wrapped, "optimizer", None), "_backward_active_depth", 0),
+        "loss": loss,
     }
     if measured:
         facts |= {"peak": callback.peak, "calls": dict(callback.collectives.calls), "bytes": callback.collectives.bytes}

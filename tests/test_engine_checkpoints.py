@@ -56,13 +56,13 @@ def test_killed_and_resumed_and_saved(engine: str, tmp_path: Path) -> None:
 
     checkpoint = tmp_path / "killed" / "checkpoint-2"
     terminate = {"struck": {"kind": "terminate", "step": 1}, "enable_jit_checkpoint": True}
-    interrupted = {"struck": {"kind": "raise", "step": 1}, "save_to": str(tmp_path / "interrupted")}
+    interrupted = {"struck": {"kind": "raise", "step": 1}, "save_to": str(tmp_path / "interrupted"), "evaluated": True}
     resumed, whole, one, two, terminated, survived = train_distributed(
         tmp_path / "second",
         PROCESSES,
         settings | {"resume": str(checkpoint), "output_dir": str(tmp_path / "resumed")},
         settings,
-        settings | {"max_steps": 1},
+        settings | {"max_steps": 1, "evaluated": True},
         settings | {"max_steps": 2, "save_to": str(tmp_path / "saved")},
         settings | terminate | {"output_dir": str(tmp_path / "terminated")},
         settings | interrupted,
@@ -74,6 +74,7 @@ def test_killed_and_resumed_and_saved(engine: str, tmp_path: Path) -> None:
     assert same_bits(named(load_file(tmp_path / "saved" / "model.safetensors")), two.weights)
     assert same_bits(named(load_file(tmp_path / "interrupted" / "model.safetensors")), one.weights)
     assert same_bits(survived.masters, one.masters)
+    assert survived.facts["loss"] == one.facts["loss"]  # nothing that was gathered at θ+ε is used again
     # The Trainer writes it before the optimizer's step, which DeepSpeed has made by then.
     stepped = two if engine.startswith("zero") else one
     assert same_bits(terminated.masters, two.masters)

@@ -54,7 +54,8 @@ def test_memory_grows_by_a_shard_of_the_weights(engine: str, processes: int, tmp
     shard = sum(parameter.numel() for parameter in llama(**WIDE).parameters()) * width / processes
     for case, (split, plain) in run(tmp_path / "run", processes, SHARDED[engine]).items():
         grown = (split.facts["peak"] - plain.facts["peak"]) / shard
-        assert 0.5 < grown < 1.2 or (case == "window" and grown < 1.2), (case, grown)
+        assert grown < 1.2, (case, grown)
+        assert grown > 0.5 or case == "window", (case, grown)  # or the count sees nothing
 
 
 @pytest.mark.parametrize(

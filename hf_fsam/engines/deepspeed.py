@@ -74,15 +74,19 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
 
 
 @contextmanager
-def _before_step(engine: Any, restore: Callable[[], None]) -> Iterator[None]:
-    """Accelerate's `backward` steps the engine, too: restoring later would undo the update."""
+def _around_step(
+    engine: Any, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Accelerate's `backward` steps the engine, too: what belongs before or after that can't wait for its return."""
     step = engine.step
 
-    def restored_step(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return step(*args, **kwargs)
+    def surrounded_step(*args: Any, **kwargs: Any) -> Any:
+        before()
+        result = step(*args, **kwargs)
+        after()
+        return result
 
-    engine.step = restored_step
+    engine.step = surrounded_step
     try:
         yield
     finally:
@@ -106,7 +110,7 @@ def _gradients_to(optimizer: Any, take: Callable[[Any], None]) -> Iterator[None]
             f"hf_fsam was written for DeepSpeed 0.19.8: {type(optimizer).__name__} of this version lacks {names}, so "
             "the ascent's gradients would enter the training's. Install that version, or set fsam_variant='none'."
         )
-    # As before any forward pass of the engine's; without it the hooks believe to be in the last backward pass still.
+    # As before any forward pass of the engine's; without it the hooks enter a backward pass that nobody leaves.
     optimizer.clear_backward_seen_flag()
     setattr(optimizer, name, lambda parameter, *_: take(parameter))
     try:
@@ -144,7 +148,7 @@ class WholeDeepSpeedEngine(LocalEngine):
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        with super().perturbed(perturbation), _before_step(self._engine, self.restore):
+        with super().perturbed(perturbation), _around_step(self._engine, before=self.restore):
             yield
 
 
@@ -340,27 +344,16 @@ class FlatDeepSpeedEngine(_ShardingEngine):
             for own, value in zip(flat.own, perturbation.values, strict=True):
                 own.copy_(value)
             flat.gather(flat.wholes, flat.own)
-            with self._overwritten_by_step():
+            with _around_step(self._engine, after=self._overwritten):
                 yield
             self.settle()
         finally:
             self.restore()
 
-    @contextmanager
-    def _overwritten_by_step(self) -> Iterator[None]:
-        engine, step = self._engine, self._engine.step
-
-        def settling_step(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            if engine.was_step_applied():
-                self._own_moved = self._others_moved = False
-            return result
-
-        engine.step = settling_step
-        try:
-            yield
-        finally:
-            del engine.step
+    def _overwritten(self) -> None:
+        """By the optimizer's step, unless it was skipped."""
+        if self._engine.was_step_applied():
+            self._own_moved = self._others_moved = False
 
     def restore(self) -> None:
         if self._own_moved:
@@ -410,7 +403,7 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
             for weight, value in zip(self._weights, perturbation.values, strict=True):
                 weight.ds_tensor.data.copy_(value)
             self._forget_gathered()
-            with _before_step(self._engine, self.restore):
+            with _around_step(self._engine, before=self.restore):
                 yield
         finally:
             self.restore()

@@ -126,7 +126,7 @@ class FSDPEngine(LocalEngine):
             self._forget_gathered()
 
     def _forget_gathered(self) -> None:
-        """A pass that ended at the boundary leaves some weights gathered: have them gathered anew."""
+        """A pass that raised before its backward leaves some weights gathered at θ+ε: have them gathered anew."""
         from torch.distributed.fsdp import FSDPModule
 
         for module in self._model.modules():

@@ -50,9 +50,8 @@ class LocalEngine:
     @contextmanager
     def _apart(self, model: nn.Module) -> Iterator[nn.Module]:
         """What to call in the ascent's passes, of which nobody who waits for the training's passes must know."""
-        if any(
-            getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()
-        ):  # torch 2.13
+        hooked = "_post_accumulate_grad_hooks"  # torch 2.13
+        if any(getattr(parameter, hooked, None) for parameter in model.parameters()):
             raise ValueError(
                 "hf_fsam does not support post-accumulate-gradient hooks on weights, such as an optimizer that steps "
                 "in the backward pass: they would act on the ascent's gradient too. Remove them, or set "
