@@ -59,6 +59,21 @@ class FSAMArguments:
             "the loss. Found by itself for language models and the usual classification and question answering heads."
         },
     )
+    fsam_fused_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a language model's loss and cotangents from its final hidden states, chunk by chunk, and "
+            "make no logits. Where the model or the loss is not known to allow it, the log says so once and the logits "
+            "are made."
+        },
+    )
+    fsam_offload_hidden_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the final hidden states that the fused head needs again in the second pass on the host: with "
+            "fsam_ascent_scope='optimizer_step', those of a whole window wait for it."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.fsam_rho, str):  # YAML reads 5e-2, without a point, as one
@@ -83,8 +98,9 @@ def check(args: FSAMArguments) -> None:
     number = isinstance(args.fsam_rho, Real) and not isinstance(args.fsam_rho, bool)
     if not (number and math.isfinite(args.fsam_rho) and args.fsam_rho >= 0):
         raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")
-    if not isinstance(args.fsam_precondition, bool):
-        raise ValueError(f"fsam_precondition={args.fsam_precondition!r} is neither True nor False.")
+    for name in ("fsam_precondition", "fsam_fused_head", "fsam_offload_hidden_states"):
+        if not isinstance(getattr(args, name), bool):
+            raise ValueError(f"{name}={getattr(args, name)!r} is neither True nor False.")
     if args.fsam_boundary is not None and not (isinstance(args.fsam_boundary, str) and args.fsam_boundary):
         raise ValueError(
             f"fsam_boundary={args.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "

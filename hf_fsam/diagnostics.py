@@ -16,9 +16,8 @@ class LoggedMeans:
 
     def clear(self) -> None:
         self._steps = 0
-        self._sharpness, self._norm, self._radius, self._perturbed, self._skipped = torch.zeros(
-            5, device=self._device
-        ).unbind()
+        self._rises: dict[str, Tensor] = {}
+        self._norm, self._radius, self._perturbed, self._skipped = torch.zeros(4, device=self._device).unbind()
 
     def add_ascent(self, perturbation: Perturbation, unit: Tensor) -> None:
         """unit: what one unit of the plain gradient measures in the ascent gradient's, shape ()."""
@@ -27,9 +26,10 @@ class LoggedMeans:
         self._radius = self._radius + perturbation.radius
         self._norm = self._norm + torch.where(perturbation.skipped, 0.0, perturbation.gradient_norm / unit)
 
-    def add_sharpness(self, rise: Tensor, skipped: Tensor) -> None:
-        """rise: ℓ(θ+ε) − ℓ(θ) of one micro-batch, as it counts in the loss that is logged, shape ()."""
-        self._sharpness = self._sharpness + torch.where(skipped, 0.0, rise.float())
+    def add_rise(self, name: str, rise: Tensor, skipped: Tensor) -> None:
+        """rise: what θ+ε makes of one micro-batch's loss, as it counts in the loss that is logged, shape ()."""
+        rise = torch.where(skipped, 0.0, rise.float())
+        self._rises[name] = self._rises[name] + rise if name in self._rises else rise
 
     def count_step(self) -> None:
         """An optimizer step begins."""
@@ -39,11 +39,11 @@ class LoggedMeans:
         """The means since the last call, over all processes; empty where there was no step."""
         if self._steps == 0:
             return {}
-        sums = torch.stack([self._sharpness, self._norm, self._radius, self._perturbed, self._skipped])
-        sharpness, norm, radius, perturbed, skipped = accelerator.reduce(sums, "mean").tolist()
+        sums = torch.stack([self._norm, self._radius, self._perturbed, self._skipped, *self._rises.values()])
+        norm, radius, perturbed, skipped, *rises = accelerator.reduce(sums, "mean").tolist()
         perturbed = perturbed or 1.0
         logs = {
-            "fsam/sharpness": sharpness / self._steps,
+            **{f"fsam/{name}": rise / self._steps for name, rise in zip(self._rises, rises, strict=True)},
             "fsam/ascent_grad_norm": norm / perturbed,
             "fsam/radius": radius / perturbed,
             "fsam/skipped": skipped,

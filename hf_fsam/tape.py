@@ -6,13 +6,15 @@ Functional-SAM; nobody downstream of it has to know.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_fsam.deferred import DeferredLogits, FusedHead, HeadCall, RecordedPass, ReplayedPass
 
 
 @dataclass
@@ -21,13 +23,19 @@ class Recording:
 
     Attributes:
         cotangents: ∂(scale · loss)/∂z for every tensor z that crossed the boundary, by the order of the forward pass;
-            each in the shape and dtype of its z, e.g. (batch, length, vocabulary).
+            each in the shape and dtype of its z, e.g. (batch, length, vocabulary). Where a fused head made no logits, z
+            is what the loss took of them, e.g. their cross entropy.
+        calls: of the fused head; None where it is off.
+        rise: ⟨u, a'⟩ − ⟨u, a⟩ for the cotangent u and the head's output a in the clean pass and a' in this one, a replay,
+            in the units of u; None where that was not computed.
         crossings: how many tensors crossed the boundary in the forward pass.
         nodes: the autograd nodes of those tensors, while the pass lasts.
         leaves: what takes the place of those tensors where the graph is cut at the boundary.
     """
 
     cotangents: dict[int, Tensor] = field(default_factory=dict)
+    calls: list[HeadCall] | None = None
+    rise: Tensor | None = None
     crossings: int = 0
     nodes: set[Any] = field(default_factory=set)
     leaves: list[Tensor] = field(default_factory=list)
@@ -57,6 +65,13 @@ class Recording:
                 self.keep(index, gradient)
         self.leaves.clear()
 
+    def offload(self) -> None:
+        """Final hidden states to the host, until they are replayed."""
+        for call in self.calls or ():
+            for use in call.uses:
+                if use.statistic is not None:
+                    use.statistic.hidden = use.statistic.hidden.cpu()
+
     def see_loss(self, loss: Tensor) -> None:
         if self._loss is not None:
             raise RuntimeError(
@@ -79,11 +94,28 @@ class Recording:
         return tensor
 
 
+@dataclass
+class _Replay:
+    """A pass that takes over the cotangents of another one."""
+
+    replayed: Recording
+    recorded: Recording
+
+    @property
+    def ratio(self) -> Tensor:
+        """Of what the pass puts on its loss to what the other did; known when its backward pass begins."""
+        return self.replayed.scale / self.recorded.scale
+
+    def rises(self, rise: Tensor) -> None:
+        self.replayed.rise = rise if self.replayed.rise is None else self.replayed.rise + rise
+
+
 class Tape:
     """A forward hook on the boundary that does nothing except inside :meth:`record` and :meth:`replay`."""
 
     def __init__(self) -> None:
         self.name = ""
+        self._head: FusedHead | None = None
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._on_output: Callable[[Tensor], Tensor] | None = None
         self._on_loss: Callable[[Tensor], Tensor] | None = None
@@ -92,10 +124,10 @@ class Tape:
     def attached(self) -> bool:
         return self._handle is not None
 
-    def attach(self, name: str, module: nn.Module) -> None:
+    def attach(self, name: str, module: nn.Module, head: FusedHead | None = None) -> None:
         """Put the hook on the boundary `module`. It stays between steps: a hook that comes and goes would make
-        torch.compile compile anew each time."""
-        self.name = name
+        torch.compile compile anew each time. `head`: the same module, where its logits can be deferred."""
+        self.name, self._head = name, head
         # Back-propagation hooks with side effects are not to be traced: the compiled graph breaks here, once.
         self._handle = module.register_forward_hook(torch.compiler.disable(self._hook))
 
@@ -109,26 +141,39 @@ class Tape:
         return loss if self._on_loss is None else self._on_loss(loss)
 
     @contextmanager
-    def record(self, *, keep: bool, cut: bool = False) -> Iterator[Recording]:
+    def record(self, *, keep: bool, cut: bool = False, kept: list | None = None) -> Iterator[Recording]:
         """Record the pass inside. `keep`: its cotangents too. `cut`: the graph ends at the boundary, and the backward
-        pass is :meth:`Recording.differentiate`."""
+        pass is :meth:`Recording.differentiate`. `kept`: one list for all passes at the same weights, in which a fused
+        head keeps its own."""
         recording = Recording()
+        kept = [] if kept is None else kept
 
-        def on_output(z: Tensor) -> Tensor:
+        def cross(z: Tensor) -> tuple[int, Tensor]:
+            index = recording.crossings
+            recording.crossings += 1
             recording.nodes.add(z.grad_fn)
             if cut:
                 z = z.detach().requires_grad_()
                 recording.leaves.append(z)
             elif keep:
-                z.register_hook(partial(recording.keep, recording.crossings))
-            recording.crossings += 1
-            return z
+                z.register_hook(partial(recording.keep, index))
+            return index, z
+
+        def defer(head: FusedHead, hidden: Tensor) -> DeferredLogits:
+            if not kept:
+                kept.append(head.keep())
+            call = HeadCall()
+            if keep and recording.calls is not None:
+                recording.calls.append(call)
+            return DeferredLogits(RecordedPass(head, hidden, kept[0], call, cross, cut))
 
         def on_loss(loss: Tensor) -> Tensor:
             recording.see_loss(loss)
             return loss
 
-        with self._session(on_output, on_loss):
+        head = None if self._head is None or self._head.off else self._head
+        recording.calls = None if head is None else []
+        with self._session(lambda z: cross(z)[1], on_loss, head and partial(defer, head)):
             yield recording
         recording.nodes.clear()
         if keep and not recording.cotangents:
@@ -150,28 +195,37 @@ class Tape:
         """
         replayed = Recording()
         waiting = {} if cotangents is None else cotangents.cotangents
+        replay = None if cotangents is None else _Replay(replayed, cotangents)
 
-        def swap(recording: Recording, index: int, own: Tensor) -> Tensor:
+        def swap(index: int, own: Tensor) -> Tensor:
             recorded = waiting.pop(index, None)
             if recorded is None or recorded.shape != own.shape:
                 raise RuntimeError(
                     f"the second pass crossed the boundary with a tensor {tuple(own.shape)} where the first had "
                     f"{'none' if recorded is None else tuple(recorded.shape)}: both must compute the same function."
                 )
-            ratio = replayed.scale / recording.scale
+            ratio = replay.ratio
             return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
 
-        def on_output(z: Tensor) -> Tensor:
-            if cotangents is not None:
-                z.register_hook(partial(swap, cotangents, replayed.crossings))
-                replayed.crossings += 1
+        def cross(z: Tensor, index: int) -> Tensor:
+            if replay is not None:
+                z.register_hook(partial(swap, index))
             return z
+
+        def on_output(z: Tensor) -> Tensor:
+            replayed.crossings += 1
+            return cross(z, replayed.crossings - 1)
+
+        calls = None if cotangents is None or cotangents.calls is None else iter(cotangents.calls)
+
+        def defer(hidden: Tensor) -> DeferredLogits:
+            return DeferredLogits(ReplayedPass(self._head, hidden, next(calls, HeadCall()), waiting, cross, replay))
 
         def on_loss(loss: Tensor) -> Tensor:
             replayed.see_loss(loss)
             return _WithValue.apply(loss, clean.loss)
 
-        with self._session(on_output, on_loss):
+        with self._session(on_output, on_loss, None if calls is None else defer):
             yield replayed
         if waiting:
             raise RuntimeError(
@@ -180,15 +234,16 @@ class Tape:
             )
 
     @contextmanager
-    def _session(self, on_output: Callable, on_loss: Callable) -> Iterator[None]:
+    def _session(self, on_output: Callable, on_loss: Callable, defer: Callable | None) -> Iterator[None]:
         self._on_output, self._on_loss = on_output, on_loss
         try:
-            yield
+            with nullcontext() if defer is None or self._head is None else self._head.deferring(defer):
+                yield
         finally:
             self._on_output = self._on_loss = None
 
     def _hook(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        if self._on_output is None or not torch.is_grad_enabled():
+        if self._on_output is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
             return None
         if not isinstance(output, Tensor):
             raise TypeError(

@@ -13,11 +13,13 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_fsam.arguments import FSAMArguments, check
 from hf_fsam.boundary import find_boundary
+from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, fused_head
 from hf_fsam.diagnostics import LoggedMeans
 from hf_fsam.engines import Ascent, Engine, select_engine
 from hf_fsam.forward_state import RandomState, running_statistics_kept
@@ -85,10 +87,13 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_micro_step = 0
         self._fsam_training = False
         self._fsam_checked_model: nn.Module | None = None
+        self._fsam_fused: tuple[nn.Module, FusedHead | None] | None = None
         if self._fsam_active:
             _ = self._fsam_engine
             if self._fsam_splits:
                 find_boundary(self.model, self.args.fsam_boundary)
+        if type(getattr(self, "label_smoother", None)) is LabelSmoother:
+            self.label_smoother = DeferringLabelSmoother(**vars(self.label_smoother))
 
     @property
     def _fsam_active(self) -> bool:
@@ -141,10 +146,13 @@ class FSAMMixin(_AnyTrainer):
         scope = self.args.fsam_ascent_scope
         fetched = (scope == "optimizer_step" and self._fsam_batches) or [inputs]
         batches = [_MicroBatch(micro_batch) for micro_batch in fetched]
+        kept: list = []
         with self._fsam_engine.ascent(model, average=scope != "rank", passes=len(batches)) as ascent:
             for batch in batches:
                 batch.random = RandomState.capture(self.args.device)
-                batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, ascent)
+                batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, ascent, kept)
+                if self.args.fsam_offload_hidden_states:
+                    batch.clean.offload()
         perturbation = self._fsam_engine.perturb(
             ascent,
             optimizer=self.optimizer if self.args.fsam_precondition else None,
@@ -162,6 +170,7 @@ class FSAMMixin(_AnyTrainer):
         batch: _MicroBatch,
         num_items_in_batch: Tensor | int | None,
         ascent: Ascent | None = None,
+        kept: list | None = None,
     ) -> Recording:
         """A forward and backward pass as the parent's step makes it, recorded; without an ascent, back to the boundary
         only."""
@@ -170,7 +179,7 @@ class FSAMMixin(_AnyTrainer):
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
         keep = ascent is None or self.args.fsam_variant == "functional"
-        with self._fsam_tape.record(keep=keep, cut=ascent is None) as recording:
+        with self._fsam_tape.record(keep=keep, cut=ascent is None, kept=kept) as recording:
             with self.compute_loss_context_manager():
                 loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
             if self._fsam_splits and self._fsam_checked_model is not self.model:
@@ -230,7 +239,8 @@ class FSAMMixin(_AnyTrainer):
     def _fsam_tidied(self) -> Iterator[None]:
         """The boundary's hook is on inside; nothing of the step outlives an exception."""
         if self._fsam_splits and not self._fsam_tape.attached:
-            self._fsam_tape.attach(*find_boundary(self.model, self.args.fsam_boundary))
+            name, boundary = find_boundary(self.model, self.args.fsam_boundary)
+            self._fsam_tape.attach(name, boundary, self._fsam_head(boundary))
         if self._fsam_micro_step == 0 or self._fsam_batches is None:  # driven by hand, each call is a step
             self._fsam_means.count_step()
         try:
@@ -241,6 +251,13 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_micro_step += 1
         if not self._fsam_training:
             self._fsam_tape.detach()
+
+    def _fsam_head(self, boundary: nn.Module) -> FusedHead | None:
+        if not self.args.fsam_fused_head:
+            return None
+        if self._fsam_fused is None or self._fsam_fused[0] is not boundary:
+            self._fsam_fused = boundary, fused_head(self, boundary)
+        return self._fsam_fused[1]
 
     def _fsam_drop(self) -> None:
         if "_fsam_engine" in self.__dict__:  # whatever the arguments say by now
@@ -255,7 +272,10 @@ class FSAMMixin(_AnyTrainer):
         if not window.reported:
             window.reported = True
             self._fsam_means.add_ascent(window.perturbation, unit=clean.scale / share)
-        self._fsam_means.add_sharpness((moved.loss - clean.loss) * share, skipped)
+        if moved.rise is None:
+            self._fsam_means.add_rise("sharpness", (moved.loss - clean.loss) * share, skipped)
+        elif moved is replayed and self.args.fsam_variant == "functional":
+            self._fsam_means.add_rise("functional_sharpness", moved.rise / clean.scale * share, skipped)
 
     # ---- Around the step ----
 

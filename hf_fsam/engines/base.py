@@ -33,6 +33,8 @@ class Ascent:
 
 
 class Engine(Protocol):
+    keeps: bool  # a weight that was detached in a clean pass stays at θ while the weights are at θ+ε
+
     def ascent(self, model: nn.Module, *, average: bool, passes: int) -> AbstractContextManager[Ascent]:
         """The passes inside accumulate into the ascent, and leave the gradients of the training as they were.
 

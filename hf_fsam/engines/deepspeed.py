@@ -159,6 +159,8 @@ class _ShardingEngine:
     enters ZeRO's own accumulators, and nothing is whole.
     """
 
+    keeps = False  # the weights are moved in place
+
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._sums: dict[Any, Tensor] = {}

@@ -46,6 +46,8 @@ def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
 class FSDPEngine(LocalEngine):
     """Every process holds a shard of every weight, and perturbs and restores that."""
 
+    keeps = False  # whole weights are gathered, and moved when gathered anew
+
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self._model: Any = None

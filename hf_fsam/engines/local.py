@@ -17,6 +17,8 @@ _REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
 
 class LocalEngine:
+    keeps = True
+
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._exchange = Exchange()

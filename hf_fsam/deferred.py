@@ -1,0 +1,458 @@
+"""Logits that are not made until the loss says what it needs of them, which most often is nothing that takes them all.
+
+A model's own forward pass and its own loss run as they are. Only its head's output is a :class:`DeferredLogits`, which
+goes through scaling, capping, slicing and flattening, and meets a cross entropy or a log-sum-exp: those are computed from
+the final hidden states (`hf_fsam.head`). To anything else it gives the logits after all.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
+
+from hf_fsam.head import CrossEntropySum, Edge, Linear, LogSumExp, Replayed, Squash, Statistic, compute_dtype
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Use:
+    """What a loss took of one call of the head: a statistic of some of its tokens, or the logits themselves.
+
+    Attributes:
+        index: of the crossing of the boundary.
+        rows: of which tokens, (n,).
+        statistic: None for the logits.
+    """
+
+    index: int
+    rows: Tensor
+    statistic: Statistic | None
+
+
+@dataclass
+class HeadCall:
+    """One call of the head in a clean pass."""
+
+    uses: list[Use] = field(default_factory=list)
+
+
+class FusedHead:
+    """The head of a language model while its logits are deferred.
+
+    Args:
+        module: the head.
+        keeps: whether a detached weight of a clean pass stays as it is while the weights are at θ+ε. Where it does not,
+            because they are moved in place or gathered for a moment only, the head's weights are copied once a window.
+    """
+
+    def __init__(self, module: nn.Linear, keeps: bool) -> None:
+        self.module, self._keeps = module, keeps
+        self.off = False
+
+    @contextmanager
+    def deferring(self, call: Callable[[Tensor], Any]) -> Iterator[None]:
+        """Inside, `call` of the final hidden states (..., d) is what the head returns."""
+        plain = self.module.forward
+
+        def forward(hidden: Tensor) -> Any:
+            needed = hidden.requires_grad or self.module.weight.requires_grad
+            return call(hidden) if needed and torch.is_grad_enabled() else plain(hidden)
+
+        self.module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del self.module.__dict__["forward"]
+
+    def keep(self) -> tuple[Tensor, Tensor | None]:
+        """The head's weights as they are now, for later."""
+        weight, bias = (None if each is None else each.detach() for each in (self.module.weight, self.module.bias))
+        if self._keeps:
+            return weight, bias
+        return weight.clone(), None if bias is None else bias.clone()
+
+    def turn_off(self, why: str) -> None:
+        if not self.off:
+            self.off = True
+            logger.warning(f"The fused head is off from the next step on, and the logits are in memory: {why}.")
+
+
+def fused_head(trainer: Any, module: nn.Module) -> FusedHead | None:
+    """The fused head for the boundary `module` of the trainer's model. None, with a line in the log, where it has to be
+    off; without one where `module` is not what makes a language model's logits."""
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    get = getattr(model, "get_output_embeddings", None)
+    if get is None or get() is not module:
+        return None
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    why = {
+        f"the head is {type(module).__name__}, not a plain nn.Linear": not plain,
+        "the head's forward is replaced": "forward" in module.__dict__,
+        "compiled models can't defer them": bool(trainer.args.torch_compile)
+        or any(getattr(trainer.model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl")),
+    }
+    for reason, holds in why.items():
+        if holds:
+            logger.warning(f"The fused head is off, and the logits are in memory: {reason}.")
+            return None
+    return FusedHead(module, keeps=trainer._fsam_engine.keeps)  # type: ignore[arg-type]
+
+
+def edge(weight: Tensor | None, cut: bool = False) -> Tensor | None:
+    """Where the gradient of `weight` goes in; nowhere if the graph is cut."""
+    return None if weight is None else weight.detach() if cut else Edge.apply(weight)
+
+
+class Source(Protocol):
+    """Where deferred logits come from: one call of the head in one pass."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor: ...
+
+    def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor: ...
+
+    def logits(self, why: str) -> Tensor: ...
+
+
+class _Pass:
+    def __init__(self, head: FusedHead, hidden: Tensor) -> None:
+        self._head, self._hidden = head, hidden
+        self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
+        self.dtype, self.device = compute_dtype(hidden), hidden.device
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        return self._hidden.flatten(0, -2).index_select(0, rows)
+
+
+class RecordedPass(_Pass):
+    """A call of the head whose cotangents are recorded.
+
+    Args:
+        values: the head's weights as they are now, to be kept.
+        call: takes down what the loss uses.
+        cross: tells the tape that a tensor crosses the boundary; returns the one to go on with.
+        cut: the graph ends at the boundary.
+    """
+
+    def __init__(
+        self,
+        head: FusedHead,
+        hidden: Tensor,
+        values: tuple[Tensor, Tensor | None],
+        call: HeadCall,
+        cross: Callable[[Tensor], tuple[int, Tensor]],
+        cut: bool,
+    ) -> None:
+        super().__init__(head, hidden.detach() if cut else hidden)
+        self._values, self._call, self._cross = values, call, cross
+        self._edges = [edge(each, cut) for each in (head.module.weight, head.module.bias)]
+        self._logits: Tensor | None = None
+
+    def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
+        return self._take(CrossEntropySum, rows, squash, targets, smoothing)
+
+    def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor:
+        return self._take(LogSumExp, rows, squash)
+
+    def _take(self, function: Any, rows: Tensor, squash: Squash, targets: Tensor | None = None, smoothing: float = 0):
+        hidden = self._rows(rows)
+        statistic = Statistic(hidden.detach(), *self._values, self.dtype, squash, targets, smoothing)
+        index, value = self._cross(function.apply(hidden, *self._edges, statistic))
+        self._call.uses.append(Use(index, rows, statistic))
+        return value
+
+    def logits(self, why: str) -> Tensor:
+        self._head.turn_off(why)
+        if self._logits is None:
+            with torch.enable_grad():
+                index, self._logits = self._cross(Linear.apply(self._hidden, *self._edges, self._values))
+            self._call.uses.append(Use(index, torch.empty(0), None))
+        return self._logits
+
+
+class ReplayedPass(_Pass):
+    """The same call of the head in the second pass: the loss is given what it took in the first, and its gradient is Jᵀu
+    with the recorded u. All of it is made here, in the head's forward pass, where its weights are at hand.
+
+    Args:
+        call: of the clean pass.
+        cotangents: of the clean pass, by crossing; used up.
+        cross: tells the tape of logits that cross as such.
+        replay: see :class:`Replayed`.
+    """
+
+    def __init__(
+        self,
+        head: FusedHead,
+        hidden: Tensor,
+        call: HeadCall,
+        cotangents: dict[int, Tensor],
+        cross: Callable[[Tensor, int], Tensor],
+        replay: Any,
+    ) -> None:
+        super().__init__(head, hidden)
+        weight, bias = head.module.weight, head.module.bias
+        self._left: list[tuple[Use, Tensor]] = []
+        self._logits: Tensor | None = None
+        for use in call.uses:
+            if use.statistic is None:
+                edges = [edge(each) for each in (weight, bias)]
+                self._logits = cross(Linear.apply(hidden, *edges, head.keep()), use.index)
+                continue
+            upstream = cotangents.pop(use.index, None)
+            value = use.statistic.value
+            if upstream is not None:
+                value = Replayed.apply(self._rows(use.rows), weight, bias, use.statistic, upstream, replay)
+            self._left.append((use, value))
+
+    def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
+        return self._given(rows, "a cross entropy")
+
+    def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor:
+        return self._given(rows, "a log-sum-exp")
+
+    def _given(self, rows: Tensor, what: str) -> Tensor:
+        if not self._left or self._left[0][0].rows.shape != rows.shape:
+            raise RuntimeError(
+                f"the second pass took {what} of {len(rows)} tokens' logits where the first had "
+                f"{len(self._left[0][0].rows) if self._left else 'none'}: both must compute the same function."
+            )
+        return self._left.pop(0)[1]
+
+    def logits(self, why: str) -> Tensor:
+        if self._logits is None:
+            raise RuntimeError(
+                f"the second pass read the logits ({why}) where the first did not: both must compute the same function."
+            )
+        return self._logits
+
+
+class DeferredLogits:
+    """Stands for logits (..., v) of a :class:`Source`, and answers to what torch functions ask of a tensor."""
+
+    def __init__(self, source: Source, rows: Tensor | None = None, squash: Squash | None = None) -> None:
+        self._source, self._squash, self._whole = source, squash or Squash(), rows is None
+        leading = source.shape[:-1]
+        self._rows = torch.arange(leading.numel(), device=source.device).view(leading) if rows is None else rows
+        self.dtype, self.device = source.dtype, source.device
+
+    def _with(self, rows: Tensor | None = None, squash: Squash | None = None, dtype: Any = None) -> "DeferredLogits":
+        result = DeferredLogits(self._source, self._rows if rows is None else rows, squash or self._squash)
+        result.dtype = dtype or self.dtype
+        return result
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._rows.shape, self._source.shape[-1]))
+
+    @property
+    def ndim(self) -> int:
+        return self._rows.ndim + 1
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    # ---- What keeps them deferred ----
+
+    def contiguous(self) -> "DeferredLogits":
+        return self
+
+    def float(self) -> "DeferredLogits":
+        return self._with(dtype=torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        (target,) = args if len(args) == 1 and not kwargs else (None,)
+        if isinstance(target, torch.dtype) and target.is_floating_point:
+            return self._with(dtype=target)
+        if isinstance(target, torch.device | str) and torch.device(target) == self.device:
+            return self
+        return self._tensor("to").to(*args, **kwargs)
+
+    def view(self, *shape: Any) -> Any:
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        rest = self._rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
+        if len(sizes) > 1 and (sizes[-1] == self.shape[-1] or (sizes[-1] == -1 and rest == _product(sizes[:-1]))):
+            return self._with(rows=self._rows.reshape(sizes[:-1]))
+        return self._tensor("view").view(*shape)
+
+    reshape = view
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, Tensor):
+            if index.dtype == torch.bool and index.ndim < self.ndim:
+                return self._with(rows=self._rows[index])
+        elif not any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,))):
+            # The vocabulary stays whole if its dimension, which alone has no stride, is there as it was.
+            taken = self._rows.contiguous().unsqueeze(-1).expand(self.shape)[index]
+            if taken.ndim > 1 and taken.shape[-1] == self.shape[-1] and taken.stride(-1) == 0:
+                return self._with(rows=taken[..., 0])
+        return self._tensor("indexing")[index]
+
+    def __mul__(self, factor: Any) -> Any:
+        if _number(factor):
+            return self._with(squash=self._squash.scaled(factor))
+        return self._tensor("a product with a tensor") * factor
+
+    __rmul__ = mul = __mul__
+
+    def __truediv__(self, divisor: Any) -> Any:
+        if _number(divisor):
+            return self._with(squash=self._squash.scaled(1 / divisor))
+        return self._tensor("a quotient with a tensor") / divisor
+
+    div = __truediv__
+
+    def tanh(self) -> Any:
+        if self._squash.tanh:
+            return self._tensor("a second tanh").tanh()
+        return self._with(squash=Squash(self._squash.before, 1.0, tanh=True))
+
+    # ---- Where they end ----
+
+    def logsumexp(self, dim: Any, keepdim: bool = False) -> Tensor:
+        if dim not in (-1, self.ndim - 1):
+            return self._tensor("logsumexp over another dimension").logsumexp(dim, keepdim)
+        result = self._source.log_sum_exp(self._rows.flatten(), self._squash).view(self._rows.shape)
+        return result.unsqueeze(-1) if keepdim else result
+
+    def _cross_entropy(
+        self,
+        target: Any,
+        weight: Tensor | None = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        legacy = weight is not None or size_average is not None or reduce is not None
+        if legacy or reduction == "none" or self.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
+            return F.cross_entropy(
+                self._tensor("a cross entropy with weights, without a sum, or of other targets than class numbers"),
+                target,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
+                label_smoothing,
+            )
+        counted = target != ignore_index
+        result = self._source.cross_entropy_sum(self._rows[counted], self._squash, target[counted], label_smoothing)
+        return result / counted.sum() if reduction == "mean" else result
+
+    def _tensor(self, why: str) -> Tensor:
+        """The logits after all."""
+        z = self._source.logits(f"{why} needs them")
+        z = z if self._squash.before == 1.0 else z * self._squash.before
+        if self._squash.tanh:
+            z = z.tanh() * self._squash.after
+        z = z if self._whole else z.flatten(0, -2)[self._rows]
+        return z.to(self.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"DeferredLogits has no attribute {name!r}")
+        return getattr(self._tensor(name), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        known = _KNOWN.get(function)
+        if known is not None and args and isinstance(args[0], cls):
+            return known(*args, **kwargs)
+        if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
+            return args[1] * args[0]
+        name = getattr(function, "__name__", str(function))
+        args, kwargs = (
+            torch.utils._pytree.tree_map_only(cls, lambda z: z._tensor(name), each) for each in (args, kwargs)
+        )
+        return function(*args, **kwargs)
+
+
+_KNOWN: dict[Any, Callable] = {
+    F.cross_entropy: DeferredLogits._cross_entropy,
+    torch.logsumexp: DeferredLogits.logsumexp,
+    torch.tanh: DeferredLogits.tanh,
+    F.tanh: DeferredLogits.tanh,
+    torch.mul: DeferredLogits.__mul__,
+    torch.div: DeferredLogits.__truediv__,
+    torch.reshape: DeferredLogits.reshape,
+}
+
+
+def _as_tensor(name: str) -> Callable:
+    def method(self: DeferredLogits, *args: Any) -> Any:
+        return getattr(self._tensor(name), name)(*args)
+
+    return method
+
+
+# Python looks operators up on the class, past __getattr__.
+for _name in [
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+    "imul",
+    "itruediv",
+    "rtruediv",
+    "pow",
+    "rpow",
+    "neg",
+    "abs",
+    "matmul",
+    "rmatmul",
+    "len",
+    "iter",
+    "setitem",
+    "array",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]:
+    setattr(DeferredLogits, f"__{_name}__", _as_tensor(f"__{_name}__"))
+DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+class DeferringLabelSmoother(LabelSmoother):
+    """The Trainer's label smoother, which asks of deferred logits for what it computes, a cross entropy."""
+
+    def __call__(self, model_output: Any, labels: Tensor, shift_labels: bool = False, **kwargs: Any) -> Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if not isinstance(logits, DeferredLogits):
+            return super().__call__(model_output, labels, shift_labels, **kwargs)
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        logits, labels = logits.view(-1, logits.shape[-1]), labels.reshape(-1)
+        total = F.cross_entropy(
+            logits, labels, reduction="sum", ignore_index=self.ignore_index, label_smoothing=self.epsilon
+        )
+        count = kwargs.get("num_items_in_batch")
+        return total / ((labels != self.ignore_index).sum() if count is None else count)
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    return torch.Size(sizes).numel()

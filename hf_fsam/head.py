@@ -1,0 +1,315 @@
+"""A language model's linear head and its loss, a piece at a time: tensors in, tensors out.
+
+The head makes a = h Wᵀ + b of final hidden states h, the model may scale and cap them to logits z, and the loss takes of
+each token's logits nothing but log Σ exp z, the target's logit and their mean. So neither a, z nor the cotangent
+u = ∂loss/∂a has to exist for all tokens at once: u of any piece follows from h, W and three numbers a token. (Cut
+cross-entropy: arXiv 2411.09009; gradient in the forward pass: arXiv 2410.10989.)
+
+Shapes: n tokens, width d, vocabulary v.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+from torch.nn import functional as F
+
+# Numbers of logits at a time: near the cache of a CPU, wide enough for matrix products on a GPU.
+_TILE = {"cpu": 1 << 19}
+_TILE_ELSEWHERE = 1 << 26
+
+# torch.addmm(..., out_dtype=torch.float32) of narrower matrices, on CUDA alone.
+_MIXED_PRODUCTS = Version(torch.__version__) >= Version("2.8")
+
+
+@dataclass(frozen=True)
+class Squash:
+    """What a model does to its head's output a: z = before · a, or with a cap z = after · tanh(before · a)."""
+
+    before: float = 1.0
+    after: float = 1.0
+    tanh: bool = False
+
+    def scaled(self, factor: float) -> "Squash":
+        if self.tanh:
+            return replace(self, after=self.after * factor)
+        return replace(self, before=self.before * factor)
+
+    def apply_(self, a: Tensor) -> Tensor:
+        """a → z in place."""
+        if self.before != 1.0:
+            a.mul_(self.before)
+        return a.tanh_().mul_(self.after) if self.tanh else a
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """∂z/∂a."""
+        if not self.tanh:
+            return self.before
+        return (z / self.after).square_().neg_().add_(1).mul_(self.after * self.before)
+
+
+@dataclass
+class Statistic:
+    """What the loss took of the logits of n tokens, and enough to have their cotangent again, piece by piece.
+
+    Attributes:
+        hidden: h, (n, d).
+        weight, bias: of the head that made the logits.
+        dtype: what the head computes in; autocast may narrow its weights.
+        squash: between the head and the loss.
+        targets: (n,); None where the loss looked at no target.
+        smoothing: of the labels.
+        value: what the loss was given: Σ over the tokens of log Σ exp z − (1 − s) z[target] − s mean z, shape (); or
+            log Σ exp z of each token, (n,).
+        log_sum: log Σ exp z, (n,), in float32 or wider.
+        along: ⟨u, a⟩ in the units of the pass that recorded u, shape ().
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    squash: Squash
+    targets: Tensor | None = None
+    smoothing: float = 0.0
+    value: Tensor = field(default_factory=lambda: torch.zeros(()))
+    log_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
+    along: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def cotangent(self, columns: slice, upstream: Tensor) -> Tensor:
+        """u of some columns of the vocabulary, (n, columns), in the head's dtype.
+
+        upstream: ∂loss/∂value, in the shape of `value`.
+        """
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            z = self.squash.apply_(self.product(self.hidden, columns))
+            slope = self.squash.slope(z)
+            u = z.sub_(self.log_sum.unsqueeze(-1)).exp_()
+            if self.targets is not None:
+                self._less_targets(u, columns.start)
+            return u.mul_(slope).mul_(upstream.unsqueeze(-1)).to(self.dtype)
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def product(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """a of some columns, rounded as the whole would be, in float32 or wider."""
+        bias = None if self.bias is None else self.bias[columns].to(self.dtype)
+        return F.linear(hidden.to(self.dtype), self.weight[columns].to(self.dtype), bias).to(self.wide)
+
+    def _less_targets(self, p: Tensor, first: int) -> None:
+        """Softmax p of columns from `first` on → ∂(this token's loss)/∂z."""
+        if self.smoothing:
+            p.sub_(self.smoothing / self.weight.shape[0])
+        place = self.targets - first
+        inside = (place >= 0) & (place < p.shape[-1])
+        less = inside.to(p.dtype).mul_(self.smoothing - 1)
+        p.scatter_add_(-1, place.clamp(0, p.shape[-1] - 1).unsqueeze(-1), less.unsqueeze(-1))
+
+
+def vjp(
+    statistic: Statistic,
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Jᵀu with the cotangent of `statistic`, and the Jacobian of a head at `hidden` and `weight`, other ones or the same.
+
+    Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the dtypes of h, W and b, None for what `needs` (W, b) leaves out; and
+    ⟨u, a⟩ for the head's output a, but for a bias that is left out, shape ().
+    """
+    dtype, wide = statistic.dtype, statistic.wide
+    to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    to_weight = torch.empty_like(weight) if needs[0] else None
+    to_bias = torch.empty_like(bias, dtype=wide) if needs[1] else None
+    narrow = hidden.to(dtype)
+    for columns in _pieces(weight.shape[0], hidden.shape[0], hidden.device):
+        u = statistic.cotangent(columns, upstream)
+        with torch.autocast(hidden.device.type, enabled=False):
+            _add_product(to_hidden, u, weight[columns].to(dtype))
+            if to_weight is not None:
+                to_weight[columns] = u.t() @ narrow
+            if to_bias is not None:
+                to_bias[columns] = u.sum(0, dtype=wide)
+    along = _dot(to_hidden, hidden)
+    if to_bias is not None:
+        along, to_bias = along + _dot(to_bias, bias), to_bias.to(bias.dtype)
+    return to_hidden.to(hidden.dtype), to_weight, to_bias, along
+
+
+class CrossEntropySum(torch.autograd.Function):
+    """Σ of the tokens' cross entropies, shape (). The gradient is taken in the forward pass, while a token's logits are
+    at hand: what comes back to a sum is one number."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, statistic: Statistic) -> Tensor:
+        ctx.statistic, ctx.gradients = statistic, None
+        wide, needs = statistic.wide, ctx.needs_input_grad[:3]
+        rows, vocabulary, smoothing = hidden.shape[0], weight.shape[0], statistic.smoothing
+        to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if any(needs) else None
+        to_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs[1] else None
+        to_bias = torch.zeros(vocabulary, dtype=wide, device=hidden.device) if needs[2] else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        log_sum = torch.empty(rows, dtype=wide, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
+            for tokens in _pieces(rows, vocabulary, hidden.device):
+                h = hidden[tokens].to(statistic.dtype)
+                z = statistic.squash.apply_(narrow.product(h))
+                target = statistic.targets[tokens].unsqueeze(-1)
+                p = z.softmax(-1)
+                # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
+                log_sum[tokens] = z.amax(-1) - p.amax(-1).log_()
+                total += log_sum[tokens].sum() - (1 - smoothing) * z.gather(-1, target).sum()
+                if smoothing:
+                    total -= smoothing * z.mean(-1).sum()
+                if to_hidden is None:
+                    continue
+                p.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=wide))
+                if smoothing:
+                    p.sub_(smoothing / vocabulary)
+                u = p.mul_(statistic.squash.slope(z)).to(statistic.dtype)
+                _add_product(to_hidden[tokens], u, narrow.weight)
+                if to_weight is not None:
+                    _add_product(to_weight, u.t(), h)
+                if to_bias is not None:
+                    to_bias += u.sum(0, dtype=wide)
+        statistic.log_sum, statistic.value = log_sum, total
+        if to_hidden is not None:
+            statistic.along = _dot(to_hidden, hidden)
+            if to_bias is not None:
+                statistic.along += _dot(to_bias, statistic.bias)
+            gradients = zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
+            ctx.gradients = [gradient if gradient is None else gradient.to(of.dtype) for gradient, of in gradients]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        ctx.statistic.along *= upstream
+        return (*(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None)
+
+
+class LogSumExp(torch.autograd.Function):
+    """log Σ exp z of each token, (n,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, statistic: Statistic) -> Tensor:
+        ctx.statistic = statistic
+        parts = [torch.zeros(0, dtype=statistic.wide, device=hidden.device)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
+            for tokens in _pieces(hidden.shape[0], weight.shape[0], hidden.device):
+                parts.append(statistic.squash.apply_(narrow.product(hidden[tokens])).logsumexp(-1))
+        statistic.log_sum = torch.cat(parts)
+        statistic.value = statistic.log_sum
+        return statistic.value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        statistic = ctx.statistic
+        *gradients, statistic.along = vjp(
+            statistic, upstream, statistic.hidden, statistic.weight, statistic.bias, ctx.needs_input_grad[1:3]
+        )
+        return (*gradients, None)
+
+
+class Replayed(torch.autograd.Function):
+    """A statistic of a clean pass in the place of the same of a perturbed one: its value, and Jᵀu with u of the clean
+    pass and J of the head and hidden states given here. What comes back to it, the perturbed pass's own derivative,
+    is dropped.
+
+    All is computed in the forward pass, where an engine that shards the weights has the head gathered.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistic: Statistic,
+        upstream: Tensor,
+        replay: Any,
+    ) -> Tensor:
+        """replay: told of ⟨u, a'⟩ − ⟨u, a⟩ with `replay.rises(number)`, and asked for `replay.ratio` in the backward
+        pass, which the gradients are multiplied by."""
+        ctx.replay = replay
+        *gradients, along = vjp(statistic, upstream, hidden, weight, bias, ctx.needs_input_grad[1:3])
+        replay.rises(along - statistic.along)
+        ctx.gradients = gradients
+        return statistic.value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        ratio = ctx.replay.ratio
+        return (*(None if gradient is None else gradient.mul_(ratio) for gradient in gradients), None, None, None)
+
+
+class Edge(torch.autograd.Function):
+    """Where the gradient of a weight goes in, in the weight's shape and without its memory: an engine that shards the
+    weights has it gathered now, and will not have when the gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.new_empty(1).expand(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream
+
+
+class Linear(torch.autograd.Function):
+    """a = h Wᵀ + b, (..., v), with the numbers of W and b apart from where their gradients go (:class:`Edge`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, values: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        dtype = compute_dtype(hidden)
+        narrow = [None if value is None else value.to(dtype) for value in values]
+        ctx.factors = hidden.detach().to(dtype), narrow[0]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return F.linear(hidden.to(dtype), *narrow)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.factors
+        u = upstream.flatten(0, -2)
+        gradients = (upstream @ weight, u.t() @ hidden.flatten(0, -2), u.sum(0))
+        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return (*(gradient.to(dtype) if needed else None for gradient, dtype, needed in wanted), None)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, without rounding the product to a's format first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif _MIXED_PRODUCTS and a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.detach().flatten().to(a.dtype))
+
+
+def _pieces(count: int, across: int, device: torch.device) -> Iterator[slice]:
+    """`count` rows or columns cut so that a piece of them, `across` wide, is a tile."""
+    step = max(1, _TILE.get(device.type, _TILE_ELSEWHERE) // max(1, across))
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would compute in here."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
