@@ -1,8 +1,8 @@
 """Logits that are not made until the loss says what it needs of them, which most often is nothing that takes them all.
 
 A model's own forward pass and its own loss run as they are. Only its head's output is a :class:`DeferredLogits`, which
-goes through scaling, capping, slicing and flattening, and meets a cross entropy or a log-sum-exp: those are computed from
-the final hidden states (`hf_fsam.head`). To anything else it gives the logits after all.
+goes through scaling, capping, slicing and flattening, and meets a cross entropy or a log-sum-exp: those are computed
+from the final hidden states (`hf_fsam.head`). To anything else it gives the logits after all.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from hf_fsam.head import CrossEntropySum, Edge, Linear, LogSumExp, Replayed, Squash, Statistic, compute_dtype
+from hf_fsam.head import CrossEntropySum, Edge, Linear, LogSumExp, Replayed, Squash, Statistic, compute_dtype, room
 
 logger = logging.get_logger(__name__)
 
@@ -27,12 +27,12 @@ class Use:
 
     Attributes:
         index: of the crossing of the boundary.
-        rows: of which tokens, (n,).
+        rows: of which tokens, (n,); None for the logits.
         statistic: None for the logits.
     """
 
     index: int
-    rows: Tensor
+    rows: Tensor | None
     statistic: Statistic | None
 
 
@@ -41,6 +41,42 @@ class HeadCall:
     """One call of the head in a clean pass."""
 
     uses: list[Use] = field(default_factory=list)
+
+
+@dataclass
+class KeptHead:
+    """The head's weights as they are in the passes of a window, for later."""
+
+    weight: Any
+    bias: Tensor | None
+    cotangents: "Shelf"
+
+
+class Shelf:
+    """Memory for some cotangents of a window. It stays from window to window: new memory costs a CPU more than what is
+    written there."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._taken = 0
+
+    def clear(self) -> None:
+        self._taken = 0
+
+    def take(self, tokens: int, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """For some of the tokens, (some, v), where `like` is (v, d)."""
+        vocabulary, most = like.shape[0], room(like.device)
+        some = min(tokens, (most - self._taken) // vocabulary)
+        if some <= 0:
+            return None
+        start, self._taken = self._taken, self._taken + some * vocabulary
+        memory = self._memory
+        if memory.numel() < self._taken or memory.dtype != dtype or memory.device != like.device:
+            # What was handed out before stays where it is.
+            self._memory = memory = like.new_empty(
+                min(most, max(self._taken, start + tokens * vocabulary)), dtype=dtype
+            )
+        return memory[start : self._taken].view(some, vocabulary)
 
 
 class FusedHead:
@@ -54,6 +90,7 @@ class FusedHead:
 
     def __init__(self, module: nn.Linear, keeps: bool) -> None:
         self.module, self._keeps = module, keeps
+        self._shelf = Shelf()
         self.off = False
 
     @contextmanager
@@ -71,12 +108,17 @@ class FusedHead:
         finally:
             del self.module.__dict__["forward"]
 
-    def keep(self) -> tuple[Tensor, Tensor | None]:
-        """The head's weights as they are now, for later."""
+    def weights(self) -> tuple[Any, Tensor | None]:
+        """W and b as they are now, for later."""
         weight, bias = (None if each is None else each.detach() for each in (self.module.weight, self.module.bias))
         if self._keeps:
             return weight, bias
-        return weight.clone(), None if bias is None else bias.clone()
+        return tuple(None if each is None else each.clone() for each in (weight, bias))  # type: ignore[return-value]
+
+    def keep(self) -> KeptHead:
+        """A window begins."""
+        self._shelf.clear()
+        return KeptHead(*self.weights(), self._shelf)
 
     def turn_off(self, why: str) -> None:
         if not self.off:
@@ -138,8 +180,8 @@ class RecordedPass(_Pass):
     """A call of the head whose cotangents are recorded.
 
     Args:
-        values: the head's weights as they are now, to be kept.
-        call: takes down what the loss uses.
+        kept: the head's weights as they are now.
+        call: takes down what the loss uses; None where the cotangents are not for keeping.
         cross: tells the tape that a tensor crosses the boundary; returns the one to go on with.
         cut: the graph ends at the boundary.
     """
@@ -148,13 +190,13 @@ class RecordedPass(_Pass):
         self,
         head: FusedHead,
         hidden: Tensor,
-        values: tuple[Tensor, Tensor | None],
-        call: HeadCall,
+        kept: KeptHead,
+        call: HeadCall | None,
         cross: Callable[[Tensor], tuple[int, Tensor]],
         cut: bool,
     ) -> None:
         super().__init__(head, hidden.detach() if cut else hidden)
-        self._values, self._call, self._cross = values, call, cross
+        self._kept, self._call, self._cross, self._cut = kept, call, cross, cut
         self._edges = [edge(each, cut) for each in (head.module.weight, head.module.bias)]
         self._logits: Tensor | None = None
 
@@ -164,25 +206,31 @@ class RecordedPass(_Pass):
     def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor:
         return self._take(LogSumExp, rows, squash)
 
-    def _take(self, function: Any, rows: Tensor, squash: Squash, targets: Tensor | None = None, smoothing: float = 0):
+    def _take(self, function: Any, rows: Tensor, *settings: Any) -> Tensor:
         hidden = self._rows(rows)
-        statistic = Statistic(hidden.detach(), *self._values, self.dtype, squash, targets, smoothing)
-        index, value = self._cross(function.apply(hidden, *self._edges, statistic))
-        self._call.uses.append(Use(index, rows, statistic))
-        return value
+        statistic = Statistic(hidden.detach(), self._kept.weight, self._kept.bias, self.dtype, *settings)
+        if function is CrossEntropySum and self._call is not None and not self._cut:
+            statistic.kept = self._kept.cotangents.take(len(rows), self._kept.weight, self.dtype)
+        return self._cross_with(function.apply(hidden, *self._edges, statistic), rows, statistic)
 
     def logits(self, why: str) -> Tensor:
         self._head.turn_off(why)
         if self._logits is None:
             with torch.enable_grad():
-                index, self._logits = self._cross(Linear.apply(self._hidden, *self._edges, self._values))
-            self._call.uses.append(Use(index, torch.empty(0), None))
+                z = Linear.apply(self._hidden, *self._edges, (self._kept.weight, self._kept.bias))
+                self._logits = self._cross_with(z, None, None)
         return self._logits
+
+    def _cross_with(self, z: Tensor, rows: Tensor | None, statistic: Statistic | None) -> Tensor:
+        index, z = self._cross(z)
+        if self._call is not None:
+            self._call.uses.append(Use(index, rows, statistic))
+        return z
 
 
 class ReplayedPass(_Pass):
-    """The same call of the head in the second pass: the loss is given what it took in the first, and its gradient is Jᵀu
-    with the recorded u. All of it is made here, in the head's forward pass, where its weights are at hand.
+    """The same call of the head in the second pass: the loss is given what it took in the first, and its gradient is
+    Jᵀu with the recorded u. All of it is made here, in the head's forward pass, where its weights are at hand.
 
     Args:
         call: of the clean pass.
@@ -202,18 +250,19 @@ class ReplayedPass(_Pass):
     ) -> None:
         super().__init__(head, hidden)
         weight, bias = head.module.weight, head.module.bias
-        self._left: list[tuple[Use, Tensor]] = []
+        self._left: list[tuple[int, Tensor]] = []
         self._logits: Tensor | None = None
         for use in call.uses:
-            if use.statistic is None:
+            if use.statistic is None or use.rows is None:
                 edges = [edge(each) for each in (weight, bias)]
-                self._logits = cross(Linear.apply(hidden, *edges, head.keep()), use.index)
+                self._logits = cross(Linear.apply(hidden, *edges, head.weights()), use.index)
                 continue
             upstream = cotangents.pop(use.index, None)
+            use.statistic.hidden = use.statistic.hidden.to(hidden.device)  # it may have waited on the host
             value = use.statistic.value
             if upstream is not None:
                 value = Replayed.apply(self._rows(use.rows), weight, bias, use.statistic, upstream, replay)
-            self._left.append((use, value))
+            self._left.append((len(use.rows), value))
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
         return self._given(rows, "a cross entropy")
@@ -222,12 +271,13 @@ class ReplayedPass(_Pass):
         return self._given(rows, "a log-sum-exp")
 
     def _given(self, rows: Tensor, what: str) -> Tensor:
-        if not self._left or self._left[0][0].rows.shape != rows.shape:
+        count, value = self._left.pop(0) if self._left else (0, rows)
+        if count != len(rows):
             raise RuntimeError(
-                f"the second pass took {what} of {len(rows)} tokens' logits where the first had "
-                f"{len(self._left[0][0].rows) if self._left else 'none'}: both must compute the same function."
+                f"the second pass took {what} of {len(rows)} tokens' logits where the first had {count}: both must "
+                "compute the same function."
             )
-        return self._left.pop(0)[1]
+        return value
 
     def logits(self, why: str) -> Tensor:
         if self._logits is None:
@@ -336,7 +386,7 @@ class DeferredLogits:
         ignore_index: int = -100,
         reduce: Any = None,
         reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: Any = 0.0,
     ) -> Tensor:
         legacy = weight is not None or size_average is not None or reduce is not None
         if legacy or reduction == "none" or self.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
@@ -436,18 +486,21 @@ DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 class DeferringLabelSmoother(LabelSmoother):
     """The Trainer's label smoother, which asks of deferred logits for what it computes, a cross entropy."""
 
-    def __call__(self, model_output: Any, labels: Tensor, shift_labels: bool = False, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
         if not isinstance(logits, DeferredLogits):
-            return super().__call__(model_output, labels, shift_labels, **kwargs)
+            return super().__call__(model_output, labels, shift_labels, num_items_in_batch)
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         logits, labels = logits.view(-1, logits.shape[-1]), labels.reshape(-1)
         total = F.cross_entropy(
             logits, labels, reduction="sum", ignore_index=self.ignore_index, label_smoothing=self.epsilon
         )
-        count = kwargs.get("num_items_in_batch")
-        return total / ((labels != self.ignore_index).sum() if count is None else count)
+        if num_items_in_batch is None:
+            return total / (labels != self.ignore_index).sum()
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 def _number(x: Any) -> bool:

@@ -1,9 +1,8 @@
 """A language model's linear head and its loss, a piece at a time: tensors in, tensors out.
 
-The head makes a = h Wᵀ + b of final hidden states h, the model may scale and cap them to logits z, and the loss takes of
-each token's logits nothing but log Σ exp z, the target's logit and their mean. So neither a, z nor the cotangent
-u = ∂loss/∂a has to exist for all tokens at once: u of any piece follows from h, W and three numbers a token. (Cut
-cross-entropy: arXiv 2411.09009; gradient in the forward pass: arXiv 2410.10989.)
+The head makes a = h Wᵀ + b of final hidden states h, the model may scale and cap them to logits z, and the loss takes
+of each token's logits nothing but log Σ exp z, the target's logit and their mean. So neither a, z nor the cotangent
+u = ∂loss/∂a has to exist for all tokens at once: u of any piece follows from h, W, the targets and log Σ exp z.
 
 Shapes: n tokens, width d, vocabulary v.
 """
@@ -18,8 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Numbers of logits at a time: near the cache of a CPU, wide enough for matrix products on a GPU.
-_TILE = {"cpu": 1 << 19}
+_TILE = {"cpu": 1 << 21}
 _TILE_ELSEWHERE = 1 << 26
+
+# Numbers of a window's cotangents that are kept, and need not be computed again: a constant, and for small models all.
+_KEPT = {"cpu": 1 << 23}
+_KEPT_ELSEWHERE = 1 << 26
 
 # torch.addmm(..., out_dtype=torch.float32) of narrower matrices, on CUDA alone.
 _MIXED_PRODUCTS = Version(torch.__version__) >= Version("2.8")
@@ -66,6 +69,7 @@ class Statistic:
             log Σ exp z of each token, (n,).
         log_sum: log Σ exp z, (n,), in float32 or wider.
         along: ⟨u, a⟩ in the units of the pass that recorded u, shape ().
+        kept: ∂value/∂a of the first tokens, (some, v).
     """
 
     hidden: Tensor
@@ -78,19 +82,26 @@ class Statistic:
     value: Tensor = field(default_factory=lambda: torch.zeros(()))
     log_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
     along: Tensor = field(default_factory=lambda: torch.zeros(()))
+    kept: Tensor | None = None
 
-    def cotangent(self, columns: slice, upstream: Tensor) -> Tensor:
-        """u of some columns of the vocabulary, (n, columns), in the head's dtype.
+    def cotangents(self, columns: slice, upstream: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """u of some columns of the vocabulary, (tokens, columns), in the head's dtype, for some tokens after others.
 
-        upstream: ∂loss/∂value, in the shape of `value`.
+        upstream: ∂loss/∂value of each token, (n,); None where that is one number for all, which is left to the caller.
         """
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            z = self.squash.apply_(self.product(self.hidden, columns))
-            slope = self.squash.slope(z)
-            u = z.sub_(self.log_sum.unsqueeze(-1)).exp_()
-            if self.targets is not None:
-                self._less_targets(u, columns.start)
-            return u.mul_(slope).mul_(upstream.unsqueeze(-1)).to(self.dtype)
+        known = 0 if self.kept is None else self.kept.shape[0]
+        if self.kept is not None:
+            yield slice(0, known), self.kept[:, columns]
+        if known == self.hidden.shape[0]:
+            return
+        z = self.squash.apply_(self.product(self.hidden[known:], columns))
+        slope = self.squash.slope(z)
+        u = z.sub_(self.log_sum[known:].unsqueeze(-1)).exp_()
+        if self.targets is not None:
+            self._less_targets(u, self.targets[known:] - columns.start)
+        if upstream is not None:
+            u.mul_(upstream[known:].unsqueeze(-1))
+        yield slice(known, None), _times(u, slope).to(self.dtype)
 
     @property
     def wide(self) -> torch.dtype:
@@ -101,11 +112,21 @@ class Statistic:
         bias = None if self.bias is None else self.bias[columns].to(self.dtype)
         return F.linear(hidden.to(self.dtype), self.weight[columns].to(self.dtype), bias).to(self.wide)
 
-    def _less_targets(self, p: Tensor, first: int) -> None:
-        """Softmax p of columns from `first` on → ∂(this token's loss)/∂z."""
+    def place_for(self, tokens: slice) -> Tensor | None:
+        """The memory in which the cotangents of `tokens` will be kept, if they can be computed there."""
+        inside = self.kept is not None and tokens.stop <= self.kept.shape[0] and self.kept.dtype == self.wide
+        return self.kept[tokens] if self.kept is not None and inside else None
+
+    def keep(self, tokens: slice, u: Tensor) -> None:
+        if self.kept is not None and tokens.start < self.kept.shape[0]:
+            place = self.kept[tokens]
+            if place.data_ptr() != u.data_ptr():
+                place.copy_(u[: place.shape[0]])
+
+    def _less_targets(self, p: Tensor, place: Tensor) -> None:
+        """Softmax p of some columns → ∂(cross entropy)/∂z. place: of the targets, which may be outside of them."""
         if self.smoothing:
             p.sub_(self.smoothing / self.weight.shape[0])
-        place = self.targets - first
         inside = (place >= 0) & (place < p.shape[-1])
         less = inside.to(p.dtype).mul_(self.smoothing - 1)
         p.scatter_add_(-1, place.clamp(0, p.shape[-1] - 1).unsqueeze(-1), less.unsqueeze(-1))
@@ -113,32 +134,32 @@ class Statistic:
 
 def vjp(
     statistic: Statistic,
-    upstream: Tensor,
+    upstream: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Jᵀu with the cotangent of `statistic`, and the Jacobian of a head at `hidden` and `weight`, other ones or the same.
+    """Jᵀu with the cotangent of `statistic` and the Jacobian of a head at `hidden` and `weight`, its own or others.
 
-    Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the dtypes of h, W and b, None for what `needs` (W, b) leaves out; and
-    ⟨u, a⟩ for the head's output a, but for a bias that is left out, shape ().
+    Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the dtypes of h, W and b, None for what `needs` (W, b) leaves out;
+    and ⟨u, a⟩ for the head's output a, but for a bias that is left out, shape ().
     """
-    dtype, wide = statistic.dtype, statistic.wide
+    dtype, wide, weight = statistic.dtype, statistic.wide, weight.detach()
     to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    to_weight = torch.empty_like(weight) if needs[0] else None
-    to_bias = torch.empty_like(bias, dtype=wide) if needs[1] else None
-    narrow = hidden.to(dtype)
-    for columns in _pieces(weight.shape[0], hidden.shape[0], hidden.device):
-        u = statistic.cotangent(columns, upstream)
-        with torch.autocast(hidden.device.type, enabled=False):
-            _add_product(to_hidden, u, weight[columns].to(dtype))
-            if to_weight is not None:
-                to_weight[columns] = u.t() @ narrow
-            if to_bias is not None:
-                to_bias[columns] = u.sum(0, dtype=wide)
+    to_weight = torch.zeros_like(weight) if needs[0] else None
+    to_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs[1] else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        narrow = hidden.to(dtype)
+        for columns in pieces(weight.shape[0], hidden.shape[0], hidden.device):
+            for tokens, u in statistic.cotangents(columns, upstream):
+                _add_product(to_hidden[tokens], u, weight[columns].to(dtype))
+                if to_weight is not None:
+                    _add_product(to_weight[columns], u.t(), narrow[tokens])
+                if to_bias is not None:
+                    to_bias[columns] += u.sum(0, dtype=wide)
     along = _dot(to_hidden, hidden)
-    if to_bias is not None:
+    if to_bias is not None and bias is not None:
         along, to_bias = along + _dot(to_bias, bias), to_bias.to(bias.dtype)
     return to_hidden.to(hidden.dtype), to_weight, to_bias, along
 
@@ -151,6 +172,7 @@ class CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, statistic: Statistic) -> Tensor:
         ctx.statistic, ctx.gradients = statistic, None
         wide, needs = statistic.wide, ctx.needs_input_grad[:3]
+        assert statistic.targets is not None
         rows, vocabulary, smoothing = hidden.shape[0], weight.shape[0], statistic.smoothing
         to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if any(needs) else None
         to_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs[1] else None
@@ -159,11 +181,11 @@ class CrossEntropySum(torch.autograd.Function):
         log_sum = torch.empty(rows, dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
-            for tokens in _pieces(rows, vocabulary, hidden.device):
+            for tokens in pieces(rows, vocabulary, hidden.device):
                 h = hidden[tokens].to(statistic.dtype)
                 z = statistic.squash.apply_(narrow.product(h))
                 target = statistic.targets[tokens].unsqueeze(-1)
-                p = z.softmax(-1)
+                p = torch.softmax(z, -1, out=statistic.place_for(tokens))
                 # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
                 log_sum[tokens] = z.amax(-1) - p.amax(-1).log_()
                 total += log_sum[tokens].sum() - (1 - smoothing) * z.gather(-1, target).sum()
@@ -174,7 +196,8 @@ class CrossEntropySum(torch.autograd.Function):
                 p.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=wide))
                 if smoothing:
                     p.sub_(smoothing / vocabulary)
-                u = p.mul_(statistic.squash.slope(z)).to(statistic.dtype)
+                u = _times(p, statistic.squash.slope(z)).to(statistic.dtype)
+                statistic.keep(tokens, u)
                 _add_product(to_hidden[tokens], u, narrow.weight)
                 if to_weight is not None:
                     _add_product(to_weight, u.t(), h)
@@ -183,10 +206,10 @@ class CrossEntropySum(torch.autograd.Function):
         statistic.log_sum, statistic.value = log_sum, total
         if to_hidden is not None:
             statistic.along = _dot(to_hidden, hidden)
-            if to_bias is not None:
+            if to_bias is not None and statistic.bias is not None:
                 statistic.along += _dot(to_bias, statistic.bias)
             gradients = zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
-            ctx.gradients = [gradient if gradient is None else gradient.to(of.dtype) for gradient, of in gradients]
+            ctx.gradients = [None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients]  # type: ignore[union-attr]
         return total.clone()
 
     @staticmethod
@@ -205,7 +228,7 @@ class LogSumExp(torch.autograd.Function):
         parts = [torch.zeros(0, dtype=statistic.wide, device=hidden.device)]
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
-            for tokens in _pieces(hidden.shape[0], weight.shape[0], hidden.device):
+            for tokens in pieces(hidden.shape[0], weight.shape[0], hidden.device):
                 parts.append(statistic.squash.apply_(narrow.product(hidden[tokens])).logsumexp(-1))
         statistic.log_sum = torch.cat(parts)
         statistic.value = statistic.log_sum
@@ -241,16 +264,18 @@ class Replayed(torch.autograd.Function):
         """replay: told of ⟨u, a'⟩ − ⟨u, a⟩ with `replay.rises(number)`, and asked for `replay.ratio` in the backward
         pass, which the gradients are multiplied by."""
         ctx.replay = replay
-        *gradients, along = vjp(statistic, upstream, hidden, weight, bias, ctx.needs_input_grad[1:3])
-        replay.rises(along - statistic.along)
-        ctx.gradients = gradients
+        one = upstream.ndim == 0  # for all tokens
+        needs = ctx.needs_input_grad[1:3]
+        *ctx.gradients, along = vjp(statistic, None if one else upstream, hidden, weight, bias, needs)
+        ctx.upstream = upstream if one else torch.ones_like(along)
+        replay.rises(along * ctx.upstream - statistic.along)
         return statistic.value.clone()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        ratio = ctx.replay.ratio
-        return (*(None if gradient is None else gradient.mul_(ratio) for gradient in gradients), None, None, None)
+        factor = ctx.upstream * ctx.replay.ratio
+        return (*(None if gradient is None else gradient.mul_(factor) for gradient in gradients), None, None, None)
 
 
 class Edge(torch.autograd.Function):
@@ -274,10 +299,10 @@ class Linear(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, values: tuple[Tensor, Tensor | None]
     ) -> Tensor:
         dtype = compute_dtype(hidden)
-        narrow = [None if value is None else value.to(dtype) for value in values]
-        ctx.factors = hidden.detach().to(dtype), narrow[0]
+        ctx.factors = hidden.detach().to(dtype), values[0].to(dtype)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        return F.linear(hidden.to(dtype), *narrow)
+        narrow, weight = ctx.factors
+        return F.linear(narrow, weight, None if values[1] is None else values[1].to(dtype))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -298,11 +323,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def _times(x: Tensor, factor: Tensor | float) -> Tensor:
+    """In place, and without a look at x where that would change nothing."""
+    return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.detach().flatten().to(a.dtype))
 
 
-def _pieces(count: int, across: int, device: torch.device) -> Iterator[slice]:
+def room(device: torch.device) -> int:
+    """How many numbers of a window's cotangents are kept."""
+    return _KEPT.get(device.type, _KEPT_ELSEWHERE)
+
+
+def pieces(count: int, across: int, device: torch.device) -> Iterator[slice]:
     """`count` rows or columns cut so that a piece of them, `across` wide, is a tile."""
     step = max(1, _TILE.get(device.type, _TILE_ELSEWHERE) // max(1, across))
     for start in range(0, count, step):

@@ -26,8 +26,8 @@ class Recording:
             each in the shape and dtype of its z, e.g. (batch, length, vocabulary). Where a fused head made no logits, z
             is what the loss took of them, e.g. their cross entropy.
         calls: of the fused head; None where it is off.
-        rise: ⟨u, a'⟩ − ⟨u, a⟩ for the cotangent u and the head's output a in the clean pass and a' in this one, a replay,
-            in the units of u; None where that was not computed.
+        rise: ⟨u, a'⟩ − ⟨u, a⟩ for the cotangent u and the head's output a in the clean pass and a' in this one, a
+            replay, in the units of u; None where that was not computed.
         crossings: how many tensors crossed the boundary in the forward pass.
         nodes: the autograd nodes of those tensors, while the pass lasts.
         leaves: what takes the place of those tensors where the graph is cut at the boundary.
@@ -162,8 +162,8 @@ class Tape:
         def defer(head: FusedHead, hidden: Tensor) -> DeferredLogits:
             if not kept:
                 kept.append(head.keep())
-            call = HeadCall()
-            if keep and recording.calls is not None:
+            call = HeadCall() if keep else None
+            if call is not None and recording.calls is not None:
                 recording.calls.append(call)
             return DeferredLogits(RecordedPass(head, hidden, kept[0], call, cross, cut))
 
@@ -173,7 +173,7 @@ class Tape:
 
         head = None if self._head is None or self._head.off else self._head
         recording.calls = None if head is None else []
-        with self._session(lambda z: cross(z)[1], on_loss, head and partial(defer, head)):
+        with self._session(lambda z: cross(z)[1], on_loss, None if head is None else partial(defer, head)):
             yield recording
         recording.nodes.clear()
         if keep and not recording.cotangents:
@@ -195,7 +195,7 @@ class Tape:
         """
         replayed = Recording()
         waiting = {} if cotangents is None else cotangents.cotangents
-        replay = None if cotangents is None else _Replay(replayed, cotangents)
+        replay = _Replay(replayed, clean if cotangents is None else cotangents)
 
         def swap(index: int, own: Tensor) -> Tensor:
             recorded = waiting.pop(index, None)
@@ -208,7 +208,7 @@ class Tape:
             return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
 
         def cross(z: Tensor, index: int) -> Tensor:
-            if replay is not None:
+            if cotangents is not None:
                 z.register_hook(partial(swap, index))
             return z
 
@@ -216,16 +216,17 @@ class Tape:
             replayed.crossings += 1
             return cross(z, replayed.crossings - 1)
 
-        calls = None if cotangents is None or cotangents.calls is None else iter(cotangents.calls)
-
-        def defer(hidden: Tensor) -> DeferredLogits:
-            return DeferredLogits(ReplayedPass(self._head, hidden, next(calls, HeadCall()), waiting, cross, replay))
+        def defer(head: FusedHead, calls: Iterator[HeadCall], hidden: Tensor) -> DeferredLogits:
+            return DeferredLogits(ReplayedPass(head, hidden, next(calls, HeadCall()), waiting, cross, replay))
 
         def on_loss(loss: Tensor) -> Tensor:
             replayed.see_loss(loss)
             return _WithValue.apply(loss, clean.loss)
 
-        with self._session(on_output, on_loss, None if calls is None else defer):
+        deferring = None
+        if self._head is not None and cotangents is not None and cotangents.calls is not None:
+            deferring = partial(defer, self._head, iter(cotangents.calls))
+        with self._session(on_output, on_loss, deferring):
             yield replayed
         if waiting:
             raise RuntimeError(

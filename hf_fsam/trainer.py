@@ -92,8 +92,9 @@ class FSAMMixin(_AnyTrainer):
             _ = self._fsam_engine
             if self._fsam_splits:
                 find_boundary(self.model, self.args.fsam_boundary)
-        if type(getattr(self, "label_smoother", None)) is LabelSmoother:
-            self.label_smoother = DeferringLabelSmoother(**vars(self.label_smoother))
+        smoother: Any = getattr(self, "label_smoother", None)
+        if type(smoother) is LabelSmoother:
+            self.label_smoother: Any = DeferringLabelSmoother(**vars(smoother))
 
     @property
     def _fsam_active(self) -> bool:

@@ -22,6 +22,8 @@ GIVEN = {
     "fsam_precondition": False,
     "fsam_ascent_scope": "optimizer_step",
     "fsam_boundary": "lm_head",
+    "fsam_fused_head": False,
+    "fsam_offload_hidden_states": True,
 }
 
 
@@ -60,6 +62,7 @@ def test_every_field_has_a_help_text() -> None:
         ("fsam_rho", "large"),
         ("fsam_precondition", "yes"),
         ("fsam_boundary", ""),
+        ("fsam_fused_head", "yes"),
     ],
 )
 def test_bad_values_are_refused_with_the_name_and_the_value(tmp_path: Path, name: str, value: Any) -> None:

@@ -1,0 +1,438 @@
+"""The fused head: the materialised path's gradient without its logits, and the logits wherever they are asked for."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_fsam import deferred, head
+from tests import reference, zoo
+from tests.reference import Batch, Window
+from tests.test_parity import Setting, check_parity
+from tests.toys import VOCABULARY, llama, make_trainer, sentences
+from tests.zoo import CASES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def crossings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the losses of the clean passes took, in order: 'CrossEntropySum', 'LogSumExp', 'logits'."""
+    seen: list[str] = []
+    take, logits = deferred.RecordedPass._take, deferred.RecordedPass.logits
+
+    def seen_take(self: Any, function: Any, *args: Any) -> Tensor:
+        seen.append(function.__name__)
+        return take(self, function, *args)
+
+    def seen_logits(self: Any, why: str) -> Tensor:
+        seen.append("logits")
+        return logits(self, why)
+
+    monkeypatch.setattr(deferred.RecordedPass, "_take", seen_take)
+    monkeypatch.setattr(deferred.RecordedPass, "logits", seen_logits)
+    return seen
+
+
+KEPT = {"some_kept": 5 * zoo.VOCABULARY, "none_kept": 0, "all_kept": 1 << 20}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name == "some_kept" else pytest.mark.slow) for name in KEPT])
+def in_pieces(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of three tokens, or a few columns, of a model's logits, and of its cotangents those of five tokens kept."""
+    monkeypatch.setitem(head._TILE, "cpu", 3 * zoo.VOCABULARY)
+    monkeypatch.setitem(head._KEPT, "cpu", KEPT[request.param])
+
+
+split = pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("functional", accumulation=3),
+        Setting("functional", True, 3, "optimizer_step"),
+        pytest.param(Setting("functional", accumulation=3, scope="optimizer_step"), marks=pytest.mark.slow),
+        Setting("logit", accumulation=3),
+    ],
+    ids=str,
+)
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def cohere() -> nn.Module:
+    """Tied, with a scale on its logits, and no RMS norm."""
+    options = {name: value for name, value in zoo.DECODER.items() if name != "head_dim"}
+    return transformers.CohereForCausalLM(transformers.CohereConfig(**options, logit_scale=0.3))
+
+
+def granite() -> nn.Module:
+    options = {name: value for name, value in zoo.DECODER.items() if name != "head_dim"}
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**options, logits_scaling=2.5))
+
+
+def phi() -> nn.Module:
+    """With a bias on its head."""
+    options = {name: value for name, value in zoo.DECODER.items() if name not in ("head_dim", "num_key_value_heads")}
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**options, resid_pdrop=0.0))
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def frozen_head() -> nn.Module:
+    model = zoo.llama()
+    model.lm_head.requires_grad_(False)
+    return model
+
+
+def scaled(factor: float) -> reference.Problem:
+    """The boundary is the head's output, before the scale."""
+
+    def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        return reference.causal_lm_loss((logits[0] * factor,), batch, window)
+
+    return replace(CASES["llama"].problem, loss=loss, logits=reference.head_logits("lm_head"))
+
+
+MODELS = {
+    "gpt2": CASES["gpt2"],
+    "llama": CASES["llama"],
+    "gemma2": CASES["gemma2"],
+    "t5": CASES["t5"],
+    "llama_lora": CASES["llama_lora"],
+    "cohere": replace(CASES["llama"], build=cohere, problem=scaled(0.3)),
+    "granite": replace(CASES["llama"], build=granite, problem=scaled(1 / 2.5)),
+    "phi": replace(CASES["llama"], build=phi),
+    "frozen_head": replace(CASES["llama"], build=frozen_head),
+}
+
+
+@split
+@pytest.mark.parametrize("name", MODELS)
+def test_in_pieces_it_is_the_formulas(
+    name: str, setting: Setting, tmp_path: Path, in_pieces: None, crossings: list[str]
+) -> None:
+    check_parity(MODELS[name], setting, tmp_path)
+    assert set(crossings) == {"CrossEntropySum"}
+
+
+@split
+@pytest.mark.parametrize("name", ["phi", "gpt2"])
+def test_label_smoothing_in_pieces(
+    name: str, setting: Setting, tmp_path: Path, in_pieces: None, crossings: list[str]
+) -> None:
+    smoothed = reference.label_smoothing(shift=True, factor=0.2)
+    case = replace(MODELS[name], problem=replace(MODELS[name].problem, loss=smoothed))
+    check_parity(case, setting, tmp_path, label_smoothing_factor=0.2)
+    assert set(crossings) == {"CrossEntropySum"}
+
+
+def loss_with_z_loss(logits: Tensor, labels: Tensor, count: int | Tensor) -> Tensor:
+    """With a penalty on every position's log Σ exp z, as Bamba's."""
+    scores, targets = logits[..., :-1, :].reshape(-1, logits.size(-1)), labels[..., 1:].flatten()
+    loss = F.cross_entropy(scores.float(), targets, reduction="sum") / count
+    return loss + 0.05 * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
+
+
+@split
+def test_a_z_loss_in_pieces(setting: Setting, tmp_path: Path, in_pieces: None, crossings: list[str]) -> None:
+    def through_the_trainer(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        return loss_with_z_loss(outputs.logits, labels, num_items_in_batch)
+
+    def through_the_reference(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        return loss_with_z_loss(logits[0], batch["labels"], window.num_items)
+
+    case = replace(MODELS["phi"], problem=replace(MODELS["phi"].problem, loss=through_the_reference))
+    check_parity(case, setting, tmp_path, compute_loss_func=through_the_trainer)
+    assert set(crossings) == {"CrossEntropySum", "LogSumExp"}
+
+
+@split
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_lora"])
+def test_the_logits_in_memory_are_the_formulas(
+    name: str, setting: Setting, tmp_path: Path, crossings: list[str]
+) -> None:
+    check_parity(CASES[name], setting, tmp_path, fsam_fused_head=False)
+    assert not crossings
+
+
+def test_hidden_states_that_wait_on_the_host(tmp_path: Path) -> None:
+    setting = Setting("functional", accumulation=3, scope="optimizer_step")
+    check_parity(CASES["gpt2"], setting, tmp_path, fsam_offload_hidden_states=True)
+
+
+# What does not exist --------------------------------------------------------------------------------------------------
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that a tensor inside holds."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.numbers = max(self.numbers, leaf.untyped_storage().nbytes() // leaf.itemsize)
+        return result
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_no_tensor_is_as_large_as_the_logits(scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, rows = 4096, 40  # 400 tokens against a width of 16
+    monkeypatch.setitem(head._TILE, "cpu", 1 << 15)
+    monkeypatch.setitem(head._KEPT, "cpu", 1 << 15)
+
+    def largest(fused: bool) -> int:
+        trainer = make_trainer(
+            tmp_path,
+            llama(vocab_size=vocabulary),
+            fsam_ascent_scope=scope,
+            fsam_fused_head=fused,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            trainer={"train_dataset": sentences(2 * rows)},
+        )
+        with _Largest() as mode:
+            trainer.train()
+        return mode.numbers
+
+    logits = rows * len(sentences()[0]["input_ids"]) * vocabulary
+    assert largest(fused=True) <= vocabulary * 16 < logits / 10
+    assert largest(fused=False) >= logits
+
+
+# Rounding -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize("tile", [1 << 12, 1 << 20])
+def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, over the gradients of hidden states and weights, of the clean and of the split pass."""
+    monkeypatch.setitem(head._TILE, "cpu", tile)
+    monkeypatch.setitem(head._KEPT, "cpu", kept)
+    torch.manual_seed(0)
+    tokens, width, vocabulary = 128, 32, 512
+    clean = torch.randn(tokens, width), torch.randn(vocabulary, width)
+    moved = tuple(each + 0.3 * torch.randn_like(each) for each in clean)
+    targets = torch.randint(vocabulary, (tokens,))
+
+    def materialised(dtype: torch.dtype) -> list[Tensor]:
+        (h, w), (h2, w2) = ([x.bfloat16().to(dtype).requires_grad_() for x in pair] for pair in (clean, moved))
+        z = h @ w.t()
+        z.retain_grad()
+        (F.cross_entropy(z.to(torch.promote_types(dtype, torch.float32)), targets, reduction="sum") / tokens).backward()
+        (h2 @ w2.t()).backward(z.grad)
+        return [each.grad for each in (h, w, h2, w2)]
+
+    def fused() -> list[Tensor]:
+        (h, w), (h2, w2) = ([x.bfloat16().requires_grad_() for x in pair] for pair in (clean, moved))
+        statistic = head.Statistic(h.detach(), w.detach(), None, torch.bfloat16, head.Squash(), targets)
+        statistic.kept = deferred.Shelf().take(tokens, w, torch.bfloat16)
+        loss = head.CrossEntropySum.apply(h, w, None, statistic) / tokens
+        loss.backward()
+        upstream = torch.tensor(1 / tokens)
+        gradients = head.vjp(statistic, None, h2, w2, None, (True, False))[:2]
+        return [h.grad, w.grad, *(gradient * upstream for gradient in gradients)]
+
+    def error(gradient: Tensor, exact: Tensor) -> float:
+        return float((gradient.detach().double() - exact).norm() / exact.norm())
+
+    for one, other, exact in zip(fused(), materialised(torch.bfloat16), materialised(torch.float64), strict=True):
+        assert 0 < error(one, exact) <= 1.05 * error(other, exact)
+
+
+# Where it can't be ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said of the fused head."""
+    said: list[str] = []
+    monkeypatch.setattr(deferred.logger, "warning", said.append)
+    return said
+
+
+def lora_on_the_head(**config: Any) -> nn.Module:
+    model = get_peft_model(zoo.llama(), LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **config))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, "Linear"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+    ],
+)
+def test_a_head_with_adapters_makes_its_logits(
+    config: dict, name: str, tmp_path: Path, lines: list[str], crossings: list[str]
+) -> None:
+    case = replace(CASES["llama_lora"], build=lambda: lora_on_the_head(**config))
+    check_parity(case, Setting("functional", accumulation=3), tmp_path)
+    assert not crossings
+    assert len(lines) == 1
+    assert name in lines[0]
+
+
+def own_log_softmax(logits: Tensor, labels: Tensor, count: int | Tensor) -> Tensor:
+    """A loss that takes all of the logits."""
+    scores, targets = reference.shifted(logits, labels)
+    return reference.nll_sum(scores, targets) / count
+
+
+def cross_entropy_and_more(logits: Tensor, labels: Tensor, count: int | Tensor) -> Tensor:
+    scores, targets = logits[..., :-1, :].reshape(-1, logits.shape[-1]), labels[..., 1:].reshape(-1)
+    return F.cross_entropy(scores, targets, reduction="sum") / count + 1e-3 * (logits + 1).square().mean()
+
+
+def cross_entropy_and_accuracy(logits: Tensor, labels: Tensor, count: int | Tensor) -> Tensor:
+    with torch.no_grad():
+        (logits.argmax(-1)[..., :-1] == labels[..., 1:]).float().mean()
+    scores, targets = logits[..., :-1, :].reshape(-1, logits.shape[-1]), labels[..., 1:].reshape(-1)
+    return F.cross_entropy(scores, targets, reduction="sum") / count
+
+
+@split
+@pytest.mark.parametrize("own", [own_log_softmax, cross_entropy_and_more, cross_entropy_and_accuracy])
+@pytest.mark.parametrize("name", ["phi", "llama"])
+def test_a_loss_that_reads_the_logits_gets_them(
+    name: str, own: Callable, setting: Setting, tmp_path: Path, lines: list[str], crossings: list[str]
+) -> None:
+    def through_the_trainer(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        return own(outputs.logits, labels, num_items_in_batch)
+
+    def through_the_reference(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        return own(logits[0], batch["labels"], window.num_items)
+
+    case = replace(MODELS[name], problem=replace(MODELS[name].problem, loss=through_the_reference))
+    check_parity(case, setting, tmp_path, compute_loss_func=through_the_trainer)
+    assert len(lines) == 1
+    assert "needs them" in lines[0]
+    # Off after the first pass that read them; a window's passes are done before that is known.
+    assert crossings.count("logits") <= (3 if setting.scope == "optimizer_step" else 2)
+
+
+def test_compiled_models_make_their_logits(tmp_path: Path, lines: list[str]) -> None:
+    trainer = make_trainer(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1)
+    trainer.train()
+    assert len(lines) == 1
+    assert "compiled" in lines[0]
+
+
+def test_classifiers_are_not_spoken_of(tmp_path: Path, lines: list[str], crossings: list[str]) -> None:
+    check_parity(CASES["bert_classification"], Setting("functional"), tmp_path)
+    assert not lines
+    assert not crossings
+
+
+def test_a_second_pass_that_takes_other_tokens_is_an_error(tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        scores = outputs.logits[..., :-calls, :].reshape(-1, VOCABULARY)
+        return F.cross_entropy(scores, labels[..., calls:].flatten())
+
+    trainer = make_trainer(tmp_path, trainer={"compute_loss_func": loss})
+    with pytest.raises(RuntimeError, match="of 16 tokens' logits where the first had 18"):
+        trainer.train()
+
+
+# Deferred logits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_forward_pass_outside_of_the_step_makes_logits(tmp_path: Path) -> None:
+    """Evaluation, generation and a callback's own forward pass get tensors."""
+
+    class Asks(transformers.TrainerCallback):
+        seen = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            ids = sentences()[0]["input_ids"][None]
+            logits = model(input_ids=ids).logits
+            assert isinstance(logits, Tensor)
+            model.generate(input_ids=ids, max_new_tokens=2)
+            self.seen += 1
+
+    asks = Asks()
+    trainer = make_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=2, trainer={"callbacks": [asks], "eval_dataset": sentences(4)}
+    )
+    trainer.train()
+    assert asks.seen == 6
+    assert "eval_loss" in trainer.state.log_history[1]
+
+
+def test_it_answers_as_a_tensor_does() -> None:
+    """Whatever is asked of deferred logits, the answer is that of the logits."""
+    torch.manual_seed(0)
+    linear, hidden = nn.Linear(4, 7), torch.randn(2, 5, 4, requires_grad=True)
+    logits = linear(hidden)
+    fused = deferred.FusedHead(linear, keeps=True)
+    mask = torch.rand(2, 5) > 0.4
+    targets = torch.randint(7, (10,))
+    questions: dict[str, Callable[[Any], Any]] = {
+        "shape": lambda z: torch.tensor([*z.shape, z.ndim, z.dim(), z.size(-1), *z.size(), len(z)]),
+        "slice": lambda z: z[..., :-1, :].contiguous().view(-1, 7).logsumexp(-1),
+        "slice_2": lambda z: z[:, 1:].reshape(-1, z.size(-1)).logsumexp(dim=1, keepdim=True),
+        "int": lambda z: z[0].logsumexp(-1),
+        "mask": lambda z: torch.logsumexp(z[mask], -1),
+        "new_axis": lambda z: z[None, :, 0].logsumexp(-1),
+        "last_axis": lambda z: z[..., :5].logsumexp(-1),
+        "last_axis_int": lambda z: z[..., 3],
+        "list": lambda z: z[:, [0, 2]].logsumexp(-1),
+        "flat": lambda z: z.reshape(10, -1).logsumexp(-1),
+        "wrong_view": lambda z: z.reshape(7, 10),
+        "scaled": lambda z: (2 * z / 3).logsumexp(-1),
+        "capped": lambda z: (torch.tanh(z / 3) * 3).float().logsumexp(-1),
+        "twice": lambda z: z.tanh().tanh().logsumexp(-1),
+        "other_dim": lambda z: z.logsumexp(1),
+        "sum": lambda z: F.cross_entropy(z.view(-1, 7), targets, reduction="sum"),
+        "mean": lambda z: nn.CrossEntropyLoss(ignore_index=3)(z.view(-1, 7), targets),
+        "smoothed": lambda z: F.cross_entropy(z.view(-1, 7), targets, label_smoothing=0.3),
+        "none": lambda z: F.cross_entropy(z.view(-1, 7), targets, reduction="none"),
+        "weighted": lambda z: F.cross_entropy(z.view(-1, 7), targets, weight=torch.arange(7.0)),
+        "soft": lambda z: F.cross_entropy(z.view(-1, 7), torch.full((10, 7), 1 / 7)),
+        "of_images": lambda z: F.cross_entropy(z.transpose(1, 2), targets.view(2, 5)),
+        "plus": lambda z: 1 + z + torch.ones(7),
+        "minus": lambda z: torch.ones(7) - z,
+        "times": lambda z: torch.arange(7.0) * z * torch.arange(7.0),
+        "over": lambda z: 1 / z,
+        "compare": lambda z: (z > 0) & (z != z.mean()),
+        "negative": lambda z: -z,
+        "softmax": lambda z: z.log_softmax(-1).gather(-1, targets.view(2, 5, 1)),
+        "cat": lambda z: torch.cat([z, z]),
+        "to": lambda z: z.to(torch.float64).sum(),
+        "device": lambda z: z.to("cpu").logsumexp(-1),
+        "max": lambda z: z.max(),
+        "iterated": lambda z: torch.stack([row.sum() for row in z]),
+    }
+    for name, question in questions.items():
+        source = deferred.RecordedPass(fused, hidden, fused.keep(), None, lambda z: (0, z), cut=False)
+        answer, wanted = question(deferred.DeferredLogits(source)), question(logits)
+        assert torch.allclose(answer.to(wanted.dtype), wanted, atol=1e-5, rtol=1e-5), name
+        if wanted.requires_grad:
+            found = torch.autograd.grad(answer.sum(), [hidden, *linear.parameters()])
+            for one, other in zip(
+                found, torch.autograd.grad(wanted.sum(), [hidden, *linear.parameters()], retain_graph=True), strict=True
+            ):
+                assert torch.allclose(one, other, atol=1e-5, rtol=1e-4), name
+    with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
+        _ = deferred.DeferredLogits(source).no_such_thing
