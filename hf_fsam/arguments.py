@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 Variant = Literal["none", "sam", "functional", "logit"]
 AscentScope = Literal["micro_batch", "optimizer_step", "rank"]
+AscentDirection = Literal["gradient", "momentum"]
 
 
 @dataclass
@@ -52,6 +53,22 @@ class FSAMArguments:
             "the cotangents of the window in memory. rank: this process's micro-batch, no communication (m-SAM)."
         },
     )
+    fsam_ascent_direction: AscentDirection = field(
+        default="gradient",
+        metadata={
+            "help": "gradient: of the clean pass, two passes a step. momentum: the optimizer's own, which is there "
+            "already: of the clean pass its forward half remains, 1.33 passes a step. The first step, which has none "
+            "yet, takes the gradient. Only with fsam_variant='functional'."
+        },
+    )
+    fsam_every_steps: int = field(
+        default=1,
+        metadata={"help": "Perturb every so many optimizer steps; the steps between are the plain Trainer's."},
+    )
+    fsam_start_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Part of the training's steps that pass before the first perturbation, from 0 up to 1."},
+    )
     fsam_boundary: str | None = field(
         default=None,
         metadata={
@@ -76,9 +93,10 @@ class FSAMArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.fsam_rho, str):  # YAML reads 5e-2, without a point, as one
-            with suppress(ValueError):
-                self.fsam_rho = float(self.fsam_rho)
+        for name in ("fsam_rho", "fsam_start_ratio"):
+            if isinstance(getattr(self, name), str):  # YAML reads 5e-2, without a point, as one
+                with suppress(ValueError):
+                    setattr(self, name, float(getattr(self, name)))
         check(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -95,9 +113,20 @@ def check(args: FSAMArguments) -> None:
     hyperparameter search or a callback does."""
     _check_choice("fsam_variant", args.fsam_variant, get_args(Variant))
     _check_choice("fsam_ascent_scope", args.fsam_ascent_scope, get_args(AscentScope))
-    number = isinstance(args.fsam_rho, Real) and not isinstance(args.fsam_rho, bool)
-    if not (number and math.isfinite(args.fsam_rho) and args.fsam_rho >= 0):
+    _check_choice("fsam_ascent_direction", args.fsam_ascent_direction, get_args(AscentDirection))
+    if args.fsam_ascent_direction == "momentum" and args.fsam_variant in ("sam", "logit"):
+        raise ValueError(
+            f"fsam_ascent_direction='momentum' is for fsam_variant='functional', not {args.fsam_variant!r}: what is left "
+            "of the clean pass is there for the cotangent."
+        )
+    if not (_is_number(args.fsam_rho) and args.fsam_rho >= 0):
         raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")
+    if not (_is_number(args.fsam_start_ratio) and 0 <= args.fsam_start_ratio < 1):
+        raise ValueError(
+            f"fsam_start_ratio={args.fsam_start_ratio!r} is not a part of the steps: give 0 up to below 1."
+        )
+    if not (isinstance(args.fsam_every_steps, int) and _is_number(args.fsam_every_steps) and args.fsam_every_steps > 0):
+        raise ValueError(f"fsam_every_steps={args.fsam_every_steps!r} is not a count of steps: give 1 or more.")
     for name in ("fsam_precondition", "fsam_fused_head", "fsam_offload_hidden_states"):
         if not isinstance(getattr(args, name), bool):
             raise ValueError(f"{name}={getattr(args, name)!r} is neither True nor False.")
@@ -106,6 +135,10 @@ def check(args: FSAMArguments) -> None:
             f"fsam_boundary={args.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "
             "leave it out to have the head found."
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer's second moment, which preconditions the ascent."""
+"""The optimizer's moments: the first one to ascend along, the second one to precondition with."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -39,6 +39,26 @@ def precondition(gradients: Sequence[Tensor], moments: Iterable[SecondMoment | N
     for gradient, moment in zip(gradients, moments, strict=True):
         if moment is not None:
             moment.divide(gradient)
+
+
+def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that have a momentum, and a copy of it in their dtype; none before the optimizer's first step.
+
+    Raises:
+        ValueError: the optimizer has stepped and keeps none.
+    """
+    found = []
+    for weight in weights:
+        state = optimizer.state.get(weight, {})
+        average = state.get("exp_avg", state.get("momentum_buffer"))
+        if average is not None:
+            found.append((weight, average.to(weight.dtype, copy=True)))
+        elif state:
+            raise ValueError(
+                f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps none (state 'exp_avg' or "
+                f"'momentum_buffer', it has {sorted(state)}). Choose an optimizer that does, or 'gradient'."
+            )
+    return [weight for weight, _ in found], [average for _, average in found]
 
 
 def second_moments(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:

@@ -1,7 +1,7 @@
 """`FSAMTrainer`: the Trainer whose step is split between function and loss."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -48,6 +48,7 @@ class _Window:
 
     waiting: list[_MicroBatch]
     perturbation: Perturbation
+    of_gradient: bool = True
     reported: bool = False
 
 
@@ -101,6 +102,12 @@ class FSAMMixin(_AnyTrainer):
         check(self.args)  # a search or a callback may have changed them
         return self.args.fsam_variant != "none" and self.args.fsam_rho > 0
 
+    @property
+    def _fsam_due(self) -> bool:
+        """Whether this optimizer step is one that perturbs."""
+        step, started = self.state.global_step, self.args.fsam_start_ratio * self.state.max_steps
+        return step >= started and step % self.args.fsam_every_steps == 0
+
     @functools.cached_property
     def _fsam_engine(self) -> Engine:
         return select_engine(self)
@@ -115,7 +122,7 @@ class FSAMMixin(_AnyTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The parent's step with its gradient split. Returns the clean loss ℓ(θ), shape (), in the parent's scale."""
-        if not self._fsam_active:
+        if not (self._fsam_active and self._fsam_due):
             return super().training_step(model, inputs, num_items_in_batch)
         with self._fsam_tidied():
             window = self._fsam_window or self._fsam_ascend(model, inputs, num_items_in_batch)
@@ -147,11 +154,20 @@ class FSAMMixin(_AnyTrainer):
         scope = self.args.fsam_ascent_scope
         fetched = (scope == "optimizer_step" and self._fsam_batches) or [inputs]
         batches = [_MicroBatch(micro_batch) for micro_batch in fetched]
+        along = None
+        if self.args.fsam_ascent_direction == "momentum":
+            along = self._fsam_engine.momentum(model, self.optimizer)
+        passes: AbstractContextManager[Ascent]
+        if along is None:
+            passes = self._fsam_engine.ascent(model, average=scope != "rank", passes=len(batches))
+        else:
+            passes = nullcontext(along)
         kept: list = []
-        with self._fsam_engine.ascent(model, average=scope != "rank", passes=len(batches)) as ascent:
+        with passes as ascent:
             for batch in batches:
                 batch.random = RandomState.capture(self.args.device)
-                batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, ascent, kept)
+                backward = ascent.backward if along is None else None
+                batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, backward, kept)
                 if self.args.fsam_offload_hidden_states:
                     batch.clean.offload()
         perturbation = self._fsam_engine.perturb(
@@ -162,7 +178,7 @@ class FSAMMixin(_AnyTrainer):
             seed=((self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self._fsam_micro_step) % 2**63,
             cotangents=[cotangent for batch in batches for cotangent in batch.clean.cotangents.values()],
         )
-        self._fsam_window = _Window(batches, perturbation)
+        self._fsam_window = _Window(batches, perturbation, of_gradient=along is None)
         return self._fsam_window
 
     def _fsam_pass(
@@ -170,25 +186,25 @@ class FSAMMixin(_AnyTrainer):
         model: nn.Module,
         batch: _MicroBatch,
         num_items_in_batch: Tensor | int | None,
-        ascent: Ascent | None = None,
+        backward: Callable[[Tensor], None] | None = None,
         kept: list | None = None,
     ) -> Recording:
-        """A forward and backward pass as the parent's step makes it, recorded; without an ascent, back to the boundary
+        """A forward and backward pass as the parent's step makes it, recorded; without `backward`, back to the boundary
         only."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
-        keep = ascent is None or self.args.fsam_variant == "functional"
-        with self._fsam_tape.record(keep=keep, cut=ascent is None, kept=kept) as recording:
+        keep = backward is None or self.args.fsam_variant == "functional"
+        with self._fsam_tape.record(keep=keep, cut=backward is None, kept=kept) as recording:
             with self.compute_loss_context_manager():
                 loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
-            if self._fsam_splits and self._fsam_checked_model is not self.model:
+            if self._fsam_splits and self._fsam_checked_model is not self.model and backward is not None:
                 self._fsam_check_boundary(loss, recording)
-            if ascent is None:
+            if backward is None:
                 recording.differentiate(self._fsam_engine.scale(loss))
             else:
-                ascent.backward(loss)
+                backward(loss)
         return recording
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:
@@ -272,7 +288,8 @@ class FSAMMixin(_AnyTrainer):
         skipped = window.perturbation.skipped
         if not window.reported:
             window.reported = True
-            self._fsam_means.add_ascent(window.perturbation, unit=clean.scale / share)
+            unit = clean.scale / share if window.of_gradient else torch.ones_like(clean.scale)
+            self._fsam_means.add_ascent(window.perturbation, unit=unit)
         if moved.rise is None:
             self._fsam_means.add_rise("sharpness", (moved.loss - clean.loss) * share, skipped)
         elif moved is replayed and self.args.fsam_variant == "functional":

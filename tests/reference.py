@@ -253,6 +253,20 @@ def second_moment_direction(optimizer: torch.optim.Optimizer, parameters: dict[s
     return direction
 
 
+def momentum_direction(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> Direction:
+    """d = the optimizer's first moment; d = g before its first step."""
+
+    def direction(gradient: Tensors) -> Tensors:
+        found = {
+            name: state["exp_avg" if "exp_avg" in state else "momentum_buffer"].clone()
+            for name, parameter in parameters.items()
+            if (state := optimizer.state.get(parameter))
+        }
+        return found or gradient
+
+    return direction
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """θ: a parameter under two names (tied embeddings) is one entry."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -273,21 +287,34 @@ def train(
     rho: float,
     optimizer_factory: Callable[[nn.Module], torch.optim.Optimizer],
     precondition: bool = False,
+    momentum: bool = False,
+    perturbs: Callable[[int], bool] = lambda step: True,
     scope: Scope = "micro_batch",
     accumulation: int = 1,
     epochs: int = 1,
     max_grad_norm: float = 0.0,
 ) -> Tensors:
-    """Train a copy of `model` and return its trainable weights by name."""
+    """Train a copy of `model` and return its trainable weights by name. `perturbs`: the optimizer steps, from 0, that
+    are not plain."""
     model = copy.deepcopy(model).train()
     parameters = trainable(model)
     optimizer = optimizer_factory(model)
-    direction: Direction = second_moment_direction(optimizer, parameters) if precondition else lambda gradient: gradient
+    along: Direction = momentum_direction(optimizer, parameters) if momentum else lambda gradient: gradient
+    divided: Direction = second_moment_direction(optimizer, parameters) if precondition else lambda gradient: gradient
+    step = 0
     for _ in range(epochs):
         for window in windows(batches, accumulation):
             gradient = window_gradient(
-                problem, model, parameters, window, variant=variant, rho=rho, scope=scope, direction=direction
+                problem,
+                model,
+                parameters,
+                window,
+                variant=variant if perturbs(step) else "none",
+                rho=rho,
+                scope=scope,
+                direction=lambda gradient: divided(along(gradient)),
             )
+            step += 1
             if max_grad_norm > 0:
                 shrink = min(1.0, max_grad_norm / (float(norm(gradient)) + 1e-6))
                 gradient = {name: g * shrink for name, g in gradient.items()}

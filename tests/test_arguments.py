@@ -17,10 +17,13 @@ from hf_fsam.engines import select_engine
 from tests.toys import llama, make_trainer
 
 GIVEN = {
-    "fsam_variant": "sam",
+    "fsam_variant": "none",
     "fsam_rho": 0.5,
     "fsam_precondition": False,
     "fsam_ascent_scope": "optimizer_step",
+    "fsam_ascent_direction": "momentum",
+    "fsam_every_steps": 3,
+    "fsam_start_ratio": 0.25,
     "fsam_boundary": "lm_head",
     "fsam_fused_head": False,
     "fsam_offload_hidden_states": True,
@@ -61,6 +64,13 @@ def test_every_field_has_a_help_text() -> None:
         ("fsam_rho", math.inf),
         ("fsam_rho", "large"),
         ("fsam_precondition", "yes"),
+        ("fsam_ascent_direction", "last"),
+        ("fsam_every_steps", 0),
+        ("fsam_every_steps", 1.5),
+        ("fsam_every_steps", True),
+        ("fsam_start_ratio", 1.0),
+        ("fsam_start_ratio", -0.1),
+        ("fsam_start_ratio", float("nan")),
         ("fsam_boundary", ""),
         ("fsam_fused_head", "yes"),
     ],

@@ -61,6 +61,9 @@ class Setting:
     rho: float = RHO
     max_grad_norm: float = 0.0
     one_epoch: bool = False
+    direction: str = "gradient"
+    every: int = 1
+    start: float = 0.0
 
     def __str__(self) -> str:
         variant = f"preconditioned_{self.variant}" if self.precondition else self.variant
@@ -103,6 +106,9 @@ def train_with_trainer(
             fsam_rho=setting.rho,
             fsam_precondition=setting.precondition,
             fsam_ascent_scope=setting.scope,
+            fsam_ascent_direction=setting.direction,
+            fsam_every_steps=setting.every,
+            fsam_start_ratio=setting.start,
             fsam_boundary=boundary,
             per_device_train_batch_size=BATCH_SIZE,
             gradient_accumulation_steps=setting.accumulation,
@@ -140,6 +146,8 @@ def train_with_reference(
         rho=setting.rho,
         precondition=setting.precondition,
         scope=setting.scope,
+        momentum=setting.direction == "momentum",
+        perturbs=lambda step: step >= setting.start * STEPS and step % setting.every == 0,
         accumulation=setting.accumulation,
         epochs=setting.epochs,
         max_grad_norm=setting.max_grad_norm,
@@ -273,6 +281,35 @@ def test_label_smoothing(name: str, setting: Setting, tmp_path: Path) -> None:
     smoothed = reference.label_smoothing(shift=name in ("gpt2", "llama"), factor=0.1)
     case = replace(case, problem=replace(case.problem, loss=smoothed))
     check_parity(case, setting, tmp_path, label_smoothing_factor=0.1)
+
+
+CHEAPER = {
+    "momentum": Setting("functional", accumulation=3, direction="momentum"),
+    "momentum-preconditioned": Setting("functional", True, 3, direction="momentum"),
+    "momentum-optimizer_step": Setting("functional", True, 3, "optimizer_step", direction="momentum"),
+    "every_third": Setting("functional", accumulation=3, every=3),
+    "every_second_sam": Setting("sam", every=2),
+    "second_half": Setting("functional", True, 3, "optimizer_step", start=0.5),
+    "all_together": Setting("functional", True, 3, direction="momentum", every=2, start=0.3),
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bert_classification", "llama_frozen"])
+@pytest.mark.parametrize("cheaper", CHEAPER)
+def test_cheaper_ascents(name: str, cheaper: str, tmp_path: Path) -> None:
+    setting = CHEAPER[cheaper]
+    check_parity(CASES[name], setting, tmp_path, wanted=expected(name, setting))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert_classification"])
+def test_the_reference_tells_cheaper_ascents_apart(name: str) -> None:
+    start = reference.trainable(CASES[name].model())
+    exact = [Setting("functional", accumulation=3), Setting("functional", True, 3), Setting("none", accumulation=3)]
+    ends = {setting: expected(name, setting) for setting in [*exact, *CHEAPER.values()] if setting.accumulation == 3}
+    movement = distance(start, ends[exact[0]])
+    for one, end in ends.items():
+        for other in ends:
+            assert one == other or distance(end, ends[other]) > 1e-3 * movement, (one, other)
 
 
 def loss_with_penalty(logits: Tensor, labels: Tensor, num_items: int | Tensor) -> Tensor:

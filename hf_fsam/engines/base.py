@@ -23,13 +23,15 @@ class Ascent:
         model: what to call in these passes.
         backward: back-propagates a loss, in the loss scaler's units, and accumulates.
         weights: what is perturbed, where this process holds it; filled when the ascent has ended.
-        gradients: one for each of them.
+        gradients: one for each of them, or what else ε is to go along.
+        owned: each number of `weights` and `gradients` is at its owner alone.
     """
 
     model: nn.Module
     backward: Callable[[Tensor], None]
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
+    owned: bool = False
 
 
 class Engine(Protocol):
@@ -39,6 +41,13 @@ class Engine(Protocol):
         """The passes inside accumulate into the ascent, and leave the gradients of the training as they were.
 
         average: over all processes; else this process's own. passes: how many there will be.
+        """
+
+    def momentum(self, model: nn.Module, optimizer: Optimizer) -> Ascent | None:
+        """A copy of the optimizer's momentum in the place of an ascent's gradients; None before its first step.
+
+        Raises:
+            ValueError: the optimizer keeps none.
         """
 
     def scale(self, loss: Tensor) -> Tensor:

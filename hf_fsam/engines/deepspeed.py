@@ -58,8 +58,10 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
         "fsam_ascent_scope='rank' at ZeRO stage 3, where no process holds its own gradient whole": (
             stage == 3 and rank
         ),
-        f"fsam_ascent_scope='rank' with fsam_precondition=True at ZeRO stage {stage}, where no process holds the "
-        "second moment whole": (stage in (1, 2) and rank and args.fsam_precondition),
+        f"fsam_ascent_scope='rank' with fsam_precondition=True or fsam_ascent_direction='momentum' at ZeRO stage "
+        f"{stage}, where no process holds the optimizer's moments whole": (
+            stage in (1, 2) and rank and (args.fsam_precondition or args.fsam_ascent_direction == "momentum")
+        ),
     }
     for what, holds in refused.items():
         if holds:
@@ -200,18 +202,25 @@ class _ShardingEngine:
         finally:
             self._sums = {}
 
+    def momentum(self, model: Any, optimizer: Optimizer) -> Ascent | None:
+        self.settle()
+        if not _has_stepped(self._engine):
+            return None
+        shards = [shard for _, shard in self._shards(model)]
+        return _along(self._moments("exp_avg"), shards, model.module)
+
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
     ) -> Perturbation:
-        divide = _dividing_by(self._averages(), self._engine) if optimizer is not None else None
+        divide = _dividing_by(self._moments("exp_avg_sq"), self._engine) if optimizer is not None else None
         return perturb_shards(self.accelerator, ascent.weights, ascent.gradients, divide, rho, seed)
 
     def _shards(self, model: Any) -> list[tuple[Any, Tensor]]:
         """The shards of the weights that this process owns, each with the key of its gradient."""
         raise NotImplementedError
 
-    def _averages(self) -> Iterable[Tensor]:
-        """The optimizer's second moment of each shard."""
+    def _moments(self, name: str) -> Iterable[Tensor]:
+        """What the optimizer keeps under that name for each shard."""
         raise NotImplementedError
 
     def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
@@ -238,10 +247,10 @@ class _Flat:
             for stretches, group in zip(optimizer.parallel_partitioned_bit16_groups, self.groups, strict=True)
         ]
 
-    def averages(self) -> Iterator[Tensor]:
-        """The optimizer's second moment of each stretch that this process owns."""
+    def moments(self, name: str) -> Iterator[Tensor]:
+        """What the optimizer keeps under that name for each stretch that this process owns."""
         for master in self.masters:
-            yield self._optimizer.optimizer.state[master]["exp_avg_sq"]
+            yield self._optimizer.optimizer.state[master][name]
 
     def place(self, parameter: Tensor) -> tuple[int, int]:
         """The parameter's group, and at which number it begins there."""
@@ -290,18 +299,11 @@ class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
     ) -> Perturbation:
         flat = _Flat(self._engine.optimizer)
-        sums = {index: torch.zeros_like(stretch) for index, stretch in enumerate(flat.own)}
-        bucket = Bucket(self._engine.optimizer.reduce_bucket_size, partial(flat.reduce, sums=sums))
         parameters = [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
-        gradients = dict(zip(ascent.weights, ascent.gradients, strict=True))
-        ascent.gradients.clear()
-        for parameter in parameters:
-            gradient = gradients.pop(parameter, None)
-            # Another process may have used this weight: all take part in the reduction.
-            bucket.add(parameter, torch.zeros_like(parameter) if gradient is None else gradient)
-        bucket.flush()
-        divide = _dividing_by(flat.averages(), self._engine) if optimizer is not None else None
-        result = perturb_shards(self.accelerator, flat.own, list(sums.values()), divide, rho, seed)
+        if not ascent.owned:
+            self._to_owners(ascent, flat, parameters)
+        divide = _dividing_by(flat.moments("exp_avg_sq"), self._engine) if optimizer is not None else None
+        result = perturb_shards(self.accelerator, ascent.weights, ascent.gradients, divide, rho, seed)
         wholes = [torch.empty_like(whole) for whole in flat.wholes]
         flat.gather(wholes, result.values)
         places = [flat.place(parameter) for parameter in parameters]
@@ -311,6 +313,24 @@ class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
             for parameter, (index, place) in zip(parameters, places, strict=True)
         ]
         return result
+
+    def _to_owners(self, ascent: Ascent, flat: _Flat, parameters: list[Any]) -> None:
+        sums = {index: torch.zeros_like(stretch) for index, stretch in enumerate(flat.own)}
+        bucket = Bucket(self._engine.optimizer.reduce_bucket_size, partial(flat.reduce, sums=sums))
+        gradients = dict(zip(ascent.weights, ascent.gradients, strict=True))
+        ascent.gradients.clear()
+        for parameter in parameters:
+            gradient = gradients.pop(parameter, None)
+            # Another process may have used this weight: all take part in the reduction.
+            bucket.add(parameter, torch.zeros_like(parameter) if gradient is None else gradient)
+        bucket.flush()
+        ascent.weights, ascent.gradients, ascent.owned = flat.own, list(sums.values()), True
+
+    def momentum(self, model: Any, optimizer: Optimizer) -> Ascent | None:
+        if not _has_stepped(self._engine):
+            return None
+        flat = _Flat(self._engine.optimizer)
+        return _along(flat.moments("exp_avg"), flat.own, model.module)
 
 
 class FlatDeepSpeedEngine(_ShardingEngine):
@@ -332,8 +352,8 @@ class FlatDeepSpeedEngine(_ShardingEngine):
     def _shards(self, model: Any) -> list[tuple[Any, Tensor]]:
         return list(enumerate(self._flat.own))
 
-    def _averages(self) -> Iterable[Tensor]:
-        return self._flat.averages()
+    def _moments(self, name: str) -> Iterable[Tensor]:
+        return self._flat.moments(name)
 
     def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
         self._flat.reduce(parameters, gradients, self._sums)
@@ -384,11 +404,11 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
         self._weights = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
         return [(weight, weight.ds_tensor.data) for weight in self._weights]
 
-    def _averages(self) -> Iterable[Tensor]:
+    def _moments(self, name: str) -> Iterable[Tensor]:
         from deepspeed.utils import safe_get_local_optimizer_state
 
         for weight in self._weights:
-            yield safe_get_local_optimizer_state(weight, "exp_avg_sq")
+            yield safe_get_local_optimizer_state(weight, name)
 
     def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
         from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
@@ -442,6 +462,17 @@ def _stretches(start: int, count: int, length: int) -> Iterator[tuple[int, int]]
         start = cut
 
 
+def _has_stepped(engine: Any) -> bool:
+    return engine.global_steps != engine.skipped_steps  # fp16 skips the first steps while it finds its loss scale
+
+
+def _along(moments: Iterable[Tensor], shards: list[Tensor], module: nn.Module) -> Ascent:
+    """An ascent along the optimizer's momentum of the shards."""
+    # Offloaded state stays where it is, but for this copy.
+    copies = [each.to(shard.dtype, copy=True).view_as(shard) for each, shard in zip(moments, shards, strict=True)]
+    return Ascent(module, lambda loss: None, shards, copies, owned=True)
+
+
 def _dividing_by(averages: Iterable[Tensor], engine: Any) -> Callable[[Sequence[Tensor]], None] | None:
     """What preconditions with these second moments; None before the optimizer's first step."""
     settings = _second_moment_settings(engine)
@@ -458,7 +489,7 @@ def _second_moment_settings(engine: Any) -> tuple[float, float | Tensor, float] 
         ValueError: it keeps no second moment, or its groups differ in β₂ or epsilon.
     """
     inner = engine.optimizer.optimizer
-    if engine.global_steps == engine.skipped_steps:  # fp16 skips the first steps while it finds its loss scale
+    if not _has_stepped(engine):
         return None
     state = next((state for state in inner.state.values() if "exp_avg_sq" in state), None)
     settings = {(group.get("betas", (0, None))[1], group.get("eps")) for group in inner.param_groups}

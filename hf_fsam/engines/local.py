@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hf_fsam.engines.base import Ascent, Bucket
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
-from hf_fsam.second_moment import check_keeps_second_moment, precondition, second_moments
+from hf_fsam.second_moment import check_keeps_second_moment, momenta, precondition, second_moments
 
 _REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
@@ -69,6 +69,10 @@ class LocalEngine:
         means = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, mean in zip(gradients, means.split(sizes), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    def momentum(self, model: nn.Module, optimizer: Optimizer) -> Ascent | None:
+        weights, averages = momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
+        return Ascent(self.accelerator.unwrap_model(model), self._backward, weights, averages) if weights else None
 
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()

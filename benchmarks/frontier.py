@@ -1,0 +1,233 @@
+"""Validation loss against cost: every way of paying less for the ascent, and AdamW with the same budget.
+
+    python benchmarks/frontier.py                            # all of it, three seeds: about an hour on two CPU cores
+    python benchmarks/frontier.py --steps 20 --seeds 0       # a try
+
+Each arm pretrains the Llama of `recipes/configs/pretrain_tiny.yaml` on the embedded corpus. A seed means the same first
+weights and the same batches for all arms. Cost is counted in passes of plain training (a forward pass is a third of one)
+and is what an arm computes, not what a machine makes of it. "Equal compute" is AdamW with so many more steps, its
+schedule stretched over them.
+
+Runs go to OUT.jsonl as they end, and a run that is there is not repeated. Then the table, OUT.md, and the plot, OUT.png.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+import pretrain
+from config import CONFIGS
+
+from hf_fsam import FSAMTrainer
+from hf_fsam.trainer import _MicroBatch, _Window
+
+
+class QuarterBatchTrainer(FSAMTrainer):
+    """Ascends along the gradient of a quarter of the micro-batch; the clean forward pass takes all of it."""
+
+    def _fsam_ascend(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> _Window:
+        quarter = {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
+        window = super()._fsam_ascend(model, quarter, num_items_in_batch)
+        batch = _MicroBatch(inputs)
+        batch.random = window.waiting[0].random
+        batch.random.restore()
+        batch.clean = self._fsam_pass(self.accelerator.unwrap_model(model), batch, num_items_in_batch)
+        window.waiting, window.of_gradient = [batch], False
+        return window
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    Args:
+        cost: in passes of plain training a step, over the whole run.
+        settings: of the run.
+        longer: AdamW takes so many times the steps.
+    """
+
+    cost: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    longer: float = 1.0
+    trainer: type = FSAMTrainer
+
+
+def adamw(budget: float) -> Arm:
+    return Arm(budget, {"fsam_variant": "none"}, longer=budget)
+
+
+ARMS = {
+    "AdamW": adamw(1.0),
+    "AdamW, 1.25x the steps": adamw(1.25),
+    "AdamW, 1.33x the steps": adamw(4 / 3),
+    "AdamW, 1.5x the steps": adamw(1.5),
+    "AdamW, 2x the steps": adamw(2.0),
+    "every step": Arm(2.0),
+    "every step, ρ = 0.1": Arm(2.0, {"fsam_rho": 0.1}),
+    "along the momentum": Arm(4 / 3, {"fsam_ascent_direction": "momentum"}),
+    "along the momentum, ρ = 0.1": Arm(4 / 3, {"fsam_ascent_direction": "momentum", "fsam_rho": 0.1}),
+    "ascent on a quarter of the batch": Arm(1 + 1 / 3 + 1 / 4, trainer=QuarterBatchTrainer),
+    "every 2nd step": Arm(1.5, {"fsam_every_steps": 2}),
+    "every 4th step": Arm(1.25, {"fsam_every_steps": 4}),
+    "the last half": Arm(1.5, {"fsam_start_ratio": 0.5}),
+    "the last quarter": Arm(1.25, {"fsam_start_ratio": 0.75}),
+    "momentum, the last half": Arm(7 / 6, {"fsam_ascent_direction": "momentum", "fsam_start_ratio": 0.5}),
+}
+
+
+def run(name: str, seed: int, steps: int) -> dict[str, Any]:
+    arm = ARMS[name]
+    steps = round(steps * arm.longer)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"output_dir": folder, "seed": seed, "max_steps": steps, "eval_steps": steps, **arm.settings}
+        options["warmup_steps"] = steps // 10
+        pretrain.FSAMTrainer = arm.trainer
+        try:
+            result = pretrain.run(
+                [
+                    str(CONFIGS / "pretrain_tiny.yaml"),
+                    *(str(part) for key in options for part in (f"--{key}", options[key])),
+                ]
+            )
+        finally:
+            pretrain.FSAMTrainer = FSAMTrainer
+    return {
+        "arm": name,
+        "seed": seed,
+        "steps": steps,
+        "cost": arm.cost,
+        "eval_loss": result["metrics"]["eval_loss"],
+        "train_seconds": result["train_seconds"],
+        "corpus_sha256": result["corpus_sha256"],
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By arm; differences are paired by seed: to AdamW at equal steps, and at equal compute."""
+    losses = {(each["arm"], each["seed"]): each["eval_loss"] for each in runs}
+    seconds = {(each["arm"], each["seed"]): each["train_seconds"] for each in runs}
+    seeds = sorted({seed for _, seed in losses})
+    rows = []
+    for name, arm in ARMS.items():
+        done = [seed for seed in seeds if (name, seed) in losses]
+        if not done:
+            continue
+        equal = next(
+            (other for other, each in ARMS.items() if each.longer > 1 and abs(each.cost - arm.cost) < 1e-9), None
+        )
+        row = {
+            "arm": name,
+            "cost": round(arm.cost, 2),
+            "loss": statistics.mean(losses[name, seed] for seed in done),
+            "seconds": statistics.median(seconds[name, seed] / seconds["AdamW", seed] for seed in done),
+        }
+        for column, other in (("equal steps", "AdamW"), ("equal compute", equal)):
+            both = [seed for seed in done if (other, seed) in losses]
+            if other not in (None, name) and both and arm.longer == 1:
+                row[column] = [losses[name, seed] - losses[other, seed] for seed in both]
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| arm | cost, plain passes | validation loss, mean | minus AdamW, equal steps: mean (by seed) "
+        "| minus AdamW, equal compute: mean (by seed) | × AdamW's time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        differences = [
+            f"{statistics.mean(found):+.3f} ({' '.join(f'{each:+.3f}' for each in found)})"
+            if (found := row.get(key))
+            else ""
+            for key in ("equal steps", "equal compute")
+        ]
+        lines.append(
+            f"| {row['arm']} | {row['cost']:.2f} | {row['loss']:.3f} | {' | '.join(differences)} | {row['seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, arm in ARMS.items():
+        losses = [each["eval_loss"] for each in runs if each["arm"] == name]
+        if losses:
+            plain = arm.settings.get("fsam_variant") == "none"
+            axes.plot(
+                [arm.cost] * len(losses), losses, "." if plain else "x", color="black" if plain else None, alpha=0.4
+            )
+            axes.plot(arm.cost, statistics.mean(losses), "o", color="black" if plain else axes.lines[-1].get_color())
+            if not plain:
+                axes.annotate(
+                    name, (arm.cost, statistics.mean(losses)), fontsize=7, xytext=(4, 2), textcoords="offset points"
+                )
+    budgets = [
+        (arm.cost, [each["eval_loss"] for each in runs if each["arm"] == name])
+        for name, arm in ARMS.items()
+        if arm.settings.get("fsam_variant") == "none"
+    ]
+    axes.plot(
+        *zip(*[(cost, statistics.mean(found)) for cost, found in budgets if found], strict=True),
+        color="black",
+        label="AdamW, that budget",
+    )
+    axes.set_xlabel("cost of the run, in passes of plain training a step of the shortest")
+    axes.set_ylabel("validation loss, nats")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--out", type=Path, default=Path("outputs/frontier"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    log = args.out.with_suffix(".jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(each["arm"], each["seed"], each["steps"]) for each in runs}
+    todo = [(seed, name) for seed in args.seeds for name in args.arms]
+    for count, (seed, name) in enumerate(todo, start=1):
+        if (name, seed, round(args.steps * ARMS[name].longer)) in done:
+            continue
+        print(f"{count}/{len(todo)} {name}, seed {seed}", flush=True)
+        runs.append(run(name, seed, args.steps))
+        with log.open("a") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
+    runs = [each for each in runs if each["steps"] == round(args.steps * ARMS[each["arm"]].longer)]
+    setting = {
+        "steps": args.steps,
+        "seeds": " ".join(map(str, args.seeds)),
+        "corpus": runs[0]["corpus_sha256"],
+        "device": f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": " ".join(["python", "benchmarks/frontier.py", *sys.argv[1:]]),
+    }
+    text = "\n".join([markdown(table(runs)), "", *(f"- {key}: {value}" for key, value in setting.items())])
+    args.out.with_suffix(".md").write_text(text + "\n")
+    plot(runs, args.out.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
