@@ -116,8 +116,8 @@ def check(args: FSAMArguments) -> None:
     _check_choice("fsam_ascent_direction", args.fsam_ascent_direction, get_args(AscentDirection))
     if args.fsam_ascent_direction == "momentum" and args.fsam_variant in ("sam", "logit"):
         raise ValueError(
-            f"fsam_ascent_direction='momentum' is for fsam_variant='functional', not {args.fsam_variant!r}: what is left "
-            "of the clean pass is there for the cotangent."
+            f"fsam_ascent_direction='momentum' is for fsam_variant='functional', not {args.fsam_variant!r}: what is "
+            "left of the clean pass is there for the cotangent."
         )
     if not (_is_number(args.fsam_rho) and args.fsam_rho >= 0):
         raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")

@@ -49,7 +49,17 @@ class KeptHead:
 
     weight: Any
     bias: Tensor | None
-    cotangents: "Shelf"
+    cotangents: "Shelf | None" = None
+
+
+def weights_for_later(weight: Tensor, bias: Tensor | None, keeps: bool) -> tuple[Any, Tensor | None]:
+    """W and b as they are now.
+
+    keeps: a weight that is detached now stays as it is while the weights are at θ+ε. Where it does not, because weights
+    are moved in place or gathered for a moment only, they are copied.
+    """
+    detached = (weight.detach(), None if bias is None else bias.detach())
+    return detached if keeps else tuple(None if each is None else each.clone() for each in detached)  # type: ignore
 
 
 class Shelf:
@@ -84,8 +94,7 @@ class FusedHead:
 
     Args:
         module: the head.
-        keeps: whether a detached weight of a clean pass stays as it is while the weights are at θ+ε. Where it does not,
-            because they are moved in place or gathered for a moment only, the head's weights are copied once a window.
+        keeps: see :func:`weights_for_later`.
     """
 
     def __init__(self, module: nn.Linear, keeps: bool) -> None:
@@ -109,11 +118,7 @@ class FusedHead:
             del self.module.__dict__["forward"]
 
     def weights(self) -> tuple[Any, Tensor | None]:
-        """W and b as they are now, for later."""
-        weight, bias = (None if each is None else each.detach() for each in (self.module.weight, self.module.bias))
-        if self._keeps:
-            return weight, bias
-        return tuple(None if each is None else each.clone() for each in (weight, bias))  # type: ignore[return-value]
+        return weights_for_later(self.module.weight, self.module.bias, self._keeps)
 
     def keep(self) -> KeptHead:
         """A window begins."""
@@ -209,7 +214,7 @@ class RecordedPass(_Pass):
     def _take(self, function: Any, rows: Tensor, *settings: Any) -> Tensor:
         hidden = self._rows(rows)
         statistic = Statistic(hidden.detach(), self._kept.weight, self._kept.bias, self.dtype, *settings)
-        if function is CrossEntropySum and self._call is not None and not self._cut:
+        if function is CrossEntropySum and self._call is not None and not self._cut and self._kept.cotangents:
             statistic.kept = self._kept.cotangents.take(len(rows), self._kept.weight, self.dtype)
         return self._cross_with(function.apply(hidden, *self._edges, statistic), rows, statistic)
 

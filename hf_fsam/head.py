@@ -68,7 +68,8 @@ class Statistic:
         value: what the loss was given: Σ over the tokens of log Σ exp z − (1 − s) z[target] − s mean z, shape (); or
             log Σ exp z of each token, (n,).
         log_sum: log Σ exp z, (n,), in float32 or wider.
-        along: ⟨u, a⟩ in the units of the pass that recorded u, shape ().
+        others: what else the caller was given beside `value`, without a gradient.
+        along: ⟨u, h Wᵀ⟩ in the units of the pass that recorded u, shape (); None where the graph was cut.
         kept: ∂value/∂a of the first tokens, (some, v).
     """
 
@@ -81,8 +82,13 @@ class Statistic:
     smoothing: float = 0.0
     value: Tensor = field(default_factory=lambda: torch.zeros(()))
     log_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
-    along: Tensor = field(default_factory=lambda: torch.zeros(()))
+    others: tuple = ()
+    along: Tensor | None = None
     kept: Tensor | None = None
+
+    def see_gradient(self, to_hidden: Tensor) -> None:
+        """to_hidden: uW, the gradient of `hidden`."""
+        self.along = _dot(to_hidden.to(self.wide), self.hidden)
 
     def cotangents(self, columns: slice, upstream: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """u of some columns of the vocabulary, (tokens, columns), in the head's dtype, for some tokens after others.
@@ -143,7 +149,7 @@ def vjp(
     """Jᵀu with the cotangent of `statistic` and the Jacobian of a head at `hidden` and `weight`, its own or others.
 
     Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the dtypes of h, W and b, None for what `needs` (W, b) leaves out;
-    and ⟨u, a⟩ for the head's output a, but for a bias that is left out, shape ().
+    and ⟨u, h Wᵀ⟩, shape ().
     """
     dtype, wide, weight = statistic.dtype, statistic.wide, weight.detach()
     to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
@@ -158,10 +164,9 @@ def vjp(
                     _add_product(to_weight[columns], u.t(), narrow[tokens])
                 if to_bias is not None:
                     to_bias[columns] += u.sum(0, dtype=wide)
-    along = _dot(to_hidden, hidden)
     if to_bias is not None and bias is not None:
-        along, to_bias = along + _dot(to_bias, bias), to_bias.to(bias.dtype)
-    return to_hidden.to(hidden.dtype), to_weight, to_bias, along
+        to_bias = to_bias.to(bias.dtype)
+    return to_hidden.to(hidden.dtype), to_weight, to_bias, _dot(to_hidden, hidden)
 
 
 class CrossEntropySum(torch.autograd.Function):
@@ -206,8 +211,6 @@ class CrossEntropySum(torch.autograd.Function):
         statistic.log_sum, statistic.value = log_sum, total
         if to_hidden is not None:
             statistic.along = _dot(to_hidden, hidden)
-            if to_bias is not None and statistic.bias is not None:
-                statistic.along += _dot(to_bias, statistic.bias)
             gradients = zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
             ctx.gradients = [None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients]  # type: ignore[union-attr]
         return total.clone()
@@ -215,7 +218,7 @@ class CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        ctx.statistic.along *= upstream
+        ctx.statistic.along = ctx.statistic.along * upstream
         return (*(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None)
 
 
@@ -261,14 +264,19 @@ class Replayed(torch.autograd.Function):
         upstream: Tensor,
         replay: Any,
     ) -> Tensor:
-        """replay: told of ⟨u, a'⟩ − ⟨u, a⟩ with `replay.rises(number)`, and asked for `replay.ratio` in the backward
-        pass, which the gradients are multiplied by."""
+        """replay: told of ⟨u, a'⟩ − ⟨u, a⟩, where the latter is known, with `replay.rises(number)`; asked for
+        `replay.ratio`, which the gradients are multiplied by, in the backward pass."""
         ctx.replay = replay
         one = upstream.ndim == 0  # for all tokens
         needs = ctx.needs_input_grad[1:3]
         *ctx.gradients, along = vjp(statistic, None if one else upstream, hidden, weight, bias, needs)
         ctx.upstream = upstream if one else torch.ones_like(along)
-        replay.rises(along * ctx.upstream - statistic.along)
+        rise = None
+        if statistic.along is not None:
+            rise = along * ctx.upstream - statistic.along
+            if bias is not None and statistic.bias is not None and ctx.gradients[2] is not None:  # ⟨u, b' − b⟩
+                rise = rise + _dot(ctx.gradients[2].to(rise.dtype), bias - statistic.bias) * ctx.upstream
+        replay.rises(rise)
         return statistic.value.clone()
 
     @staticmethod

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fsam.deferred import DeferredLogits, FusedHead, HeadCall, RecordedPass, ReplayedPass
+from hf_fsam.deferred import (
+    DeferredLogits,
+    FusedHead,
+    HeadCall,
+    KeptHead,
+    RecordedPass,
+    ReplayedPass,
+    weights_for_later,
+)
+from hf_fsam.head import Statistic
+from hf_fsam.trl import fused_head_of_trl, log_probabilities, replayed_log_probabilities
 
 
 @dataclass
@@ -26,8 +36,10 @@ class Recording:
             each in the shape and dtype of its z, e.g. (batch, length, vocabulary). Where a fused head made no logits, z
             is what the loss took of them, e.g. their cross entropy.
         calls: of the fused head; None where it is off.
+        statistics: of TRL's fused head, by crossing.
+        fused: this pass, a replay, computed no loss of its own.
         rise: ⟨u, a'⟩ − ⟨u, a⟩ for the cotangent u and the head's output a in the clean pass and a' in this one, a
-            replay, in the units of u; None where that was not computed.
+            replay, in the units of u; None where that is not known.
         crossings: how many tensors crossed the boundary in the forward pass.
         nodes: the autograd nodes of those tensors, while the pass lasts.
         leaves: what takes the place of those tensors where the graph is cut at the boundary.
@@ -35,6 +47,8 @@ class Recording:
 
     cotangents: dict[int, Tensor] = field(default_factory=dict)
     calls: list[HeadCall] | None = None
+    statistics: dict[int, Statistic] = field(default_factory=dict)
+    fused: bool = False
     rise: Tensor | None = None
     crossings: int = 0
     nodes: set[Any] = field(default_factory=set)
@@ -67,10 +81,10 @@ class Recording:
 
     def offload(self) -> None:
         """Final hidden states to the host, until they are replayed."""
-        for call in self.calls or ():
-            for use in call.uses:
-                if use.statistic is not None:
-                    use.statistic.hidden = use.statistic.hidden.cpu()
+        uses = [use.statistic for call in self.calls or () for use in call.uses]
+        for statistic in (*uses, *self.statistics.values()):
+            if statistic is not None:
+                statistic.hidden = statistic.hidden.cpu()
 
     def see_loss(self, loss: Tensor) -> None:
         if self._loss is not None:
@@ -106,8 +120,9 @@ class _Replay:
         """Of what the pass puts on its loss to what the other did; known when its backward pass begins."""
         return self.replayed.scale / self.recorded.scale
 
-    def rises(self, rise: Tensor) -> None:
-        self.replayed.rise = rise if self.replayed.rise is None else self.replayed.rise + rise
+    def rises(self, rise: Tensor | None) -> None:
+        before, self.replayed.fused = (self.replayed.rise, True) if self.replayed.fused else (0, True)
+        self.replayed.rise = None if rise is None or before is None else before + rise
 
 
 class Tape:
@@ -116,6 +131,7 @@ class Tape:
     def __init__(self) -> None:
         self.name = ""
         self._head: FusedHead | None = None
+        self._keeps = True
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._on_output: Callable[[Tensor], Tensor] | None = None
         self._on_loss: Callable[[Tensor], Tensor] | None = None
@@ -124,10 +140,11 @@ class Tape:
     def attached(self) -> bool:
         return self._handle is not None
 
-    def attach(self, name: str, module: nn.Module, head: FusedHead | None = None) -> None:
+    def attach(self, name: str, module: nn.Module, head: FusedHead | None = None, keeps: bool = True) -> None:
         """Put the hook on the boundary `module`. It stays between steps: a hook that comes and goes would make
-        torch.compile compile anew each time. `head`: the same module, where its logits can be deferred."""
-        self.name, self._head = name, head
+        torch.compile compile anew each time. `head`: the same module, where its logits can be deferred. `keeps`: see
+        :func:`weights_for_later`."""
+        self.name, self._head, self._keeps = name, head, keeps
         # Back-propagation hooks with side effects are not to be traced: the compiled graph breaks here, once.
         self._handle = module.register_forward_hook(torch.compiler.disable(self._hook))
 
@@ -167,13 +184,24 @@ class Tape:
                 recording.calls.append(call)
             return DeferredLogits(RecordedPass(head, hidden, kept[0], call, cross, cut))
 
+        def of_trl(apply: Callable, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
+            if not kept:
+                kept.append(KeptHead(*weights_for_later(weight, bias, self._keeps)))
+            statistic, (log_p, *others) = log_probabilities(
+                apply, (kept[0].weight, kept[0].bias), hidden, weight, bias, *rest
+            )
+            index, log_p = cross(log_p)
+            if keep:
+                recording.statistics[index] = statistic
+            return (log_p, *others)
+
         def on_loss(loss: Tensor) -> Tensor:
             recording.see_loss(loss)
             return loss
 
         head = None if self._head is None or self._head.off else self._head
         recording.calls = None if head is None else []
-        with self._session(lambda z: cross(z)[1], on_loss, None if head is None else partial(defer, head)):
+        with self._session(lambda z: cross(z)[1], on_loss, None if head is None else partial(defer, head), of_trl):
             yield recording
         recording.nodes.clear()
         if keep and not recording.cotangents:
@@ -223,10 +251,21 @@ class Tape:
             replayed.see_loss(loss)
             return _WithValue.apply(loss, clean.loss)
 
+        def of_trl(apply: Callable, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
+            if cotangents is None:
+                return apply(hidden, weight, bias, *rest)
+            index, upstream = replayed.crossings, waiting.pop(replayed.crossings, None)
+            replayed.crossings += 1
+            statistic = cotangents.statistics.get(index)
+            if statistic is None or upstream is None:
+                raise RuntimeError("the second pass called TRL's fused head where the first did not, or for nothing.")
+            statistic.hidden = statistic.hidden.to(hidden.device)  # it may have waited on the host
+            return replayed_log_probabilities(statistic, upstream, replay, hidden, weight, bias)
+
         deferring = None
         if self._head is not None and cotangents is not None and cotangents.calls is not None:
             deferring = partial(defer, self._head, iter(cotangents.calls))
-        with self._session(on_output, on_loss, deferring):
+        with self._session(on_output, on_loss, deferring, of_trl):
             yield replayed
         if waiting:
             raise RuntimeError(
@@ -235,10 +274,13 @@ class Tape:
             )
 
     @contextmanager
-    def _session(self, on_output: Callable, on_loss: Callable, defer: Callable | None) -> Iterator[None]:
+    def _session(
+        self, on_output: Callable, on_loss: Callable, defer: Callable | None, of_trl: Callable
+    ) -> Iterator[None]:
         self._on_output, self._on_loss = on_output, on_loss
+        deferring = nullcontext() if defer is None or self._head is None else self._head.deferring(defer)
         try:
-            with nullcontext() if defer is None or self._head is None else self._head.deferring(defer):
+            with deferring, fused_head_of_trl(of_trl) if self.attached else nullcontext():
                 yield
         finally:
             self._on_output = self._on_loss = None

@@ -1,5 +1,6 @@
 """`FSAMTrainer`: the Trainer whose step is split between function and loss."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,8 @@ logger = logging.get_logger(__name__)
 
 # The mixin stands before any Trainer class, whatever that may hold.
 _AnyTrainer: Any = object
+
+_COUNTED = ("_metrics", "_total_train_tokens")  # TRL 1.16
 
 
 @dataclass
@@ -131,7 +134,7 @@ class FSAMMixin(_AnyTrainer):
             cotangents, moved = batch.clean if self._fsam_splits else None, None
             if self.args.fsam_variant == "logit":
                 batch.random.restore()
-                with weights, running_statistics_kept(model):
+                with weights, running_statistics_kept(model), self._fsam_uncounted():
                     # Past the wrappers, which would wait for a backward pass of the training.
                     inner = self.accelerator.unwrap_model(model)
                     cotangents = moved = self._fsam_pass(inner, batch, num_items_in_batch)
@@ -140,6 +143,7 @@ class FSAMMixin(_AnyTrainer):
             with (
                 weights,
                 running_statistics_kept(model),
+                self._fsam_uncounted(),
                 self._fsam_tape.replay(batch.clean, cotangents) as replayed,
                 self._fsam_loss_seen(),
             ):
@@ -231,6 +235,15 @@ class FSAMMixin(_AnyTrainer):
             )
 
     @contextmanager
+    def _fsam_uncounted(self) -> Iterator[None]:
+        """What TRL's trainers count and collect of a batch in `compute_loss`, they have done in the clean pass."""
+        counted = {name: copy.deepcopy(self.__dict__[name]) for name in _COUNTED if name in self.__dict__}
+        try:
+            yield
+        finally:
+            self.__dict__.update(counted)
+
+    @contextmanager
     def _fsam_loss_seen(self) -> Iterator[None]:
         """Whatever `compute_loss` is, the parent's, a subclass's or one set on the instance: its loss goes past the
         tape while the parent's step runs."""
@@ -257,7 +270,7 @@ class FSAMMixin(_AnyTrainer):
         """The boundary's hook is on inside; nothing of the step outlives an exception."""
         if self._fsam_splits and not self._fsam_tape.attached:
             name, boundary = find_boundary(self.model, self.args.fsam_boundary)
-            self._fsam_tape.attach(name, boundary, self._fsam_head(boundary))
+            self._fsam_tape.attach(name, boundary, self._fsam_head(boundary), self._fsam_engine.keeps)
         if self._fsam_micro_step == 0 or self._fsam_batches is None:  # driven by hand, each call is a step
             self._fsam_means.count_step()
         try:
@@ -290,9 +303,9 @@ class FSAMMixin(_AnyTrainer):
             window.reported = True
             unit = clean.scale / share if window.of_gradient else torch.ones_like(clean.scale)
             self._fsam_means.add_ascent(window.perturbation, unit=unit)
-        if moved.rise is None:
+        if not moved.fused:
             self._fsam_means.add_rise("sharpness", (moved.loss - clean.loss) * share, skipped)
-        elif moved is replayed and self.args.fsam_variant == "functional":
+        elif moved.rise is not None:
             self._fsam_means.add_rise("functional_sharpness", moved.rise / clean.scale * share, skipped)
 
     # ---- Around the step ----

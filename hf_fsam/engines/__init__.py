@@ -48,7 +48,10 @@ def select_engine(trainer: "Trainer") -> Engine:
         f"torch_compile_mode={args.torch_compile_mode!r}, whose CUDA graphs hold on to the place of the weights": (
             args.torch_compile_mode in ("reduce-overhead", "max-autotune")
         ),
-        "use_liger_kernel=True, whose fused loss never makes the logits": args.use_liger_kernel,
+        "use_liger_kernel=True, whose fused loss replaces the model's own (fsam_fused_head makes no logits either),": (
+            args.use_liger_kernel
+        ),
+        "a trainer that generates what it trains on (TRL's GRPO, RLOO)": hasattr(trainer, "_buffered_inputs"),
     }
     for what, holds in refused.items():
         if holds:
