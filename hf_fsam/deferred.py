@@ -95,10 +95,16 @@ class FusedHead:
     Args:
         module: the head.
         keeps: see :func:`weights_for_later`.
+        as_output: what to do to a tensor that takes the place of the module's output, (module, tensor).
     """
 
-    def __init__(self, module: nn.Linear, keeps: bool) -> None:
-        self.module, self._keeps = module, keeps
+    def __init__(
+        self,
+        module: nn.Linear,
+        keeps: bool = True,
+        as_output: Callable[[nn.Module, Tensor], Tensor] = lambda module, tensor: tensor,
+    ) -> None:
+        self.module, self._keeps, self._as_output = module, keeps, as_output
         self._shelf = Shelf()
         self.off = False
 
@@ -116,6 +122,9 @@ class FusedHead:
             yield
         finally:
             del self.module.__dict__["forward"]
+
+    def as_output(self, tensor: Tensor) -> Tensor:
+        return self._as_output(self.module, tensor)
 
     def weights(self) -> tuple[Any, Tensor | None]:
         return weights_for_later(self.module.weight, self.module.bias, self._keeps)
@@ -149,7 +158,8 @@ def fused_head(trainer: Any, module: nn.Module) -> FusedHead | None:
         if holds:
             logger.warning(f"The fused head is off, and the logits are in memory: {reason}.")
             return None
-    return FusedHead(module, keeps=trainer._fsam_engine.keeps)  # type: ignore[arg-type]
+    engine = trainer._fsam_engine
+    return FusedHead(module, engine.keeps, engine.as_output)  # type: ignore[arg-type]
 
 
 def edge(weight: Tensor | None, cut: bool = False) -> Tensor | None:
@@ -163,6 +173,7 @@ class Source(Protocol):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    crossed: tuple[Tensor, ...]
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor: ...
 
@@ -176,6 +187,7 @@ class _Pass:
         self._head, self._hidden = head, hidden
         self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
         self.dtype, self.device = compute_dtype(hidden), hidden.device
+        self.crossed: tuple[Tensor, ...] = ()
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self._hidden.flatten(0, -2).index_select(0, rows)
@@ -227,7 +239,7 @@ class RecordedPass(_Pass):
         return self._logits
 
     def _cross_with(self, z: Tensor, rows: Tensor | None, statistic: Statistic | None) -> Tensor:
-        index, z = self._cross(z)
+        index, z = self._cross(z if self._cut else self._head.as_output(z))
         if self._call is not None:
             self._call.uses.append(Use(index, rows, statistic))
         return z
@@ -254,20 +266,23 @@ class ReplayedPass(_Pass):
         replay: Any,
     ) -> None:
         super().__init__(head, hidden)
-        weight, bias = head.module.weight, head.module.bias
         self._left: list[tuple[int, Tensor]] = []
         self._logits: Tensor | None = None
+        weight, bias = head.module.weight, head.module.bias
+        edges = edge(weight), edge(bias)
         for use in call.uses:
             if use.statistic is None or use.rows is None:
-                edges = [edge(each) for each in (weight, bias)]
-                self._logits = cross(Linear.apply(hidden, *edges, head.weights()), use.index)
+                self._logits = cross(head.as_output(Linear.apply(hidden, *edges, head.weights())), use.index)
                 continue
             upstream = cotangents.pop(use.index, None)
-            use.statistic.hidden = use.statistic.hidden.to(hidden.device)  # it may have waited on the host
             value = use.statistic.value
             if upstream is not None:
-                value = Replayed.apply(self._rows(use.rows), weight, bias, use.statistic, upstream, replay)
+                use.statistic.hidden = use.statistic.hidden.to(hidden.device)  # it may have waited on the host
+                now = weight.detach(), None if bias is None else bias.detach()
+                value = Replayed.apply(self._rows(use.rows), *edges, use.statistic, upstream, replay, now)
+                value = head.as_output(value)
             self._left.append((len(use.rows), value))
+        self.crossed = tuple(value for _, value in self._left) + (() if self._logits is None else (self._logits,))
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
         return self._given(rows, "a cross entropy")
@@ -292,10 +307,19 @@ class ReplayedPass(_Pass):
         return self._logits
 
 
+@dataclass(init=False, repr=False, eq=False)
 class DeferredLogits:
-    """Stands for logits (..., v) of a :class:`Source`, and answers to what torch functions ask of a tensor."""
+    """Stands for logits (..., v) of a :class:`Source`, and answers to what torch functions ask of a tensor.
+
+    Attributes:
+        crossed: what of them is there already. DDP looks in the fields of a model's output for the tensors that a
+            backward pass will begin with, to know which weights it will not reach.
+    """
+
+    crossed: tuple[Tensor, ...]
 
     def __init__(self, source: Source, rows: Tensor | None = None, squash: Squash | None = None) -> None:
+        self.crossed = source.crossed
         self._source, self._squash, self._whole = source, squash or Squash(), rows is None
         leading = source.shape[:-1]
         self._rows = torch.arange(leading.numel(), device=source.device).view(leading) if rows is None else rows

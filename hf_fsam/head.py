@@ -169,6 +169,24 @@ def vjp(
     return to_hidden.to(hidden.dtype), to_weight, to_bias, _dot(to_hidden, hidden)
 
 
+class Edge(torch.autograd.Function):
+    """Where the gradient of a weight goes in, in the weight's shape and without its memory: an engine that shards the
+    weights has it gathered now, and will not have when the gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.new_empty(1).expand(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        if ctx.weight.shape != upstream.shape:
+            # ZeRO-3 has emptied it, and autograd wants the shape of a gradient where it leaves one. The next gathering
+            # puts its own memory there.
+            ctx.weight.data = upstream.new_empty(1).expand(upstream.shape)
+        return upstream
+
+
 class CrossEntropySum(torch.autograd.Function):
     """Σ of the tokens' cross entropies, shape (). The gradient is taken in the forward pass, while a token's logits are
     at hand: what comes back to a sum is one number."""
@@ -263,19 +281,21 @@ class Replayed(torch.autograd.Function):
         statistic: Statistic,
         upstream: Tensor,
         replay: Any,
+        values: tuple[Tensor, Tensor | None],
     ) -> Tensor:
-        """replay: told of ⟨u, a'⟩ − ⟨u, a⟩, where the latter is known, with `replay.rises(number)`; asked for
-        `replay.ratio`, which the gradients are multiplied by, in the backward pass."""
+        """weight, bias: where the gradients go, :class:`Edge`. values: their numbers. replay: told of ⟨u, a'⟩ − ⟨u, a⟩,
+        where the latter is known, with `replay.rises(number)`; asked for `replay.ratio`, which the gradients are
+        multiplied by, in the backward pass."""
         ctx.replay = replay
         one = upstream.ndim == 0  # for all tokens
         needs = ctx.needs_input_grad[1:3]
-        *ctx.gradients, along = vjp(statistic, None if one else upstream, hidden, weight, bias, needs)
+        *ctx.gradients, along = vjp(statistic, None if one else upstream, hidden, *values, needs)
         ctx.upstream = upstream if one else torch.ones_like(along)
         rise = None
         if statistic.along is not None:
             rise = along * ctx.upstream - statistic.along
-            if bias is not None and statistic.bias is not None and ctx.gradients[2] is not None:  # ⟨u, b' − b⟩
-                rise = rise + _dot(ctx.gradients[2].to(rise.dtype), bias - statistic.bias) * ctx.upstream
+            if values[1] is not None and statistic.bias is not None and ctx.gradients[2] is not None:  # ⟨u, b' − b⟩
+                rise = rise + _dot(ctx.gradients[2].to(rise.dtype), values[1] - statistic.bias) * ctx.upstream
         replay.rises(rise)
         return statistic.value.clone()
 
@@ -283,20 +303,13 @@ class Replayed(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         factor = ctx.upstream * ctx.replay.ratio
-        return (*(None if gradient is None else gradient.mul_(factor) for gradient in gradients), None, None, None)
-
-
-class Edge(torch.autograd.Function):
-    """Where the gradient of a weight goes in, in the weight's shape and without its memory: an engine that shards the
-    weights has it gathered now, and will not have when the gradient comes."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return weight.new_empty(1).expand(weight.shape)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return upstream
+        return (
+            *(None if gradient is None else gradient.mul_(factor) for gradient in gradients),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class Linear(torch.autograd.Function):

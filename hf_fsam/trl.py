@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fsam.head import Replayed, Squash, Statistic, compute_dtype
+from hf_fsam.head import Edge, Replayed, Squash, Statistic, compute_dtype
 
 _NAME = "_ChunkedLogProbFunction"
 
@@ -79,7 +79,9 @@ def replayed_log_probabilities(
             f"{len(statistic.hidden)}: both must compute the same function."
         )
     # Of log p = z[target] − log Σ exp z the gradient is minus the cross entropy's.
-    return (Replayed.apply(hidden, weight, bias, statistic, -upstream, replay), *statistic.others)
+    now = weight.detach(), None if bias is None else bias.detach()
+    edges = Edge.apply(weight), None if bias is None else Edge.apply(bias)
+    return (Replayed.apply(hidden, *edges, statistic, -upstream, replay, now), *statistic.others)
 
 
 def _refuse_entropy(gradient: Tensor | None) -> None:

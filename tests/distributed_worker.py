@@ -119,6 +119,7 @@ def train(
     folder: Path,
     lora: bool = False,
     wide: bool = False,
+    untied: bool = False,
     measured: bool = False,
     rows: int = 24,
     masked: bool = False,
@@ -133,6 +134,7 @@ def train(
     Args:
         lora: train adapters.
         wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
+        untied: a Llama of six thousand, whose head is a matrix of its own.
         measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
         resume: a checkpoint.
@@ -142,7 +144,7 @@ def train(
     """
     if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
-    model = llama(**WIDE) if wide else gpt2()
+    model = llama(**WIDE) if wide else llama() if untied else gpt2()
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
@@ -169,6 +171,7 @@ def train(
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         # How many backward passes ZeRO believes to be in (0.19.8).
         "depth": getattr(getattr(trainer.model_wrapped, "optimizer", None), "_backward_active_depth", 0),
+        "fused": bool(trainer._fsam_fused and trainer._fsam_fused[1] and not trainer._fsam_fused[1].off),
         "loss": loss,
     }
     if measured:

@@ -14,7 +14,7 @@ import torch
 from tests import reference
 from tests.distributed import CPU, ENGINES, FSDP2, Trained, train_distributed, zero
 from tests.reference import Problem, Tensors
-from tests.toys import adapted, distance, gpt2, make_trainer, sentences
+from tests.toys import adapted, distance, gpt2, llama, make_trainer, sentences
 
 deepspeed = pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
 
@@ -45,6 +45,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "not_clipped": VARIANTS["functional"] | {"max_grad_norm": 0.0},
     "scheduled": VARIANTS["functional"] | {"lr_scheduler_type": "linear", "warmup_steps": 1},
     "checkpointed": VARIANTS["preconditioned"] | {"gradient_checkpointing": True},
+    "momentum": VARIANTS["preconditioned"] | {"fsam_ascent_direction": "momentum", "gradient_accumulation_steps": 2},
+    "every_second": VARIANTS["functional"] | {"fsam_every_steps": 2, "fsam_start_ratio": 0.25},
+    "logits": VARIANTS["functional"] | {"fsam_fused_head": False, "gradient_accumulation_steps": 2},
+    "untied": VARIANTS["functional"]
+    | {"untied": True, "gradient_accumulation_steps": 2, "fsam_ascent_scope": "optimizer_step"},
+    "smoothed": VARIANTS["functional"] | {"label_smoothing_factor": 0.1, "untied": True},
     # 11 rows: the last batch is filled from the beginning, the last window of an epoch is shorter.
     "uneven": VARIANTS["functional"]
     | {"rows": 11, "num_train_epochs": 2, "max_steps": -1}
@@ -92,6 +98,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
+def problem_of(settings: dict[str, Any]) -> Problem:
+    """GPT-2's loss is not known to the Trainer for one that shifts, Llama's is."""
+    count = reference.count_shifted_labels if settings.get("untied") else reference.count_labels
+    if "label_smoothing_factor" in settings:
+        return Problem(reference.label_smoothing(True, settings["label_smoothing_factor"]), count=count)
+    return Problem(reference.causal_lm_loss, count=count)
+
+
 def reference_weights(settings: dict[str, Any]) -> tuple[Tensors, Tensors]:
     """Where plain torch begins, and where it ends with all rows in one process."""
     return _reference_weights(json.dumps(settings))
@@ -101,7 +115,7 @@ def reference_weights(settings: dict[str, Any]) -> tuple[Tensors, Tensors]:
 def _reference_weights(case: str) -> tuple[Tensors, Tensors]:
     settings: dict[str, Any] = json.loads(case)
     settings = BASE | {"gradient_accumulation_steps": 1, "fsam_ascent_scope": "micro_batch"} | settings
-    model = adapted(gpt2()) if settings.get("lora") else gpt2()
+    model = adapted(gpt2()) if settings.get("lora") else llama() if settings.get("untied") else gpt2()
     rows = sentences(settings.get("rows", ROWS), masked=settings.get("masked", False))
     rows += rows[: len(rows) % PROCESSES]  # as Accelerate fills the last batch
     accumulation, epochs, scope = settings["gradient_accumulation_steps"], 1, settings["fsam_ascent_scope"]
@@ -132,10 +146,14 @@ def _reference_weights(case: str) -> tuple[Tensors, Tensors]:
 
     ended = reference.train(
         model,
-        Problem(reference.causal_lm_loss, count=reference.count_labels),
+        problem_of(settings),
         batches,
         variant=settings["fsam_variant"],
         precondition=settings.get("fsam_precondition", False),
+        momentum="fsam_ascent_direction" in settings,
+        perturbs=lambda step: (
+            step >= settings.get("fsam_start_ratio", 0.0) * total and step % settings.get("fsam_every_steps", 1) == 0
+        ),
         rho=settings["fsam_rho"],
         scope=scope,
         accumulation=accumulation,
@@ -164,10 +182,12 @@ def test_two_processes_end_where_plain_torch_does(engine: str, case: str, traine
     assert facts["processes"] == PROCESSES
     assert facts["sharded"] == (engine == "fsdp2")  # Accelerate makes DDP of FSDP on CPU processes without a word
     assert facts["depth"] == 0  # the ascent's backward passes leave ZeRO's own count of them alone
+    if settings["fsam_variant"] in ("functional", "logit"):
+        assert facts["fused"] == settings.get("fsam_fused_head", True)
     weights = {name: weights[name] for name in wanted}  # the adapters alone
     assert distance(wanted, start) > 1e-3  # an engine that loses the update would otherwise look alike
     assert distance(weights, wanted) < SAME
-    if settings["fsam_variant"] != "none":
+    if settings["fsam_variant"] != "none" and "fsam_start_ratio" not in settings:
         assert logs[0]["fsam/radius"] == pytest.approx(BASE["fsam_rho"], rel=1e-4)
 
 

@@ -385,7 +385,7 @@ def test_it_answers_as_a_tensor_does() -> None:
     torch.manual_seed(0)
     linear, hidden = nn.Linear(4, 7), torch.randn(2, 5, 4, requires_grad=True)
     logits = linear(hidden)
-    fused = deferred.FusedHead(linear, keeps=True)
+    fused = deferred.FusedHead(linear)
     mask = torch.rand(2, 5) > 0.4
     targets = torch.randint(7, (10,))
     questions: dict[str, Callable[[Any], Any]] = {
