@@ -7,12 +7,13 @@ from the final hidden states (`hf_fsam.head`). To anything else it gives the log
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node, tree_map
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
@@ -215,6 +216,7 @@ class RecordedPass(_Pass):
         super().__init__(head, hidden.detach() if cut else hidden)
         self._kept, self._call, self._cross, self._cut = kept, call, cross, cut
         self._edges = [edge(each, cut) for each in (head.module.weight, head.module.bias)]
+        self.crossed = tuple(each for each in (self._hidden, *self._edges) if each is not None and each.requires_grad)
         self._logits: Tensor | None = None
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
@@ -307,36 +309,49 @@ class ReplayedPass(_Pass):
         return self._logits
 
 
-@dataclass(init=False, repr=False, eq=False)
+@dataclass(repr=False, eq=False)
 class DeferredLogits:
-    """Stands for logits (..., v) of a :class:`Source`, and answers to what torch functions ask of a tensor.
+    """Stands for logits (..., v), and answers to what torch functions ask of a tensor.
+
+    All of it is in fields, since those who wrap a model look through its output for tensors: DDP, to know which weights
+    a backward pass will not reach, and FSDP, to be told when it begins. They find `crossed`.
 
     Attributes:
-        crossed: what of them is there already. DDP looks in the fields of a model's output for the tensors that a
-            backward pass will begin with, to know which weights it will not reach.
+        source: one call of the head.
+        rows: of which of its tokens, (...).
+        squash: on the way from the head.
+        dtype: in which the logits were asked for.
+        whole: `rows` are all tokens in their order and shape.
+        crossed: tensors that the backward pass will come through.
     """
 
+    source: Source
+    rows: Tensor
+    squash: Squash
+    dtype: torch.dtype
+    whole: bool
     crossed: tuple[Tensor, ...]
 
-    def __init__(self, source: Source, rows: Tensor | None = None, squash: Squash | None = None) -> None:
-        self.crossed = source.crossed
-        self._source, self._squash, self._whole = source, squash or Squash(), rows is None
+    @classmethod
+    def of(cls, source: Source) -> "DeferredLogits":
         leading = source.shape[:-1]
-        self._rows = torch.arange(leading.numel(), device=source.device).view(leading) if rows is None else rows
-        self.dtype, self.device = source.dtype, source.device
+        rows = torch.arange(leading.numel(), device=source.device).view(leading)
+        return cls(source, rows, Squash(), source.dtype, True, source.crossed)
 
-    def _with(self, rows: Tensor | None = None, squash: Squash | None = None, dtype: Any = None) -> "DeferredLogits":
-        result = DeferredLogits(self._source, self._rows if rows is None else rows, squash or self._squash)
-        result.dtype = dtype or self.dtype
-        return result
+    def _with(self, **changes: Any) -> "DeferredLogits":
+        return replace(self, whole=self.whole and "rows" not in changes, **changes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self._rows.shape, self._source.shape[-1]))
+        return torch.Size((*self.rows.shape, self.source.shape[-1]))
 
     @property
     def ndim(self) -> int:
-        return self._rows.ndim + 1
+        return self.rows.ndim + 1
 
     def dim(self) -> int:
         return self.ndim
@@ -362,9 +377,9 @@ class DeferredLogits:
 
     def view(self, *shape: Any) -> Any:
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        rest = self._rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
+        rest = self.rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
         if len(sizes) > 1 and (sizes[-1] == self.shape[-1] or (sizes[-1] == -1 and rest == _product(sizes[:-1]))):
-            return self._with(rows=self._rows.reshape(sizes[:-1]))
+            return self._with(rows=self.rows.reshape(sizes[:-1]))
         return self._tensor("view").view(*shape)
 
     reshape = view
@@ -372,39 +387,39 @@ class DeferredLogits:
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, Tensor):
             if index.dtype == torch.bool and index.ndim < self.ndim:
-                return self._with(rows=self._rows[index])
+                return self._with(rows=self.rows[index])
         elif not any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,))):
             # The vocabulary stays whole if its dimension, which alone has no stride, is there as it was.
-            taken = self._rows.contiguous().unsqueeze(-1).expand(self.shape)[index]
+            taken = self.rows.contiguous().unsqueeze(-1).expand(self.shape)[index]
             if taken.ndim > 1 and taken.shape[-1] == self.shape[-1] and taken.stride(-1) == 0:
                 return self._with(rows=taken[..., 0])
         return self._tensor("indexing")[index]
 
     def __mul__(self, factor: Any) -> Any:
         if _number(factor):
-            return self._with(squash=self._squash.scaled(factor))
+            return self._with(squash=self.squash.scaled(factor))
         return self._tensor("a product with a tensor") * factor
 
     __rmul__ = mul = __mul__
 
     def __truediv__(self, divisor: Any) -> Any:
         if _number(divisor):
-            return self._with(squash=self._squash.scaled(1 / divisor))
+            return self._with(squash=self.squash.scaled(1 / divisor))
         return self._tensor("a quotient with a tensor") / divisor
 
     div = __truediv__
 
     def tanh(self) -> Any:
-        if self._squash.tanh:
+        if self.squash.tanh:
             return self._tensor("a second tanh").tanh()
-        return self._with(squash=Squash(self._squash.before, 1.0, tanh=True))
+        return self._with(squash=Squash(self.squash.before, 1.0, tanh=True))
 
     # ---- Where they end ----
 
     def logsumexp(self, dim: Any, keepdim: bool = False) -> Tensor:
         if dim not in (-1, self.ndim - 1):
             return self._tensor("logsumexp over another dimension").logsumexp(dim, keepdim)
-        result = self._source.log_sum_exp(self._rows.flatten(), self._squash).view(self._rows.shape)
+        result = self.source.log_sum_exp(self.rows.flatten(), self.squash).view(self.rows.shape)
         return result.unsqueeze(-1) if keepdim else result
 
     def _cross_entropy(
@@ -430,16 +445,16 @@ class DeferredLogits:
                 label_smoothing,
             )
         counted = target != ignore_index
-        result = self._source.cross_entropy_sum(self._rows[counted], self._squash, target[counted], label_smoothing)
+        result = self.source.cross_entropy_sum(self.rows[counted], self.squash, target[counted], label_smoothing)
         return result / counted.sum() if reduction == "mean" else result
 
     def _tensor(self, why: str) -> Tensor:
         """The logits after all."""
-        z = self._source.logits(f"{why} needs them")
-        z = z if self._squash.before == 1.0 else z * self._squash.before
-        if self._squash.tanh:
-            z = z.tanh() * self._squash.after
-        z = z if self._whole else z.flatten(0, -2)[self._rows]
+        z = self.source.logits(f"{why} needs them")
+        z = z if self.squash.before == 1.0 else z * self.squash.before
+        if self.squash.tanh:
+            z = z.tanh() * self.squash.after
+        z = z if self.whole else z.flatten(0, -2)[self.rows]
         return z.to(self.dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -456,11 +471,13 @@ class DeferredLogits:
         if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
             return args[1] * args[0]
         name = getattr(function, "__name__", str(function))
-        args, kwargs = (
-            torch.utils._pytree.tree_map_only(cls, lambda z: z._tensor(name), each) for each in (args, kwargs)
+        args, kwargs = tree_map(
+            lambda z: z._tensor(name) if isinstance(z, cls) else z, (args, kwargs), is_leaf=lambda z: isinstance(z, cls)
         )
         return function(*args, **kwargs)
 
+
+register_pytree_node(DeferredLogits, lambda z: (list(z.crossed), z), lambda _, z: z)
 
 _KNOWN: dict[Any, Callable] = {
     F.cross_entropy: DeferredLogits._cross_entropy,

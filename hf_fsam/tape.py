@@ -182,7 +182,7 @@ class Tape:
             call = HeadCall() if keep else None
             if call is not None and recording.calls is not None:
                 recording.calls.append(call)
-            return DeferredLogits(RecordedPass(head, hidden, kept[0], call, cross, cut))
+            return DeferredLogits.of(RecordedPass(head, hidden, kept[0], call, cross, cut))
 
         def of_trl(apply: Callable, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
             if not kept:
@@ -245,7 +245,7 @@ class Tape:
             return cross(z, replayed.crossings - 1)
 
         def defer(head: FusedHead, calls: Iterator[HeadCall], hidden: Tensor) -> DeferredLogits:
-            return DeferredLogits(ReplayedPass(head, hidden, next(calls, HeadCall()), waiting, cross, replay))
+            return DeferredLogits.of(ReplayedPass(head, hidden, next(calls, HeadCall()), waiting, cross, replay))
 
         def on_loss(loss: Tensor) -> Tensor:
             replayed.see_loss(loss)

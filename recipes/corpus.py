@@ -1,12 +1,16 @@
 """Text that every Python installation carries: the data sets of a machine without a network.
 
-    stdlib            the standard library's own .py files, for pretraining
-    stdlib-topics     the English language reference behind `help()` (pydoc_data.topics), another domain for fine-tuning
-    stdlib-packages   snippets of the standard library, labelled with the package they come from, for classification
+    stdlib                the standard library's own .py files, for pretraining
+    stdlib-topics         the English language reference behind `help()` (pydoc_data.topics), another domain
+    stdlib-packages       snippets of the standard library, labelled with the package they come from, to classify
+    stdlib-instructions   functions of the standard library, to be told what they do: prompt and completion
+    stdlib-preferences    the same, with another function's docstring as the answer that is not wanted
 
 Each is split into training and validation by document (file or topic), never inside one.
 """
 
+import ast
+import copy
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -23,6 +27,8 @@ EXCLUDED_FOLDERS = frozenset(
 # In every Python from 3.11 on, without an optional system package, and with ten files or more.
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
 SNIPPET_LINES = 16
+INSTRUCTION_LINES = 12
+SUMMARY_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -124,3 +130,42 @@ def snippets(files: list[Document]) -> Iterator[dict[str, str]]:
                 "text": "\n".join(lines[start : start + SNIPPET_LINES]),
                 "label": document.name.split("/")[0],
             }
+
+
+def instructions(files: list[Document]) -> Iterator[dict[str, str]]:
+    """Rows {prompt, completion}: a function's source without its docstring, and the docstring's first line."""
+    for document in files:
+        for function in documented_functions(document.text):
+            lines = ast.unparse(without_docstring(function)).splitlines()[:INSTRUCTION_LINES]
+            source = "\n".join(lines)
+            summary = " ".join(ast.get_docstring(function).strip().split("\n\n")[0].split())
+            if len(summary) <= SUMMARY_CHARACTERS:
+                yield {
+                    "prompt": f"Say what this function does.\n\n{source}\n\nIt does this:",
+                    "completion": f" {summary}",
+                }
+
+
+def preferences(files: list[Document]) -> Iterator[dict[str, str]]:
+    """Rows {prompt, chosen, rejected}: the right docstring, and that of the function before it."""
+    before = None
+    for row in instructions(files):
+        if before is not None and before != row["completion"]:
+            yield {"prompt": row["prompt"], "chosen": row["completion"], "rejected": before}
+        before = row["completion"]
+
+
+def documented_functions(source: str) -> Iterator[ast.FunctionDef]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a few files of the library are templates, or of another version
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
+            yield node
+
+
+def without_docstring(function: ast.FunctionDef) -> ast.FunctionDef:
+    bare = copy.copy(function)
+    bare.body = function.body[1:]
+    return bare

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 Batched = Callable[[dict[str, list]], dict[str, list]]
 
-EMBEDDED = ("stdlib", "stdlib-topics", "stdlib-packages")
+EMBEDDED = ("stdlib", "stdlib-topics", "stdlib-packages", "stdlib-instructions", "stdlib-preferences")
+ROWS = {"stdlib-instructions": corpus.instructions, "stdlib-preferences": corpus.preferences}
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 END, PAD = "<|endoftext|>", "<|pad|>"
 PACKED_TOGETHER = 1000  # documents whose joined text is cut into blocks; only the tail behind the last block is lost
@@ -33,9 +34,9 @@ class DatasetArguments:
     dataset: str = field(
         default="stdlib",
         metadata={
-            "help": "stdlib, stdlib-topics or stdlib-packages (in every Python, nothing to download); or a data set's "
-            "name on the hub; or a path: one .txt (a document per paragraph), .jsonl, .json, .parquet or .csv file, or "
-            "a folder of such files (of .txt: a document per file)."
+            "help": f"{', '.join(EMBEDDED)} (in every Python, nothing to download); or a data set's name on the hub; "
+            "or a path: one .txt (a document per paragraph), .jsonl, .json, .parquet or .csv file, or a folder of such "
+            "files (of .txt: a document per file)."
         },
     )
     dataset_config: str | None = field(
@@ -124,13 +125,12 @@ def load_embedded(data: DatasetArguments) -> Splits:
         documents = corpus.package_files()
         sides = [list(corpus.snippets(side)) for side in corpus.split_by_package(documents, data.validation_fraction)]
     else:
-        if data.dataset == "stdlib":
+        if data.dataset != "stdlib-topics":
             documents = corpus.standard_library(data.corpus_max_bytes, data.corpus_installed)
         else:
             documents = corpus.documentation_topics()
-        sides = [
-            [{"text": document.text} for document in side] for side in corpus.split(documents, data.validation_fraction)
-        ]
+        rows_of = ROWS.get(data.dataset, lambda side: ({"text": document.text} for document in side))
+        sides = [list(rows_of(side)) for side in corpus.split(documents, data.validation_fraction)]
     # Through a generator, since only then `datasets` keeps them, and what `map` makes of them, on disk.
     train, validation = (
         Dataset.from_generator(generate, gen_kwargs={"rows": tuple(rows)}, cache_dir=data.cache_dir)

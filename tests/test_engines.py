@@ -102,7 +102,8 @@ def problem_of(settings: dict[str, Any]) -> Problem:
     """GPT-2's loss is not known to the Trainer for one that shifts, Llama's is."""
     count = reference.count_shifted_labels if settings.get("untied") else reference.count_labels
     if "label_smoothing_factor" in settings:
-        return Problem(reference.label_smoothing(True, settings["label_smoothing_factor"]), count=count)
+        shift = not settings.get("class_renamed")
+        return Problem(reference.label_smoothing(shift, settings["label_smoothing_factor"]), count=count)
     return Problem(reference.causal_lm_loss, count=count)
 
 
@@ -177,7 +178,9 @@ LONG = ("zero2_offload", "zero3_offload")  # "zero3_offload_all" has all that is
 )
 def test_two_processes_end_where_plain_torch_does(engine: str, case: str, trained: Any) -> None:
     settings = cases_of(engine)[case]
-    start, wanted = reference_weights(settings)
+    # FSDP renames the model's class, and transformers 5.23 shifts labels that it smooths only for names that it knows.
+    renamed = engine == "fsdp2" and "label_smoothing_factor" in settings
+    start, wanted = reference_weights(settings | ({"class_renamed": True} if renamed else {}))
     weights, _, logs, facts = trained(engine, case)
     assert facts["processes"] == PROCESSES
     assert facts["sharded"] == (engine == "fsdp2")  # Accelerate makes DDP of FSDP on CPU processes without a word
@@ -215,9 +218,11 @@ def test_the_base_model_stays_under_adapters(engine: str, trained: Any) -> None:
 
 def test_the_reference_tells_the_cases_apart() -> None:
     """Each two end further apart than the tolerance, so that none can stand in for another."""
-    ends = {name: reference_weights(case)[1] for name, case in (MATRIX | FEATURES | RANK).items() if name != "lora"}
+    others = ("lora", "untied", "smoothed")  # other models
+    ends = {name: reference_weights(case)[1] for name, case in (MATRIX | FEATURES | RANK).items() if name not in others}
     # With one micro-batch in the window, both scopes are the same.
     alike = {frozenset((f"{v}-accumulate1-micro_batch", f"{v}-accumulate1-optimizer_step")) for v in VARIANTS}
+    alike.add(frozenset(("functional-accumulate2-micro_batch", "logits")))
     # The gradient's norm is about 1, and 1 is the Trainer's limit.
     alike |= {
         frozenset(("preconditioned-accumulate1-" + scope, "checkpointed"))

@@ -426,7 +426,7 @@ def test_it_answers_as_a_tensor_does() -> None:
     }
     for name, question in questions.items():
         source = deferred.RecordedPass(fused, hidden, fused.keep(), None, lambda z: (0, z), cut=False)
-        answer, wanted = question(deferred.DeferredLogits(source)), question(logits)
+        answer, wanted = question(deferred.DeferredLogits.of(source)), question(logits)
         assert torch.allclose(answer.to(wanted.dtype), wanted, atol=1e-5, rtol=1e-5), name
         if wanted.requires_grad:
             found = torch.autograd.grad(answer.sum(), [hidden, *linear.parameters()])
@@ -435,4 +435,4 @@ def test_it_answers_as_a_tensor_does() -> None:
             ):
                 assert torch.allclose(one, other, atol=1e-5, rtol=1e-4), name
     with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
-        _ = deferred.DeferredLogits(source).no_such_thing
+        _ = deferred.DeferredLogits.of(source).no_such_thing

@@ -1,0 +1,71 @@
+"""What sft.py and dpo.py share: TRL prepares the data and defines the loss, this loads, trains and reports."""
+
+import sys
+import time
+from typing import Any
+
+from config import parse
+from data import DatasetArguments, load_splits, load_tokenizer
+from finetune import ModelArguments, load_config, load_model
+from report import leave_group, print_summary, quiet, show_progress, write_report
+from transformers import AutoModelForCausalLM, set_seed
+
+
+class AlignDataArguments(DatasetArguments):
+    """TRL looks for the columns and cuts sequences itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, instead in (("sequence_length", "max_length"), ("text_column", "TRL's own columns")):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} is for pretrain.py and finetune.py: use {instead}.")
+        if self.streaming:
+            raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")
+
+    def columns(self) -> dict[str, str]:
+        return {}
+
+
+def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> dict[str, Any]:
+    """Trains as `argv` says and returns what results.json holds."""
+    started = time.perf_counter()
+    model_args, data_args, training_args = parse((ModelArguments, AlignDataArguments, config_class), argv, script)
+    quiet(training_args)
+    set_seed(training_args.seed)
+
+    # ---- Data ----
+    load_config(model_args.model_name_or_path)  # fails early, with the cure
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    with training_args.main_process_first(desc="preparing the data"):
+        splits = load_splits(data_args)
+    validation = splits.validation
+    if data_args.validation_blocks is not None:
+        validation = validation.select(range(min(data_args.validation_blocks, len(validation))))
+
+    # ---- Model and training ----
+    training_args.eval_on_start = True  # what the model could do before
+    trainer = trainer_class(
+        model=load_model(model_args, AutoModelForCausalLM, tokenizer.pad_token_id),
+        args=training_args,
+        train_dataset=splits.train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+    )
+    show_progress(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+
+    # ---- Report ----
+    return write_report(
+        trainer,
+        arguments={"model": model_args, "data": data_args, "training": training_args},
+        metrics=metrics,
+        started=started,
+        extra={"corpus_sha256": splits.sha256},
+        card={"model_name": training_args.output_dir, "dataset_name": data_args.dataset, "tags": ["functional-sam"]},
+    )
+
+
+def main(script: str, trainer_class: Any, config_class: Any) -> None:
+    print_summary(run(sys.argv[1:], script, trainer_class, config_class))
+    leave_group()

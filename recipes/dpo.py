@@ -1,0 +1,25 @@
+"""Direct preference optimization with TRL, on prompts with a chosen and a rejected answer.
+
+python recipes/dpo.py recipes/configs/dpo_docstrings.yaml
+accelerate launch recipes/dpo.py recipes/configs/dpo_ultrafeedback.yaml
+"""
+
+from dataclasses import dataclass
+
+import align
+from trl import DPOConfig, DPOTrainer
+
+from hf_fsam import FSAMArguments, FSAMMixin
+
+
+@dataclass
+class FSAMDPOConfig(FSAMArguments, DPOConfig):
+    pass
+
+
+class FSAMDPOTrainer(FSAMMixin, DPOTrainer):
+    pass
+
+
+if __name__ == "__main__":
+    align.main("dpo.py", FSAMDPOTrainer, FSAMDPOConfig)
