@@ -2,10 +2,11 @@
 
     python benchmarks/head_memory.py --out benchmarks/results/head_memory_cpu
 
-A Llama of one layer, so that the head is what there is, with AdamW; one step, after one that makes the optimizer's state.
-Counted in bytes of tensors beyond what stays between the steps. In every row that holds the gradients, one copy of the
-weights, and where the step perturbs θ+ε, one more; "of it the loss" leaves these out. TRL's row is the model's forward
-pass through TRL's head, as its SFTTrainer calls it, without the metrics; "the fused loss" is this package's, in one pass.
+A Llama of one layer, so that the head is what there is, with AdamW; one step, after one that makes the optimizer's
+state. Counted in bytes of tensors beyond what stays between the steps. In every row that holds the gradients, one copy
+of the weights, and where the step perturbs θ+ε, one more; "of it the loss" leaves these out. TRL's row is the model's
+forward pass through TRL's head, as its SFTTrainer calls it, without the metrics; "the fused loss" is this package's, in
+one pass.
 """
 
 import argparse

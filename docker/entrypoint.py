@@ -19,6 +19,9 @@ process each. Results appear in outputs/; `-v hf-fsam-cache:/cache` keeps downlo
 """
 
 
+TRL = ("sft", "dpo")  # `method: sft`
+
+
 def recipe_of(config: Path) -> str:
     """The script that `config` is for.
 
@@ -30,10 +33,14 @@ def recipe_of(config: Path) -> str:
         raise FileNotFoundError(f"The configuration {str(config)!r} does not exist.")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     names = settings if isinstance(settings, dict) else {}
+    if names.get("method") in TRL:
+        return f"{names['method']}.py"
     fitting = [script for script, telltales in TELLTALES.items() if any(name in names for name in telltales)]
     if len(fitting) != 1:
         choices = "; ".join(f"{' or '.join(telltales)} for {script}" for script, telltales in TELLTALES.items())
-        raise ValueError(f"{config} does not tell which recipe it is for. Let it name one of: {choices}.")
+        raise ValueError(
+            f"{config} does not tell which recipe it is for. Let it name one of: {choices}; method: {' or '.join(TRL)}."
+        )
     return fitting[0]
 
 

@@ -65,10 +65,6 @@ class FSAMArguments:
         default=1,
         metadata={"help": "Perturb every so many optimizer steps; the steps between are the plain Trainer's."},
     )
-    fsam_start_ratio: float = field(
-        default=0.0,
-        metadata={"help": "Part of the training's steps that pass before the first perturbation, from 0 up to 1."},
-    )
     fsam_boundary: str | None = field(
         default=None,
         metadata={
@@ -93,10 +89,9 @@ class FSAMArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("fsam_rho", "fsam_start_ratio"):
-            if isinstance(getattr(self, name), str):  # YAML reads 5e-2, without a point, as one
-                with suppress(ValueError):
-                    setattr(self, name, float(getattr(self, name)))
+        if isinstance(self.fsam_rho, str):  # YAML reads 5e-2, without a point, as one
+            with suppress(ValueError):
+                self.fsam_rho = float(self.fsam_rho)
         check(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -121,10 +116,6 @@ def check(args: FSAMArguments) -> None:
         )
     if not (_is_number(args.fsam_rho) and args.fsam_rho >= 0):
         raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")
-    if not (_is_number(args.fsam_start_ratio) and 0 <= args.fsam_start_ratio < 1):
-        raise ValueError(
-            f"fsam_start_ratio={args.fsam_start_ratio!r} is not a part of the steps: give 0 up to below 1."
-        )
     if not (isinstance(args.fsam_every_steps, int) and _is_number(args.fsam_every_steps) and args.fsam_every_steps > 0):
         raise ValueError(f"fsam_every_steps={args.fsam_every_steps!r} is not a count of steps: give 1 or more.")
     for name in ("fsam_precondition", "fsam_fused_head", "fsam_offload_hidden_states"):

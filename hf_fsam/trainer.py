@@ -108,8 +108,7 @@ class FSAMMixin(_AnyTrainer):
     @property
     def _fsam_due(self) -> bool:
         """Whether this optimizer step is one that perturbs."""
-        step, started = self.state.global_step, self.args.fsam_start_ratio * self.state.max_steps
-        return step >= started and step % self.args.fsam_every_steps == 0
+        return self.state.global_step % self.args.fsam_every_steps == 0
 
     @functools.cached_property
     def _fsam_engine(self) -> Engine:

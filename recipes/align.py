@@ -2,7 +2,8 @@
 
 import sys
 import time
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from config import parse
 from data import DatasetArguments, load_splits, load_tokenizer
@@ -11,8 +12,11 @@ from report import leave_group, print_summary, quiet, show_progress, write_repor
 from transformers import AutoModelForCausalLM, set_seed
 
 
+@dataclass
 class AlignDataArguments(DatasetArguments):
     """TRL looks for the columns and cuts sequences itself."""
+
+    method: Literal["sft", "dpo"] = field(default="sft", metadata={"help": "Which script the configuration is for."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,6 +34,8 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
     model_args, data_args, training_args = parse((ModelArguments, AlignDataArguments, config_class), argv, script)
+    if script != f"{data_args.method}.py":
+        raise ValueError(f"method={data_args.method!r} is for {data_args.method}.py, not {script}.")
     quiet(training_args)
     set_seed(training_args.seed)
 

@@ -74,9 +74,10 @@ class DatasetArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is too small: give {least} or more.")
-        if self.dataset != "stdlib" and (self.corpus_max_bytes is not None or self.corpus_installed):
+        if self.dataset not in ("stdlib", *ROWS) and (self.corpus_max_bytes is not None or self.corpus_installed):
             raise ValueError(
-                f"corpus_max_bytes and corpus_installed are for dataset='stdlib', this run has {self.dataset!r}."
+                f"corpus_max_bytes and corpus_installed are for dataset='stdlib' and what is made of it, this run has "
+                f"{self.dataset!r}."
             )
         if self.streaming and self.dataset in EMBEDDED:
             raise ValueError(f"streaming=True has no use for dataset={self.dataset!r}: it is on this machine already.")

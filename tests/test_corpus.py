@@ -289,3 +289,34 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str)
 def test_text_shorter_than_one_sequence_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"training text.*shorter than one sequence: lower sequence_length=128"):
         data.packed(Dataset.from_list([{"text": "a b"}]), tokenizer, DatasetArguments(), "training")
+
+
+def test_instructions_and_preferences_are_of_the_functions_own_docstrings() -> None:
+    source = '''
+def one(x):
+    """Return one.
+
+    More of it.
+    """
+    return 1
+
+class C:
+    def two(self):
+        "Return two, over
+    two lines."
+        return 2
+
+def three():
+    """Nothing but this."""
+
+def four(y):
+    return y
+'''.replace('"Return two, over\n    two lines."', '"""Return two, over\n        two lines."""')
+    files = [corpus.Document("a.py", source), corpus.Document("b.py", "no python (")]
+    rows = list(corpus.instructions(files))
+    assert [row["completion"] for row in rows] == [" Return one.", " Return two, over two lines."]
+    assert "def one(x):\n    return 1" in rows[0]["prompt"]
+    assert "Return one" not in rows[0]["prompt"]
+    assert list(corpus.preferences(files)) == [
+        {"prompt": rows[1]["prompt"], "chosen": " Return two, over two lines.", "rejected": " Return one."}
+    ]

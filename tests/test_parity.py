@@ -63,7 +63,6 @@ class Setting:
     one_epoch: bool = False
     direction: str = "gradient"
     every: int = 1
-    start: float = 0.0
 
     def __str__(self) -> str:
         variant = f"preconditioned_{self.variant}" if self.precondition else self.variant
@@ -108,7 +107,6 @@ def train_with_trainer(
             fsam_ascent_scope=setting.scope,
             fsam_ascent_direction=setting.direction,
             fsam_every_steps=setting.every,
-            fsam_start_ratio=setting.start,
             fsam_boundary=boundary,
             per_device_train_batch_size=BATCH_SIZE,
             gradient_accumulation_steps=setting.accumulation,
@@ -147,7 +145,7 @@ def train_with_reference(
         precondition=setting.precondition,
         scope=setting.scope,
         momentum=setting.direction == "momentum",
-        perturbs=lambda step: step >= setting.start * STEPS and step % setting.every == 0,
+        perturbs=lambda step: step % setting.every == 0,
         accumulation=setting.accumulation,
         epochs=setting.epochs,
         max_grad_norm=setting.max_grad_norm,
@@ -221,7 +219,7 @@ ALWAYS = {
     Setting("functional", accumulation=3, scope="optimizer_step"),
     Setting("functional", precondition=True, accumulation=3, scope="optimizer_step"),
 }
-ALWAYS_WHOLE = {"gpt2", "bert_question_answering", "llama_lora"}
+ALWAYS_WHOLE = {"gpt2"}
 
 
 def product() -> Iterator[object]:
@@ -289,8 +287,8 @@ CHEAPER = {
     "momentum-optimizer_step": Setting("functional", True, 3, "optimizer_step", direction="momentum"),
     "every_third": Setting("functional", accumulation=3, every=3),
     "every_second_sam": Setting("sam", every=2),
-    "second_half": Setting("functional", True, 3, "optimizer_step", start=0.5),
-    "all_together": Setting("functional", True, 3, direction="momentum", every=2, start=0.3),
+    "every_second_window": Setting("functional", True, 3, "optimizer_step", every=2),
+    "all_together": Setting("functional", True, 3, direction="momentum", every=2),
 }
 
 

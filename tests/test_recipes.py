@@ -24,10 +24,13 @@ from transformers import (
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import align
 import config
 import demo
+import dpo
 import finetune
 import pretrain
+import sft
 from data import DatasetArguments
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +117,11 @@ def test_a_missing_configuration_is_refused() -> None:
 def test_every_configuration_parses(path: Path) -> None:
     # bf16 is checked against the hardware, which is not what this is about.
     line = [str(path), "--bf16", "false", "--fsam_rho", "0.07"]
-    if "model_name_or_path" in yaml.safe_load(path.read_text()):
+    settings = yaml.safe_load(path.read_text())
+    if "method" in settings:
+        own = {"sft": sft.FSAMSFTConfig, "dpo": dpo.FSAMDPOConfig}[settings["method"]]
+        types = (finetune.ModelArguments, align.AlignDataArguments, own)
+    elif "model_name_or_path" in settings:
         types = (finetune.ModelArguments, finetune.FinetuneDataArguments, FSAMTrainingArguments)
     else:
         types = (pretrain.ModelArguments, DatasetArguments, FSAMTrainingArguments)
@@ -124,9 +131,15 @@ def test_every_configuration_parses(path: Path) -> None:
     assert Path(training.output_dir) == Path("outputs") / path.stem
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "demo.py"])
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "demo.py", "sft.py", "dpo.py"])
 def test_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main = {"pretrain.py": pretrain.run, "finetune.py": finetune.run, "demo.py": demo.main}[script]
+    main = {
+        "pretrain.py": pretrain.run,
+        "finetune.py": finetune.run,
+        "demo.py": demo.main,
+        "sft.py": lambda argv: align.run(argv, "sft.py", *ALIGNED["sft"]),
+        "dpo.py": lambda argv: align.run(argv, "dpo.py", *ALIGNED["dpo"]),
+    }[script]
     with pytest.raises(SystemExit) as exited:
         main(["--help"])
     assert exited.value.code == 0
@@ -515,3 +528,43 @@ def test_launchers(launcher: str, processes: int, tmp_path: Path) -> None:
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
     assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(24, abs=0.5)
     assert not list(tmp_path.glob("cache/tmp*"))
+
+
+# ---- TRL ----
+
+ALIGNED = {
+    "sft": (sft.FSAMSFTTrainer, sft.FSAMSFTConfig),
+    "dpo": (dpo.FSAMDPOTrainer, dpo.FSAMDPOConfig),
+}
+
+
+def run_aligned(script: str, folder: Path, cache: str, base: Run, **settings: Any) -> Run:
+    names = ("max_steps", "eval_steps", "logging_steps", "warmup_steps", "use_cpu", "validation_blocks")
+    few = {key: TINY[key] for key in (*names, "corpus_max_bytes", "validation_fraction")}
+    own = {"model_name_or_path": base.folder, "output_dir": folder, "cache_dir": cache, "max_length": 48}
+    line = arguments(few | own | {"per_device_train_batch_size": 4, "hub_token": "secret"} | settings)
+    path = config.CONFIGS / f"{script}_docstrings.yaml"
+    return Run(folder, align.run([str(path), *line], f"{script}.py", *ALIGNED[script]))
+
+
+@pytest.mark.parametrize("method", ALIGNED)
+def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretrained: Run) -> None:
+    run = run_aligned(method, tmp_path / "out", cache, pretrained)
+    history = run.written["history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 3, 6, 6]
+    logged = next(entry for entry in history if "loss" in entry)
+    assert logged["fsam/radius"] == pytest.approx(0.02, rel=1e-3)
+    assert "fsam/functional_sharpness" in logged
+    assert "2502.02407" in (run.folder / "README.md").read_text()
+    assert "secret" not in (run.folder / "results.json").read_text()
+    AutoModelForCausalLM.from_pretrained(run.folder)
+
+
+def test_trl_recipes_refuse_what_they_would_ignore(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    for wrong, message in (
+        ({"sequence_length": 64}, "use max_length"),
+        ({"text_column": "body"}, "TRL's own columns"),
+        ({"method": "dpo"}, "for dpo.py, not sft.py"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_aligned("sft", tmp_path, cache, pretrained, **wrong)

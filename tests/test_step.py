@@ -363,7 +363,6 @@ def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Pa
         "fsam_ascent_scope": "micro_batch",
         "fsam_ascent_direction": "gradient",
         "fsam_every_steps": 1,
-        "fsam_start_ratio": 0.0,
         "fsam_boundary": None,
         "fsam_fused_head": True,
         "fsam_offload_hidden_states": False,
