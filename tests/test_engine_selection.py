@@ -17,7 +17,17 @@ from hf_fsam.engines.deepspeed import (
 from hf_fsam.engines.fsdp import FSDPEngine, select_fsdp_engine
 from tests.distributed import zero
 
-ARGUMENTS: dict[str, Any] = {"fsam_ascent_scope": "micro_batch", "fsam_precondition": True, "torch_compile": False}
+ARGUMENTS: dict[str, Any] = {
+    "fsam_ascent_scope": "micro_batch",
+    "fsam_ascent_direction": "gradient",
+    "fsam_precondition": True,
+    "torch_compile": False,
+}
+    "fsam_ascent_scope": "micro_batch",
+    "fsam_ascent_direction": "gradient",
+    "fsam_precondition": True,
+    "torch_compile": False,
+}
 
 
 def select(config: dict[str, Any], **arguments: Any) -> object:
@@ -77,6 +87,8 @@ def test_under_deepspeed(change: dict[str, Any], named: str) -> None:
 def test_rank_scope_needs_what_it_reads_in_one_place() -> None:
     with pytest.raises(ValueError, match=r"fsam_ascent_scope='rank' at ZeRO stage 3"):
         select(config(3), fsam_ascent_scope="rank", fsam_precondition=False)
+    with pytest.raises(ValueError, match=r"'rank' with fsam_ascent_direction='momentum' at ZeRO stage 2"):
+        select(config(2), fsam_ascent_scope="rank", fsam_precondition=False, fsam_ascent_direction="momentum")
     with pytest.raises(ValueError, match=r"'rank' with fsam_precondition=True at ZeRO stage 1"):
         select(config(1), fsam_ascent_scope="rank")
     with pytest.raises(ValueError, match=r"fsam_ascent_scope='rank'.* under FSDP"):

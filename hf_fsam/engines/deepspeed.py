@@ -58,10 +58,10 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
         "fsam_ascent_scope='rank' at ZeRO stage 3, where no process holds its own gradient whole": (
             stage == 3 and rank
         ),
-        f"fsam_ascent_scope='rank' with fsam_precondition=True or fsam_ascent_direction='momentum' at ZeRO stage "
-        f"{stage}, where no process holds the optimizer's moments whole": (
-            stage in (1, 2) and rank and (args.fsam_precondition or args.fsam_ascent_direction == "momentum")
-        ),
+        f"fsam_ascent_scope='rank' with fsam_precondition=True at ZeRO stage {stage}, where no process holds the "
+        "second moment whole": (stage in (1, 2) and rank and args.fsam_precondition),
+        f"fsam_ascent_scope='rank' with fsam_ascent_direction='momentum' at ZeRO stage {stage}, where no process holds "
+        "the momentum whole": (stage in (1, 2) and rank and args.fsam_ascent_direction == "momentum"),
     }
     for what, holds in refused.items():
         if holds:
