@@ -23,11 +23,6 @@ ARGUMENTS: dict[str, Any] = {
     "fsam_precondition": True,
     "torch_compile": False,
 }
-    "fsam_ascent_scope": "micro_batch",
-    "fsam_ascent_direction": "gradient",
-    "fsam_precondition": True,
-    "torch_compile": False,
-}
 
 
 def select(config: dict[str, Any], **arguments: Any) -> object:

@@ -310,7 +310,7 @@ def cross_entropy_and_accuracy(logits: Tensor, labels: Tensor, count: int | Tens
 
 @split
 @pytest.mark.parametrize("own", [own_log_softmax, cross_entropy_and_more, cross_entropy_and_accuracy])
-@pytest.mark.parametrize("name", ["phi", "llama"])
+@pytest.mark.parametrize("name", ["phi", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_loss_that_reads_the_logits_gets_them(
     name: str, own: Callable, setting: Setting, tmp_path: Path, lines: list[str], crossings: list[str]
 ) -> None:

@@ -292,7 +292,14 @@ CHEAPER = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_lora", "bert_classification", "llama_frozen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "bert_classification",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama_lora", "llama_frozen")),
+    ],
+)
 @pytest.mark.parametrize("cheaper", CHEAPER)
 def test_cheaper_ascents(name: str, cheaper: str, tmp_path: Path) -> None:
     setting = CHEAPER[cheaper]
