@@ -25,13 +25,13 @@ from typing import Any
 import torch
 import transformers
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
-import pretrain  # noqa: E402
-from config import CONFIGS  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import pretrain
+from config import CONFIGS
 
-from hf_fsam import FSAMTrainer  # noqa: E402
-from hf_fsam.trainer import _MicroBatch, _Window  # noqa: E402
+from hf_fsam import FSAMTrainer
+from hf_fsam.trainer import _MicroBatch, _Window
 
 
 class QuarterBatchTrainer(FSAMTrainer):

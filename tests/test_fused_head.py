@@ -1,6 +1,6 @@
 """The fused head: the materialised path's gradient without its logits, and the logits wherever they are asked for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,6 @@ from tests.reference import Batch, Window
 from tests.test_parity import Setting, check_parity
 from tests.toys import VOCABULARY, llama, make_trainer, sentences
 from tests.zoo import CASES
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

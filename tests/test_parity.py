@@ -29,15 +29,6 @@ DISTINCT = 0.05  # how far apart two variants end, by the same measure: what a m
 SLIGHT = 0.01  # the same for what makes less of a difference
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 

@@ -11,20 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_fsam import FSAMArguments, FSAMMixin
 from tests import reference, zoo
 from tests.reference import IGNORED, Batch, Problem, Window
 from tests.test_parity import assert_same_weights
 from tests.toys import VOCABULARY, llama
-
-trl = pytest.importorskip("trl", minversion="1.16", reason="pip install hf-fsam[trl]")
-from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from tokenizers.pre_tokenizers import WhitespaceSplit  # noqa: E402
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: E402
 
 RHO, STEPS, ACCUMULATION = 0.3, 4, 2
 
