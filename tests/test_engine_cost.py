@@ -37,7 +37,7 @@ def run(folder: Path, processes: int, engine: dict[str, Any]) -> dict[str, tuple
     return dict(zip(CASES, zip(ended[::2], ended[1::2], strict=True), strict=True))
 
 
-CORE = ("zero2_bf16", "zero3_bf16", "fsdp2")
+CORE = ("zero3_bf16", "fsdp2")
 
 
 @pytest.mark.parametrize(

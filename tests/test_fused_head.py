@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_fsam import deferred, head
+from hf_fsam import FSAMTrainer, deferred, head
 from tests import reference, zoo
-from tests.reference import Batch, Window
+from tests.reference import IGNORED, Batch, Window
 from tests.test_parity import Setting, check_parity
 from tests.toys import VOCABULARY, llama, make_trainer, sentences
 from tests.zoo import CASES
@@ -160,6 +160,25 @@ def test_the_logits_in_memory_are_the_formulas(
 ) -> None:
     check_parity(CASES[name], setting, tmp_path, fsam_fused_head=False)
     assert not crossings
+
+
+class OwnMeans(FSAMTrainer):
+    """The model is not told how many targets its window has: a mean of each micro-batch, which the Trainer divides by
+    the number of them, in the second pass only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+@split
+def test_means_that_the_trainer_divides(setting: Setting, tmp_path: Path, in_pieces: None) -> None:
+    def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        scores, targets = reference.shifted(logits[0], batch["labels"])
+        return reference.nll_sum(scores, targets) / (targets != IGNORED).sum() / len(window.batches)
+
+    case = replace(CASES["llama"], problem=replace(CASES["llama"].problem, loss=loss))
+    check_parity(case, setting, tmp_path, trainer_class=OwnMeans)
 
 
 def test_hidden_states_that_wait_on_the_host(tmp_path: Path) -> None:
