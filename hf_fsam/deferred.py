@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import register_pytree_node, tree_map
+from torch.utils._pytree import tree_map_only
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
@@ -471,13 +471,9 @@ class DeferredLogits:
         if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
             return args[1] * args[0]
         name = getattr(function, "__name__", str(function))
-        args, kwargs = tree_map(
-            lambda z: z._tensor(name) if isinstance(z, cls) else z, (args, kwargs), is_leaf=lambda z: isinstance(z, cls)
-        )
+        args, kwargs = tree_map_only(cls, lambda z: z._tensor(name), (args, kwargs))
         return function(*args, **kwargs)
 
-
-register_pytree_node(DeferredLogits, lambda z: (list(z.crossed), z), lambda _, z: z)
 
 _KNOWN: dict[Any, Callable] = {
     F.cross_entropy: DeferredLogits._cross_entropy,

@@ -21,8 +21,10 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from benchmarks.collectives import Collectives
 from benchmarks.peak_memory import PeakMemory
-from hf_fsam import perturbation
+from hf_fsam import head, perturbation
 from tests.toys import WIDE, adapted, gpt2, llama, make_trainer, sentences
+
+KEPT = head._KEPT["cpu"]
 
 
 def shard_on_cpu() -> None:
@@ -134,7 +136,7 @@ def train(
     Args:
         lora: train adapters.
         wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
-        untied: a Llama of six thousand, whose head is a matrix of its own.
+        untied: a Llama of six thousand, whose head is a matrix of its own; no cotangent is kept, as of a large model.
         measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
         resume: a checkpoint.
@@ -152,6 +154,7 @@ def train(
         trainer={"train_dataset": sentences(rows, masked=masked)},
         **settings,
     )
+    head._KEPT["cpu"] = 0 if untied else KEPT
     if struck is not None:
         strike(trainer, **struck)
     with PeakMemory() if measured else nullcontext() as memory:
