@@ -88,6 +88,14 @@ class FSAMArguments:
         },
     )
 
+    fsam_diagnostics_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many optimizer steps, measure on two batches and log whether SAM's gradient comes from "
+            "the logits' statistics or from the function (FSAMDiagnosticsCallback). 0: never."
+        },
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.fsam_rho, str):  # YAML reads 5e-2, without a point, as one
             with suppress(ValueError):
@@ -118,6 +126,10 @@ def check(args: FSAMArguments) -> None:
         raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")
     if not (isinstance(args.fsam_every_steps, int) and _is_number(args.fsam_every_steps) and args.fsam_every_steps > 0):
         raise ValueError(f"fsam_every_steps={args.fsam_every_steps!r} is not a count of steps: give 1 or more.")
+    if not (isinstance(args.fsam_diagnostics_steps, int) and args.fsam_diagnostics_steps >= 0):
+        raise ValueError(
+            f"fsam_diagnostics_steps={args.fsam_diagnostics_steps!r} is not a count of steps: give 0 (never) or more."
+        )
     for name in ("fsam_precondition", "fsam_fused_head", "fsam_offload_hidden_states"):
         if not isinstance(getattr(args, name), bool):
             raise ValueError(f"{name}={getattr(args, name)!r} is neither True nor False.")
@@ -126,6 +138,19 @@ def check(args: FSAMArguments) -> None:
             f"fsam_boundary={args.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "
             "leave it out to have the head found."
         )
+
+
+def plain_passes(args: FSAMArguments) -> float:
+    """What a step costs, in passes of plain training (a forward pass is a third of one), over the whole training.
+
+    By what is computed: the fused head, whose second pass needs no forward through the head, takes less.
+    """
+    if args.fsam_variant == "none" or args.fsam_rho == 0:
+        return 1.0
+    ascent = 1 / 3 if args.fsam_ascent_direction == "momentum" else 1.0
+    if args.fsam_variant == "logit":  # and a forward pass at θ+ε for the cotangent
+        ascent += 1 / 3
+    return 1.0 + ascent / args.fsam_every_steps
 
 
 def _is_number(value: object) -> bool:

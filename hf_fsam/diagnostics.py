@@ -1,10 +1,16 @@
 """What the user sees of the geometry, in the Trainer's logs."""
 
+import math
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback
 
+from hf_fsam.geometry import Probe
 from hf_fsam.perturbation import Perturbation
+from hf_fsam.second_moment import check_keeps_second_moment
 
 
 class LoggedMeans:
@@ -50,3 +56,83 @@ class LoggedMeans:
         }
         self.clear()
         return logs
+
+
+class FSAMDiagnosticsCallback(TrainerCallback):
+    """Logs, every so many optimizer steps, whether SAM's gradient would come from the logits' statistics.
+
+    For an :class:`~hf_fsam.FSAMTrainer` in one process or under DDP, whatever its `fsam_variant`, `none` as well. ε is
+    that of `fsam_rho` and `fsam_precondition` on each batch's gradient. The log gets, as means over the batches
+    (docs/DIAGNOSTICS.md says how to read them):
+
+        fsam/logit_path            ‖J(θ)ᵀ(u(θ+ε) − u(θ))‖
+        fsam/functional_path       ‖(J(θ+ε) − J(θ))ᵀu(θ)‖
+        fsam/logit_to_functional   their ratio
+        fsam/path_cosine           their cosine
+        fsam/rise_ascent           ℓ(θ+ε) − ℓ(θ)
+        fsam/rise_random           the same along random directions of norm ρ
+        fsam/logit_entropy         entropy of softmax(z), nats
+        fsam/logit_norm            ‖z − mean z‖
+        fsam/top_curvature         the Hessian's eigenvalue of largest magnitude, on the first batch
+
+    Args:
+        every: optimizer steps. One measurement costs about 5 steps of plain training for each batch, and up to 40 for
+            the eigenvalue; it holds six copies of the trainable weights and, for the eigenvalue, the graph of the
+            first batch's backward pass.
+        batches: of the training data; the same ones each time.
+
+    Raises:
+        ValueError: `every` or `batches` is not a count; at the beginning of the training, with another Trainer than
+            FSAMTrainer, under DeepSpeed or FSDP, and with fsam_rho=0.
+    """
+
+    def __init__(self, every: int, batches: int = 2) -> None:
+        for name, value in (("every", every), ("batches", batches)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"FSAMDiagnosticsCallback: {name}={value!r} is not a count: give 1 or more.")
+        self.every, self.batches = every, batches
+        self.trainer: Any = None  # FSAMMixin.train puts itself here
+        self._probe: Probe | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is None:
+            raise ValueError("FSAMDiagnosticsCallback measures with what FSAMTrainer has: give it to an FSAMTrainer.")
+        if not args.fsam_rho > 0:
+            raise ValueError(f"fsam_rho={args.fsam_rho!r}: FSAMDiagnosticsCallback needs a radius to look along.")
+        if args.fsam_precondition:
+            check_keeps_second_moment(self.trainer.optimizer)
+        self._probe = Probe(self.trainer, self.batches)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._probe is not None and state.global_step % self.every == 0:
+            due = control.should_log
+            self.trainer.log(diagnose(self._probe, args.fsam_rho))
+            control.should_log = due  # the Trainer takes its own line to be written
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._probe = None
+
+
+def diagnose(probe: Probe, rho: float) -> dict[str, float]:
+    """What :class:`FSAMDiagnosticsCallback` logs, over all processes; without what could not be measured."""
+    with probe.measuring():
+        each = [_diagnose_batch(probe, batch, rho) for batch in probe.batches]
+        names = list(each[0])
+        values = [sum(found[name] for found in each) / len(each) for name in names]
+        values.append(probe.top_curvature(probe.batches[0]))
+    means = probe.trainer.accelerator.reduce(torch.tensor(values, device=probe.device), "mean").tolist()
+    found = zip([*names, "top_curvature"], means, strict=True)
+    return {f"fsam/{name}": value for name, value in found if not math.isnan(value)}
+
+
+def _diagnose_batch(probe: Probe, batch: dict[str, Any], rho: float) -> dict[str, float]:
+    paths = probe.paths(batch, rho)
+    return {
+        "logit_path": paths.logit,
+        "functional_path": paths.functional,
+        "logit_to_functional": paths.logit / paths.functional if paths.functional else math.nan,
+        "path_cosine": paths.cosine,
+        "rise_ascent": paths.rise,
+        "rise_random": probe.rise_random(batch, rho),
+        **probe.logits(batch),
+    }

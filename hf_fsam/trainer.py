@@ -21,7 +21,7 @@ from transformers.utils import logging
 from hf_fsam.arguments import FSAMArguments, check
 from hf_fsam.boundary import find_boundary
 from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, fused_head
-from hf_fsam.diagnostics import LoggedMeans
+from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
 from hf_fsam.engines import Ascent, Engine, select_engine
 from hf_fsam.forward_state import RandomState, running_statistics_kept
 from hf_fsam.perturbation import Perturbation
@@ -84,6 +84,8 @@ class FSAMMixin(_AnyTrainer):
             if not hasattr(self.args, name):
                 setattr(self.args, name, value)
         self.add_callback(FSAMSettings(**_settings(self.args)))
+        if self.args.fsam_diagnostics_steps:
+            self.add_callback(FSAMDiagnosticsCallback(every=self.args.fsam_diagnostics_steps))
         self._fsam_tape = Tape()
         self._fsam_means = LoggedMeans(self.args.device)
         self._fsam_batches: list | None = None  # what the Trainer fetched for this optimizer step
@@ -318,6 +320,9 @@ class FSAMMixin(_AnyTrainer):
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError("train_dataset is empty: there is nothing to train on.")
         self._fsam_training = True
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FSAMDiagnosticsCallback):
+                callback.trainer = self
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -1,0 +1,349 @@
+"""Run a study (:mod:`hf_fsam.study`): every arm on the same batches, tuned on seeds of their own, then the table.
+
+    hf-fsam compare recipes/studies/core.yaml
+    hf-fsam compare recipes/studies/core.yaml --max_steps 20 --seeds 0 1 --out outputs/try    # a try
+
+The recipe is any script that takes one JSON file of settings, as recipes/*.py and transformers' own examples do
+(`script.py run.json`), with `output_dir` and `seed` among them, and leaves there `results.json` (`metrics`, `history`)
+or the Trainer's `all_results.json` and `trainer_state.json`. That a seed means the same batches for all arms is the
+Trainer's doing: its sampler draws from `seed` alone.
+
+Runs go to OUT/STUDY.jsonl as they end, one line each; a run that is there is not repeated, so a study that was killed
+goes on where it was, within a run from its last checkpoint if it writes any. Then OUT/STUDY.md and OUT/STUDY.png.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_fsam.study import Arm, Settings, Study, canonical, load_studies, numbers
+from hf_fsam.study_report import write_report
+
+Row = dict[str, Any]
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+
+
+@dataclass(frozen=True)
+class Task:
+    arm: Arm
+    settings: Settings
+    seed: int
+    stage: str  # tuning or final
+
+    def key(self, study: Study) -> str:
+        """Names what the run computes: the same for the same recipe, settings and seed."""
+        recipe = (self.arm.recipe or study.recipe).name
+        return hashlib.sha256(canonical([recipe, self.settings, self.seed]).encode()).hexdigest()[:16]  # type: ignore[arg-type]
+
+
+class Runner:
+    """Runs the tasks of one study and keeps their rows.
+
+    Args:
+        out: folder of the rows, and of the runs' own folders while they last.
+        launch: the command in front of the recipe's path.
+        parallel: runs at a time; each gets its share of the CPU's cores, and one GPU where there are several.
+        keep: leave the runs' folders, with their models, where they are.
+        advance: called with a task's weight when it has ended.
+
+    Raises:
+        RuntimeError: somebody else is at work on this study in `out`.
+    """
+
+    def __init__(
+        self, study: Study, out: Path, launch: list[str], parallel: int, keep: bool, advance: Callable[[float], Any]
+    ) -> None:
+        self.study, self.out, self.launch, self.keep, self.advance = study, out, launch, keep, advance
+        self.log = out / f"{study.name}.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = self.log.open("a", encoding="utf-8")
+        try:
+            # The runs inherit it, so that it holds as long as one that a killed study left behind is still at work.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"{self.log} is in use: by another `compare`, or by a run that a killed one left behind. Wait, end it, "
+                "or choose another --out."
+            ) from error
+        self.rows: dict[str, Row] = {row["key"]: row for row in read_rows(self.log)}
+        self.parallel = parallel
+        self._slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(parallel):
+            self._slots.put(slot)
+        self._writing = threading.Lock()
+        self._stopped = False
+        self._processes: set[subprocess.Popen] = set()
+
+    def run(self, tasks: Iterable[Task]) -> list[Row]:
+        """The rows of `tasks`, in their order; the first failure ends all."""
+        tasks = list(tasks)
+        with ThreadPoolExecutor(self.parallel) as pool:
+            futures = [
+                pool.submit(self._once, task) for task in {task.key(self.study): task for task in tasks}.values()
+            ]
+            try:
+                for future in as_completed(futures):
+                    self.advance(future.result())
+            except BaseException:
+                self._stopped = True
+                for process in list(self._processes):
+                    process.terminate()
+                raise
+        # Arms may share a run.
+        return [{**self.rows[task.key(self.study)], "arm": task.arm.name, "stage": task.stage} for task in tasks]
+
+    def _once(self, task: Task) -> float:
+        """Runs the task unless it has been; returns its weight."""
+        key = task.key(self.study)
+        if key not in self.rows and not self._stopped:
+            slot = self._slots.get()
+            try:
+                row = self._train(task, key, slot)
+            finally:
+                self._slots.put(slot)
+            with self._writing:
+                self.rows[key] = row
+                self._file.write(json.dumps(row, allow_nan=False) + "\n")
+                self._file.flush()
+        return weight(self.study, task.arm, task.settings)
+
+    def _train(self, task: Task, key: str, slot: int) -> Row:
+        folder = self.out / "runs" / f"{self.study.name}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"disable_tqdm": True, **task.settings, "seed": task.seed, "output_dir": str(folder)}
+        checkpoint = get_last_checkpoint(str(folder))
+        if checkpoint is not None:
+            settings["resume_from_checkpoint"] = checkpoint
+        file, output = folder / "run.json", folder / "output.txt"
+        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        code = self._call([*self.launch, str(task.arm.recipe or self.study.recipe), str(file)], output, slot)
+        if code != 0:
+            tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            raise RuntimeError(
+                f"{self.study.name}: {task.arm.name}, seed {task.seed}, ended with code {code}. Its settings are in "
+                f"{file}, all that it printed in {output}, which ends with:\n{tail}\nWhat had ended before is kept: "
+                "the same command goes on from there."
+            )
+        row = {
+            "study": self.study.name,
+            "arm": task.arm.name,
+            "stage": task.stage,
+            "seed": task.seed,
+            "settings": task.settings,
+            "passes": self.study.passes(task.arm, task.settings),
+            "resumed": checkpoint is not None,
+            **read_results(folder, self.study.metrics),
+            "key": key,
+        }
+        if not self.keep:
+            shutil.rmtree(folder)
+        return row
+
+    def _call(self, command: list[str], output: Path, slot: int) -> int:
+        environment = dict(os.environ)
+        if self.parallel > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.parallel))
+            if torch.cuda.device_count() > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        with output.open("a", encoding="utf-8") as stream:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, pass_fds=[self._file.fileno()]
+            )
+            self._processes.add(process)
+            try:
+                if self._stopped:
+                    process.terminate()
+                return process.wait()
+            finally:
+                self._processes.discard(process)
+
+
+def run_study(study: Study, runner: Runner) -> list[Row]:
+    """Tunes and runs all arms. Returns the rows of all runs."""
+    chosen: dict[str, Settings] = {}
+    tuned: list[Row] = []
+    for arms in study.tuning_order():
+        found = {arm.name: arm.candidates(chosen[arm.like] if arm.like else study.settings) for arm in arms}
+        rows = runner.run(tuning_tasks(study, arms, found))
+        for arm in arms:
+            own = [row for row in rows if row["arm"] == arm.name]
+            scores = [
+                mean(row["metrics"][study.metrics[0]] for row in own if row["settings"] == candidate)
+                for candidate in found[arm.name]
+            ]
+            if own and min(scores) == math.inf:
+                raise RuntimeError(f"{study.name}: {arm.name}: no candidate ended with a finite {study.metrics[0]}.")
+            chosen[arm.name] = found[arm.name][scores.index(min(scores))]
+        tuned += rows
+    # Seed by seed, so that what there is of a study that was stopped compares all arms.
+    tasks = [Task(arm, chosen[name], seed, "final") for seed in study.seeds for name, arm in study.arms.items()]
+    return tuned + runner.run(tasks)
+
+
+def tuning_tasks(study: Study, arms: list[Arm], candidates: dict[str, list[Settings]]) -> Iterator[Task]:
+    for arm in arms:
+        if len(candidates[arm.name]) > 1:
+            for settings in candidates[arm.name]:
+                for seed in study.tuning_seeds:
+                    yield Task(arm, settings, seed, "tuning")
+
+
+def weight(study: Study, arm: Arm, settings: Settings) -> float:
+    """What a run takes, for the time that is left: nothing but ratios count."""
+    length = settings.get("max_steps") or settings.get("num_train_epochs") or 1
+    return study.passes(arm, settings) * float(length)
+
+
+def total_weight(study: Study) -> float:
+    """Of all runs; which candidate is chosen makes no great difference."""
+    total = 0.0
+    begin: dict[str, Settings] = {}
+    for arms in study.tuning_order():
+        for arm in arms:
+            candidates = arm.candidates(begin[arm.like] if arm.like else study.settings)
+            begin[arm.name] = candidates[0]
+            weights = [weight(study, arm, each) for each in candidates]
+            total += weights[0] * len(study.seeds)
+            if len(candidates) > 1:
+                total += sum(weights) * len(study.tuning_seeds)
+    return total
+
+
+# ---- What a run leaves behind ----
+
+
+def read_results(folder: Path, metrics: list[str]) -> Row:
+    """Of a run's results: the `metrics`, the first one's curve, steps, seconds, versions and machine.
+
+    `best_eval_x` is the lowest `eval_x` on the way. A metric that is not finite is None.
+
+    Raises:
+        RuntimeError: there are no results, or one of `metrics` is not among them.
+    """
+    history: list[Row]
+    if (folder / "results.json").is_file():
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        found, history = dict(results["metrics"]), results["history"]
+    elif (folder / "trainer_state.json").is_file():
+        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        path = folder / "all_results.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        results = {}
+    else:
+        raise RuntimeError(
+            f"The run left neither results.json nor trainer_state.json in {folder}: let the recipe write the first, or "
+            "call trainer.save_state()."
+        )
+    evaluated = {name for entry in history for name in entry if name.startswith("eval_")}
+    for name in evaluated:
+        values = [entry[name] for entry in history if name in entry]
+        found.setdefault(name, values[-1])
+        if name.endswith("loss"):
+            found[f"best_{name}"] = min(filter(_is_finite, values), default=math.nan)
+    for name in metrics:
+        if name not in found:
+            raise RuntimeError(f"The run has no metric {name!r}. It has {', '.join(sorted(found))}.")
+    curve_of = metrics[0].removeprefix("best_")
+    steps = results.get("steps") or max((entry.get("step", 0) for entry in history), default=0)
+    seconds = results.get("train_seconds")
+    if seconds is None:
+        seconds = next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None)
+    return {
+        "metrics": {name: found[name] if _is_finite(found[name]) else None for name in metrics},
+        "curve": [[entry["step"], entry[curve_of]] for entry in history if _is_finite(entry.get(curve_of))],
+        "steps": steps,
+        "train_seconds": seconds,
+        **{name: results[name] for name in ("parameters", "corpus_sha256", "versions", "machine") if name in results},
+    }
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if all(map(_is_finite, values)) else math.inf
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All whole lines: the last one is cut where the machine went down while it was written."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+# ---- The command ----
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.compare") -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args, overrides = parse(argv, prog)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the runs, too
+    studies = list(load_studies(args.study, overrides, args.seeds))
+    with tqdm(total=sum(map(total_weight, studies)), bar_format=BAR) as bar:
+        for study in studies:
+            bar.set_description(study.name)
+            runner = Runner(study, args.out, args.launch, args.parallel, args.keep, bar.update)
+            report = write_report(study, run_study(study, runner), args.out / study.name, f"{prog} {shlex.join(argv)}")
+            bar.write(f"\n{report}\n", file=sys.stdout)
+
+
+def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every other --name value is a setting of all arms.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", type=Path, help="the study's YAML file")
+    parser.add_argument("--out", type=Path, default=Path("outputs/studies"), help="folder of rows, tables and plots")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the study's")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--keep", action="store_true", help="keep the runs' folders, with their models")
+    parser.add_argument(
+        "--launch",
+        type=shlex.split,
+        default=[sys.executable],
+        help='what starts a recipe, as "torchrun --nproc_per_node 8"; Python by itself by default',
+    )
+    args, rest = parser.parse_known_args(argv)
+    if args.parallel < 1:
+        parser.error(f"--parallel {args.parallel}: give 1 or more.")
+    overrides: Settings = {}
+    while rest:
+        name, *value = rest.pop(0).split("=", 1)
+        if not name.startswith("--") or not (value or rest):
+            parser.error(f"{name!r} is not `--name value`.")
+        overrides[name.removeprefix("--")] = numbers(yaml.safe_load(value[0] if value else rest.pop(0)))
+    return args, overrides
+
+
+if __name__ == "__main__":
+    main()

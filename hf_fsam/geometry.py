@@ -1,0 +1,321 @@
+"""The geometry of the loss around a trainer's weights, measured on a few fixed batches; the training stays as it was.
+
+Notation of :mod:`hf_fsam.tape`: g = J(θ)ᵀu(θ). To first order in ρ, what SAM adds to g comes on two paths (arXiv
+2502.02407, section 3): the logit path J(θ)ᵀ(u(θ+ε) − u(θ)), in which the logits' statistics move, and the functional
+path (J(θ+ε) − J(θ))ᵀu(θ), in which the function's geometry does. Functional-SAM keeps the second alone.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import logging
+
+from hf_fsam.boundary import find_boundary
+from hf_fsam.engines.local import LocalEngine, gradients_set_aside
+from hf_fsam.forward_state import RandomState, running_statistics_kept
+from hf_fsam.perturbation import Exchange, Perturbation, norm, perturb
+from hf_fsam.second_moment import precondition, second_moments
+from hf_fsam.tape import Recording, Tape
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100
+
+
+@dataclass
+class Clean:
+    """A pass at θ.
+
+    Attributes:
+        loss: ℓ(θ), shape ().
+        gradients: g, one for each trainable weight, in its shape and dtype.
+        recording: with the cotangents u(θ).
+    """
+
+    loss: Tensor
+    gradients: list[Tensor]
+    recording: Recording
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What one ε makes of one batch.
+
+    Attributes:
+        rise: ℓ(θ+ε) − ℓ(θ).
+        linear: ⟨g, ε⟩, what the rise would be on a plane.
+        gradient: ‖g‖.
+        logit: ‖J(θ)ᵀ(u(θ+ε) − u(θ))‖.
+        functional: ‖(J(θ+ε) − J(θ))ᵀu(θ)‖.
+        cosine: of the two paths.
+        kept: the share of ρ along ε that the package's stochastic rounding leaves of θ+ε in the weights' format.
+        kept_to_nearest: what `weight.add_(ε)` would.
+    """
+
+    rise: float
+    linear: float
+    gradient: float
+    logit: float
+    functional: float
+    cosine: float
+    kept: float
+    kept_to_nearest: float
+
+
+class Probe:
+    """Measures on the first batches of `trainer`'s training data, those that each process has.
+
+    Args:
+        trainer: an :class:`~hf_fsam.FSAMTrainer`, before or in its training.
+        batches: how many.
+
+    Raises:
+        ValueError: parameters or gradients are sharded over processes; the message names the engine.
+    """
+
+    def __init__(self, trainer: Any, batches: int) -> None:
+        if type(trainer._fsam_engine) is not LocalEngine:  # subclasses shard
+            raise ValueError(
+                f"{type(trainer._fsam_engine).__name__} shards weights or gradients, and the geometry is measured in "
+                "one process or under DDP only. Measure there, on a smaller model if need be: set "
+                "fsam_diagnostics_steps=0 here."
+            )
+        self.trainer = trainer
+        self.device: torch.device = trainer.args.device
+        self.random = RandomState.capture(self.device)
+        self.batches = first_batches(trainer, batches)
+        self.random.restore()
+        self.name, self.boundary = find_boundary(trainer.model, trainer.args.fsam_boundary)
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """All measurements belong inside: afterwards gradients, random stream, mode, statistics and counters are those
+        of the training."""
+        before, training = RandomState.capture(self.device), self.model.training
+        self.model.train()
+        try:
+            with (
+                gradients_set_aside(self.weights),
+                running_statistics_kept(self.model),
+                self.trainer._fsam_uncounted(),
+            ):
+                yield
+        finally:
+            self.model.train(training)
+            before.restore()
+
+    # ---- Passes ----
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """ℓ of one batch, a mean over what it holds, shape (); every call draws the same dropout masks."""
+        self.random.restore()
+        with self.trainer.compute_loss_context_manager():
+            return self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch))
+
+    def clean(self, batch: dict[str, Any], tape: Tape) -> Clean:
+        with tape.record(keep=True) as recording:
+            loss = tape.see_loss(self.loss(batch))
+            gradients = self.back_propagate(loss)
+        return Clean(loss.detach(), gradients, recording)
+
+    def replayed(self, batch: dict[str, Any], tape: Tape, clean: Recording, cotangents: Recording) -> list[Tensor]:
+        """J at the weights as they are, times the recorded cotangents, which are used up."""
+        with tape.replay(clean, cotangents):
+            return self.back_propagate(tape.see_loss(self.loss(batch)))
+
+    def back_propagate(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of `loss`, zeros where it reaches no weight."""
+        weights = self.weights
+        for weight in weights:
+            weight.grad = None
+        self.trainer._fsam_engine.scale(loss).backward()
+        unit = self.trainer._fsam_engine.scale(torch.ones((), device=self.device))
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad / unit for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        return gradients
+
+    @contextmanager
+    def tape(self) -> Iterator[Tape]:
+        tape = Tape()
+        tape.attach(self.name, self.boundary)  # without a fused head: the logits themselves cross
+        try:
+            yield tape
+        finally:
+            tape.detach()
+
+    # ---- Perturbations ----
+
+    @torch.no_grad()
+    def direction(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """d of the trainer's settings for these ascent gradients, which stay as they are."""
+        result = [gradient.clone() for gradient in gradients]
+        optimizer = self.trainer.optimizer
+        if self.trainer.args.fsam_precondition and optimizer is not None:
+            while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
+                optimizer = optimizer.optimizer
+            precondition(result, second_moments(optimizer, self.weights))
+        return result
+
+    def random_direction(self, seed: int) -> list[Tensor]:
+        """Drawn evenly from all."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return [
+            torch.randn(weight.shape, generator=generator, device=weight.device).to(weight.dtype)
+            for weight in self.weights
+        ]
+
+    def away(self, direction: Sequence[Tensor], rho: float) -> Perturbation:
+        """θ+ε with ε = ρ d / ‖d‖₂."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return perturb(self.weights, [part.clone() for part in direction], None, rho, generator)
+
+    @torch.no_grad()
+    def kept_to_nearest(self, direction: Sequence[Tensor], rho: float) -> float:
+        """⟨round(θ+ε) − θ, ε⟩ / ρ²: what rounding to the nearest number leaves of the radius, 1 where it takes none."""
+        scale, along = rho / float(norm(direction)), 0.0
+        for weight, part in zip(self.weights, direction, strict=True):
+            epsilon = part.float() * scale
+            moved = (weight.float() + epsilon).to(weight.dtype).float() - weight.float()
+            along += float(torch.dot(moved.flatten(), epsilon.flatten()))
+        return along / rho**2
+
+    # ---- Measurements ----
+
+    def paths(self, batch: dict[str, Any], rho: float) -> Paths:
+        """Four passes; up to seven copies of the trainable weights."""
+        with self.tape() as tape:
+            clean = self.clean(batch, tape)
+            direction = self.direction(clean.gradients)
+            perturbation = self.away(direction, rho)
+            with Exchange()(perturbation):
+                moved = self.clean(batch, tape)
+                functional = self.replayed(batch, tape, clean.recording, clean.recording)
+            logit = self.replayed(batch, tape, clean.recording, moved.recording)
+        for path in (functional, logit):
+            torch._foreach_sub_(path, clean.gradients)
+        return Paths(
+            rise=float(moved.loss - clean.loss),
+            linear=rho * _ratio(dot(clean.gradients, direction), float(norm(direction))),
+            gradient=float(norm(clean.gradients)),
+            logit=float(norm(logit)),
+            functional=float(norm(functional)),
+            cosine=_ratio(dot(logit, functional), float(norm(logit)) * float(norm(functional))),
+            kept=float(perturbation.radius) / rho,
+            kept_to_nearest=self.kept_to_nearest(direction, rho),
+        )
+
+    @torch.no_grad()
+    def rise_random(self, batch: dict[str, Any], rho: float, directions: int = 2) -> float:
+        """Mean of ℓ(θ+ε) − ℓ(θ) over random ε of norm ρ."""
+        clean, rises = self.loss(batch), []
+        for seed in range(directions):
+            with Exchange()(self.away(self.random_direction(seed), rho)):
+                rises.append(float(self.loss(batch) - clean))
+        return sum(rises) / directions
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Entropy of softmax(z), in nats, and the norm of z less its mean, which softmax does not see: means over the
+        positions with a label."""
+        seen: list[Tensor] = []
+        handle = self.boundary.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        try:
+            self.loss(batch)
+        finally:
+            handle.remove()
+        labels = batch.get("labels")
+        entropies, norms, count = 0.0, 0.0, 0
+        for z in seen:
+            rows = z.reshape(-1, z.shape[-1])
+            if isinstance(labels, Tensor) and labels.shape == z.shape[:-1]:
+                rows = rows[(labels.reshape(-1) != IGNORED).to(rows.device)]
+            for part in rows.split(1024):  # so that little is copied to fp32 at a time
+                part = part.float()
+                entropies += float(torch.distributions.Categorical(logits=part, validate_args=False).entropy().sum())
+                norms += float((part - part.mean(dim=-1, keepdim=True)).norm(dim=-1).sum())
+                count += len(part)
+        return {"logit_entropy": _ratio(entropies, count), "logit_norm": _ratio(norms, count)}
+
+    def top_curvature(self, batch: dict[str, Any], iterations: int = 20, tolerance: float = 0.01) -> float:
+        """The eigenvalue of the batch's Hessian of largest magnitude, by power iteration.
+
+        The Hessian times a vector is exact: a second backward pass through the first one's graph, on the trainer's
+        own `compute_loss`, in a mathematical attention since the fused ones have no second derivative. NaN where some
+        other operation has none.
+        """
+        weights = self.weights
+        generator = torch.Generator(self.device).manual_seed(0)
+        vector = [torch.randn(weight.shape, generator=generator, device=weight.device) for weight in weights]
+        eigenvalue = math.inf
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            try:
+                gradients = torch.autograd.grad(self.loss(batch), weights, create_graph=True, allow_unused=True)
+                used = [
+                    (gradient, index)
+                    for index, gradient in enumerate(gradients)
+                    if gradient is not None and gradient.requires_grad
+                ]
+                for _ in range(iterations):
+                    size = float(norm(vector))
+                    vector = [part / size for part in vector]
+                    product = torch.autograd.grad(
+                        [gradient for gradient, _ in used],
+                        weights,
+                        grad_outputs=[vector[index].to(gradient.dtype) for gradient, index in used],
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                    before, moved = (
+                        eigenvalue,
+                        [
+                            torch.zeros_like(part) if each is None else each.float()
+                            for part, each in zip(vector, product, strict=True)
+                        ],
+                    )
+                    eigenvalue = dot(vector, moved)
+                    vector = moved
+                    if abs(eigenvalue - before) <= tolerance * abs(eigenvalue) or not float(norm(vector)) > 0:
+                        break
+            except RuntimeError as error:
+                logger.warning_once(f"No Hessian for this model, fsam/top_curvature is left out: {error}")
+                return math.nan
+        return eigenvalue
+
+
+def first_batches(trainer: Any, count: int) -> list[dict[str, Any]]:
+    """The first `count` batches of a data loader of the trainer's own making."""
+    loader = trainer.get_train_dataloader()
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        if len(batches) == count:
+            break
+    end = getattr(loader, "end", None)
+    if callable(end):  # or Accelerate takes it for the one that the training goes through
+        end()
+    return batches
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """⟨a, b⟩ over all tensors together."""
+    pairs = zip(a, b, strict=True)
+    return float(sum(torch.dot(left.flatten().float(), right.flatten().float()) for left, right in pairs))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

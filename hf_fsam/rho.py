@@ -1,0 +1,167 @@
+"""Find a radius for a training script of your own, in the manner of a learning rate finder.
+
+    hf-fsam rho train.py --its --own arguments
+    hf-fsam rho --out rho.png recipes/pretrain.py recipes/configs/pretrain_tiny.yaml
+
+The script runs as it is, with its model, data, precision and FSAMTrainer, for `--after` plain optimizer steps, so that
+the weights are those of a training and the optimizer has a second moment to precondition with. There it measures, for
+every ρ of a range and on a few batches, how the loss rises along ε, what the two paths of SAM's gradient amount to, and
+what of ρ the weights' format swallows. Then it stops: nothing is evaluated or saved.
+"""
+
+import argparse
+import runpy
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from transformers import TrainerCallback
+
+from hf_fsam.geometry import Paths, Probe
+from hf_fsam.second_moment import check_keeps_second_moment
+from hf_fsam.trainer import FSAMMixin
+
+RADII = tuple(10 ** (exponent / 4) for exponent in range(-14, 3))  # 0.0003 to 3.2, four a decade
+FUNCTIONAL = 0.1  # of ‖g‖: the share that the suggested ρ makes Functional-SAM change
+LINEAR = 2.0  # and at most so many times the rise of a plane
+
+
+def measure(probe: Probe, radii: tuple[float, ...] = RADII) -> dict[float, Paths]:
+    """Means over the batches, by ρ: four passes for each batch and ρ."""
+    found = {}
+    with probe.measuring():
+        for rho in radii:
+            each = [probe.paths(batch, rho) for batch in probe.batches]
+            names = [field.name for field in fields(Paths)]
+            found[rho] = Paths(*(sum(getattr(paths, name) for paths in each) / len(each) for name in names))
+    return found
+
+
+def suggest(found: dict[float, Paths]) -> tuple[float | None, str]:
+    """A radius and the reason for it, or None and why there is none."""
+    visible = [rho for rho, paths in found.items() if paths.functional >= FUNCTIONAL * paths.gradient]
+    if not visible:
+        return None, (
+            f"no ρ up to {max(found):g} changes the function's part of the gradient by {FUNCTIONAL:.0%}: "
+            "Functional-SAM would do next to nothing here."
+        )
+    rho = min(visible)
+    steep = found[rho].rise > LINEAR * found[rho].linear
+    reason = (
+        f"the smallest ρ at which Functional-SAM changes the gradient by {FUNCTIONAL:.0%} of its norm; SAM would "
+        f"change another {found[rho].logit / found[rho].gradient:.0%} through the logits"
+    )
+    if steep:
+        reason += (
+            f". The loss rises {found[rho].rise / found[rho].linear:.1f} times as much as on a plane there: so try "
+            "smaller ones, too"
+        )
+    return rho, reason + "."
+
+
+def table(found: dict[float, Paths]) -> str:
+    lines = ["       ρ      rise on a plane functional path logit path  ρ kept to nearest"]
+    for rho, paths in found.items():
+        lines.append(
+            f"{rho:8.4f} {paths.rise:9.4f} {paths.linear:10.4f} {paths.functional / paths.gradient:15.3f} "
+            f"{paths.logit / paths.gradient:10.3f} {paths.kept:7.2f} {paths.kept_to_nearest:10.2f}"
+        )
+    lines.append("rise: of the loss, nats. paths: in units of ‖g‖. kept: share of ρ along ε in the weights' format, as")
+    lines.append("this package rounds, and as weight.add_(ε) would.")
+    return "\n".join(lines)
+
+
+def plot(found: dict[float, Paths], suggested: float | None, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    radii, each = list(found), list(found.values())
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    axes[0].plot(radii, [paths.rise for paths in each], "o-", label="ℓ(θ+ε) − ℓ(θ)")
+    axes[0].plot(radii, [paths.linear for paths in each], "--", color="0.5", label="on a plane")
+    axes[0].set(yscale="symlog", ylabel="rise of the loss, nats")
+    axes[0].set_yscale("symlog", linthresh=1e-4)
+    axes[1].plot(radii, [paths.functional / paths.gradient for paths in each], "o-", label="functional path")
+    axes[1].plot(radii, [paths.logit / paths.gradient for paths in each], "o-", label="logit path")
+    axes[1].set(yscale="log", ylabel="change of the gradient / ‖g‖")
+    axes[2].plot(radii, [paths.kept for paths in each], "o-", label="stochastic rounding (this package)")
+    axes[2].plot(radii, [paths.kept_to_nearest for paths in each], "o-", label="rounding to nearest")
+    axes[2].set(ylabel="share of ρ left along ε", ylim=(0, 1.1))
+    for axis in axes:
+        if suggested is not None:
+            axis.axvline(suggested, color="C3", alpha=0.5, label=f"suggested: {suggested:.2g}")
+        axis.set(xscale="log", xlabel="ρ")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class _Found(SystemExit):
+    """Ends the script: whatever it does after its training is not wanted."""
+
+
+class _Finder(TrainerCallback):
+    """Trains plainly for `after` steps, then measures and ends the script."""
+
+    def __init__(self, trainer: Any, after: int, batches: int, out: Path) -> None:
+        self.trainer, self.after, self.batches, self.out = trainer, after, batches, out
+        self.probe: Probe | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fsam_precondition:
+            check_keeps_second_moment(self.trainer.optimizer)
+        if state.max_steps < self.after:
+            raise ValueError(f"--after {self.after}: the script trains for {state.max_steps} steps only.")
+        self.probe = Probe(self.trainer, self.batches)
+        args.fsam_variant = "none"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.probe is None or state.global_step < self.after:
+            return
+        found = measure(self.probe)
+        suggested, reason = suggest(found)
+        print(f"\n{table(found)}\n")
+        print(f"no suggestion: {reason}" if suggested is None else f"suggested: fsam_rho={suggested:.2g}, {reason}")
+        plot(found, suggested, self.out)
+        print(f"plot: {self.out}")
+        raise _Found(0)
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--after", type=int, default=100, help="plain optimizer steps before the measurement")
+    parser.add_argument("--batches", type=int, default=2, help="to measure on")
+    parser.add_argument("--out", type=Path, default=Path("rho.png"), help="the plot")
+    parser.add_argument("script", type=Path, help="a training script that uses FSAMTrainer or FSAMMixin")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    args = parser.parse_args(argv)
+    for name in ("after", "batches"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give 1 or more.")
+    if not args.script.is_file():
+        parser.error(f"{args.script} does not exist: give the path of a training script.")
+    train = FSAMMixin.train
+
+    def find(trainer: Any, *rest: Any, **options: Any) -> Any:
+        trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))
+        return train(trainer, *rest, **options)
+
+    sys.argv = [str(args.script), *args.arguments]
+    sys.path.insert(0, str(args.script.resolve().parent))  # as Python does for a script
+    with mock.patch.object(FSAMMixin, "train", find):
+        try:
+            runpy.run_path(str(args.script), run_name="__main__")
+        except _Found:
+            return
+    sys.exit(f"{args.script} ended without training with an FSAMTrainer for {args.after} steps: nothing was measured.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""A study: one recipe, several arms that differ in settings, several seeds, written down in one YAML file.
+
+    question: Does Functional-SAM train to a lower validation loss than AdamW?
+    recipe: ../pretrain.py                # a script; this path and the next are relative to this file
+    config: ../configs/pretrain_tiny.yaml # settings of all arms, and
+    settings: {max_steps: 500}            # more of them, which win
+    metrics: [eval_loss, best_eval_loss]  # lower is better; the first one decides
+    baseline: AdamW
+    seeds: [0, 1, 2]
+    tuning_seeds: [100]                   # others than those of the table
+    arms:
+      AdamW:
+        fsam_variant: none
+        learning_rate: [2e-3, 4e-3]       # a list is tuned: the best on the tuning seeds goes on to the seeds
+      Functional-SAM:
+        like: AdamW                       # begins with the settings that arm ended with, the tuned ones too
+        fsam_variant: functional
+        fsam_rho: [0.02, 0.1]
+
+An arm may also name its own `recipe`, and its `passes`, where its cost is not that of its `fsam_*` settings.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_fsam.arguments import FSAMArguments, plain_passes
+
+Settings = dict[str, Any]
+
+
+@dataclass
+class Arm:
+    """
+    Attributes:
+        settings: of the recipe; a list holds candidates to tune over.
+        like: the arm whose settings this one begins with.
+        recipe: another script than the study's.
+        passes: cost of a step in passes of plain training; None: as the `fsam_*` settings have it.
+    """
+
+    name: str
+    settings: Settings
+    like: str | None = None
+    recipe: Path | None = None
+    passes: float | None = None
+
+    def candidates(self, begin: Settings) -> list[Settings]:
+        """Every combination of the listed values, on top of `begin`."""
+        lists = {name: value for name, value in self.settings.items() if isinstance(value, list)}
+        fixed = {**begin, **{name: value for name, value in self.settings.items() if name not in lists}}
+        return [{**fixed, **dict(zip(lists, values, strict=True))} for values in itertools.product(*lists.values())]
+
+    @property
+    def tuned(self) -> list[str]:
+        return [name for name, value in self.settings.items() if isinstance(value, list) and len(value) > 1]
+
+
+@dataclass
+class Study:
+    name: str
+    question: str
+    recipe: Path
+    settings: Settings
+    metrics: list[str]
+    baseline: str
+    seeds: list[int]
+    tuning_seeds: list[int]
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    def tuning_order(self) -> list[list[Arm]]:
+        """The arms in rounds: each after the one that it is `like`."""
+        rounds: list[list[Arm]] = []
+        placed: set[str] = set()
+        while len(placed) < len(self.arms):
+            ready = [arm for arm in self.arms.values() if arm.name not in placed and arm.like in {None, *placed}]
+            if not ready:
+                raise ValueError(f"{self.name}: {sorted(set(self.arms) - placed)} are `like` each other in a circle.")
+            rounds.append(ready)
+            placed |= {arm.name for arm in ready}
+        return rounds
+
+    def passes(self, arm: Arm, settings: Settings) -> float:
+        """Cost of a step of the arm, in passes of plain training."""
+        known = {each.name for each in fields(FSAMArguments)}
+        own = {name: value for name, value in settings.items() if name in known}
+        return arm.passes if arm.passes is not None else plain_passes(FSAMArguments(**own))
+
+
+def load_studies(path: Path, overrides: Settings | None = None, seeds: list[int] | None = None) -> Iterator[Study]:
+    """The study of a YAML file, or those of the files that it lists under `studies`.
+
+    Args:
+        overrides: settings of all arms, which win over the file's, except for those that an arm has itself.
+        seeds: in place of the file's.
+
+    Raises:
+        FileNotFoundError: the file, the recipe or its configuration does not exist.
+        ValueError: a key is unknown or missing, or its value is not of its kind; the message names it.
+    """
+    raw = read_yaml(path)
+    if "studies" in raw:
+        if set(raw) != {"studies"} or not isinstance(raw["studies"], list):
+            raise ValueError(f"{path}: `studies` is a list of YAML files, and stands alone.")
+        for name in raw["studies"]:
+            yield from load_studies(path.parent / name, overrides, seeds)
+        return
+    known = {"question", "recipe", "config", "settings", "metrics", "baseline", "seeds", "tuning_seeds", "arms"}
+    _check_keys(path, "the study", raw, known, required={"recipe", "arms"})
+    settings = read_yaml(path.parent / raw["config"]) if raw.get("config") else {}
+    settings |= numbers(raw.get("settings") or {}) | (overrides or {})
+    arms = {name: _arm(path, str(name), dict(own or {})) for name, own in raw["arms"].items()}
+    study = Study(
+        name=path.stem,
+        question=raw.get("question", ""),
+        recipe=_existing(path.parent / raw["recipe"], f"{path}: recipe"),
+        settings=settings,
+        metrics=raw.get("metrics") or ["eval_loss"],
+        baseline=raw.get("baseline") or next(iter(arms)),
+        seeds=seeds or raw.get("seeds") or [0, 1, 2],
+        tuning_seeds=raw.get("tuning_seeds") or [100],
+        arms=arms,
+    )
+    for what, name in [("baseline", study.baseline), *((f"{arm.name}: like", arm.like) for arm in arms.values())]:
+        if name is not None and name not in arms:
+            raise ValueError(f"{path}: {what}: {name!r} is not an arm; there are {', '.join(map(repr, arms))}.")
+    for what in ("seeds", "tuning_seeds"):
+        values = getattr(study, what)
+        if not (isinstance(values, list) and all(isinstance(seed, int) for seed in values)):
+            raise ValueError(f"{path}: {what}={values!r} is not a list of whole numbers.")
+    if set(study.seeds) & set(study.tuning_seeds) and any(arm.tuned for arm in arms.values()):
+        raise ValueError(f"{path}: tuning_seeds must be others than seeds: what was tuned on a seed is at home there.")
+    study.tuning_order()
+    for arm in arms.values():  # wrong values are found before the first run
+        for candidate in arm.candidates(settings):
+            study.passes(arm, candidate)
+    yield study
+
+
+def _arm(path: Path, name: str, own: Settings) -> Arm:
+    recipe = own.pop("recipe", None)
+    like, passes = own.pop("like", None), own.pop("passes", None)
+    if passes is not None and not isinstance(passes, int | float):
+        raise ValueError(f"{path}: {name}: passes={passes!r} is not a number.")
+    empty = [key for key, value in own.items() if value == []]
+    if empty:
+        raise ValueError(f"{path}: {name}: {empty[0]} has no candidates.")
+    found = _existing(path.parent / recipe, f"{path}: {name}: recipe") if recipe else None
+    return Arm(name, numbers(own), like, found, passes)
+
+
+def _check_keys(path: Path, where: str, raw: Settings, known: set[str], required: set[str]) -> None:
+    for name in raw:
+        if name not in known:
+            raise ValueError(f"{path}: {name!r} is not a key of {where}; these are: {', '.join(sorted(known))}.")
+    for name in sorted(required):
+        if not raw.get(name):
+            raise ValueError(f"{path}: {where} needs {name!r}.")
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{what}: {path} does not exist.")
+    return path.resolve()
+
+
+def read_yaml(path: Path) -> Settings:
+    values = yaml.safe_load(_existing(path, "The YAML file").read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
+    return numbers(values)
+
+
+def numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3, without a point, as text: as a number again, in lists and mappings too."""
+    if isinstance(value, dict):
+        return {name: numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [numbers(each) for each in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+def canonical(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)

@@ -1,0 +1,207 @@
+"""What a study found: one table, one plot, from the rows of its runs."""
+
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+
+from hf_fsam.study import Study
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences with its 95 % interval from Student's t; one pair has no interval."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> "Difference":
+        count = len(differences)
+        if count < 2:
+            return cls(statistics.fmean(differences), math.nan)
+        error = statistics.stdev(differences) / math.sqrt(count)
+        return cls(statistics.fmean(differences), float(t.ppf(0.975, count - 1)) * error)
+
+    @property
+    def verdict(self) -> str:
+        if math.isnan(self.half) or abs(self.mean) <= self.half:
+            return "undecided"
+        return "better" if self.mean < 0 else "worse"
+
+    def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f"{self.mean:+.4f}"
+        return f"{self.mean:+.4f} [{self.mean - self.half:+.4f}, {self.mean + self.half:+.4f}]"
+
+
+def write_report(study: Study, rows: list[Row], path: Path, command: str) -> str:
+    """Writes PATH.md and PATH.png, and returns the first's text."""
+    final = [row for row in rows if row["stage"] == "final"]
+    text = "\n".join(
+        [f"**{study.name}**: {study.question}".strip(), "", *table(study, rows), "", *setting(study, final, command)]
+    )
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    plot(study, rows, path.with_suffix(".png"))
+    return text
+
+
+def table(study: Study, rows: list[Row]) -> list[str]:
+    """Lines of Markdown, padded so that a terminal shows columns."""
+    header = ["arm", "tuned"]
+    for name in study.metrics:
+        header += [f"{name}, mean ± sd", f"minus {study.baseline} [95 %]"]
+    header += ["verdict", "cost, plain passes", "× time"]
+    lines = [header]
+    final = by_arm(rows, "final")
+    base = final[study.baseline]
+    for arm, own in final.items():
+        line = [arm, tuned(study, arm, rows)]
+        verdict = ""
+        for index, name in enumerate(study.metrics):
+            line.append(spread([row["metrics"][name] for row in own.values()]))
+            pairs = [(own[seed]["metrics"][name], base[seed]["metrics"][name]) for seed in own if seed in base]
+            whole = [(value, other) for value, other in pairs if value is not None and other is not None]
+            if arm == study.baseline or not whole:
+                line.append("")
+                continue
+            difference = Difference.of([value - other for value, other in whole])
+            line.append(str(difference))
+            if index == 0:
+                verdict = difference.verdict
+        shared = [seed for seed in own if seed in base]
+        lines.append([*line, verdict, f"{cost(own, base):.2f}", times(own, base, shared)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    rule = "-|-".join("-" * width for width in widths)
+    return [f"| {padded[0]} |", f"|-{rule}-|", *(f"| {line} |" for line in padded[1:])]
+
+
+def by_arm(rows: list[Row], stage: str) -> dict[str, dict[int, Row]]:
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row["stage"] == stage:
+            found.setdefault(row["arm"], {})[row["seed"]] = row
+    return found
+
+
+def tuned(study: Study, arm: str, rows: list[Row]) -> str:
+    """The values that tuning chose; ! where one is the least or the most that was tried: the best may lie outside."""
+    own = next(row["settings"] for row in rows if row["arm"] == arm and row["stage"] == "final")
+    parts = []
+    for name in study.arms[arm].tuned:
+        values = study.arms[arm].settings[name]
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        edge = "!" if numeric and own[name] in (min(values), max(values)) else ""
+        parts.append(f"{name.removeprefix('fsam_')} {own[name]:g}{edge}" if numeric else f"{name} {own[name]}")
+    return ", ".join(parts)
+
+
+def spread(values: list[float | None]) -> str:
+    whole = [value for value in values if value is not None]
+    diverged = f" ({len(values) - len(whole)} diverged)" if len(whole) < len(values) else ""
+    if not whole:
+        return diverged.strip()
+    if len(whole) == 1:
+        return f"{whole[0]:.4f}{diverged}"
+    return f"{statistics.fmean(whole):.4f} ± {statistics.stdev(whole):.4f}{diverged}"
+
+
+def cost(own: dict[int, Row], base: dict[int, Row]) -> float:
+    """In passes of plain training over one of the baseline's length."""
+    total, steps = (next(iter(rows.values())) for rows in (own, base))
+    return total["passes"] * total["steps"] / steps["steps"]
+
+
+def times(own: dict[int, Row], base: dict[int, Row], seeds: list[int]) -> str:
+    ratios = [
+        own[seed]["train_seconds"] / base[seed]["train_seconds"]
+        for seed in seeds
+        if not (own[seed]["resumed"] or base[seed]["resumed"])
+        and own[seed]["train_seconds"]
+        and base[seed]["train_seconds"]
+    ]
+    return f"{statistics.median(ratios):.2f}" if ratios else ""
+
+
+def setting(study: Study, final: list[Row], command: str) -> list[str]:
+    first = final[0]
+    machine = first.get("machine", {})
+    versions = first.get("versions", {"python": platform.python_version()})
+    device = ", ".join(machine.get("gpus") or []) or f"CPU, {machine.get('torch_threads', '?')} threads a run"
+    lines = {
+        "seeds": " ".join(map(str, study.seeds)) + f" (tuned on {' '.join(map(str, study.tuning_seeds))})",
+        "weights": first.get("parameters"),
+        "steps": " ".join(map(str, sorted({row["steps"] for row in final}))),
+        "training time of the final runs, hours": round(sum(row["train_seconds"] or 0 for row in final) / 3600, 2),
+        "corpus": first.get("corpus_sha256"),
+        "device": device,
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
+        "command": command,
+    }
+    notes = ["- !: tuned to the edge of what was tried"] if any(arm.tuned for arm in study.arms.values()) else []
+    return [*notes, *(f"- {name}: {value}" for name, value in lines.items() if value)]
+
+
+def plot(study: Study, rows: list[Row], path: Path) -> None:
+    """Curves, loss against compute and, where ρ was tuned, the loss against ρ."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metric = study.metrics[0]
+    final, tuning = by_arm(rows, "final"), [row for row in rows if row["stage"] == "tuning"]
+    radii = {arm: rho_curve(tuning, arm, metric) for arm in final}
+    radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
+    count = 2 + bool(radii)
+    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.4), layout="constrained")
+    base = final[study.baseline]
+    for index, (arm, own) in enumerate(final.items()):
+        color = f"C{index % 10}"
+        curves = [row["curve"] for row in own.values() if row["curve"]]
+        if curves:
+            length = min(map(len, curves))
+            steps = [step for step, _ in curves[0][:length]]
+            values = [[curve[point][1] for curve in curves] for point in range(length)]
+            axes[0].plot(steps, [statistics.fmean(each) for each in values], color=color, label=arm)
+            axes[0].fill_between(steps, [min(each) for each in values], [max(each) for each in values], alpha=0.15)
+        losses = [row["metrics"][metric] for row in own.values() if row["metrics"][metric] is not None]
+        if losses:
+            where = cost(own, base)
+            axes[1].plot([where] * len(losses), losses, "x", color=color, alpha=0.4)
+            axes[1].plot(where, statistics.fmean(losses), "o", color=color, label=arm)
+        if arm in radii:
+            axes[2].plot(*zip(*radii[arm], strict=True), "o-", color=color, label=arm)
+    axes[0].set(xlabel="step", ylabel=f"{metric.removeprefix('best_')}, mean and range of the seeds")
+    axes[1].set(xlabel="cost, in passes of plain training over the baseline's steps", ylabel=f"{metric} (x: one seed)")
+    if radii:
+        axes[2].set(xlabel="ρ", ylabel=f"{metric}, tuning seeds", xscale="log")
+    for each in axes:
+        each.grid(alpha=0.3)
+        each.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def rho_curve(tuning: list[Row], arm: str, metric: str) -> list[tuple[float, float]]:
+    """(ρ, mean of the metric) for every ρ above zero that was tried and did not diverge, at its best other settings."""
+    found: dict[float, dict[str, list[float | None]]] = {}
+    for row in tuning:
+        rho = row["settings"].get("fsam_rho")
+        if row["arm"] == arm and rho:
+            others = str(sorted((name, str(value)) for name, value in row["settings"].items() if name != "fsam_rho"))
+            found.setdefault(rho, {}).setdefault(others, []).append(row["metrics"][metric])
+    curve = []
+    for rho, groups in sorted(found.items()):
+        whole = [[value for value in values if value is not None] for values in groups.values() if None not in values]
+        if whole:
+            curve.append((rho, min(map(statistics.fmean, whole))))
+    return curve
