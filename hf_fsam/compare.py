@@ -86,6 +86,8 @@ class Runner:
                 f"{self.log} is in use: by another `compare`, or by a run that a killed one left behind. Wait, end it, "
                 "or choose another --out."
             ) from error
+        if self.log.stat().st_size and not self.log.read_bytes().endswith(b"\n"):  # cut when the machine went down
+            self._file.write("\n")
         self.rows: dict[str, Row] = {row["key"]: row for row in read_rows(self.log)}
         self.parallel = parallel
         self._slots: SimpleQueue[int] = SimpleQueue()
@@ -94,6 +96,12 @@ class Runner:
         self._writing = threading.Lock()
         self._stopped = False
         self._processes: set[subprocess.Popen] = set()
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     def run(self, tasks: Iterable[Task]) -> list[Row]:
         """The rows of `tasks`, in their order; the first failure ends all."""
@@ -188,11 +196,14 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
         rows = runner.run(tuning_tasks(study, arms, found))
         for arm in arms:
             own = [row for row in rows if row["arm"] == arm.name]
+            if not own:
+                chosen[arm.name] = found[arm.name][0]
+                continue
             scores = [
                 mean(row["metrics"][study.metrics[0]] for row in own if row["settings"] == candidate)
                 for candidate in found[arm.name]
             ]
-            if own and min(scores) == math.inf:
+            if min(scores) == math.inf:
                 raise RuntimeError(f"{study.name}: {arm.name}: no candidate ended with a finite {study.metrics[0]}.")
             chosen[arm.name] = found[arm.name][scores.index(min(scores))]
         tuned += rows
@@ -288,7 +299,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All whole lines: the last one is cut where the machine went down while it was written."""
+    """All whole lines."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -309,8 +320,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.compare")
     with tqdm(total=sum(map(total_weight, studies)), bar_format=BAR) as bar:
         for study in studies:
             bar.set_description(study.name)
-            runner = Runner(study, args.out, args.launch, args.parallel, args.keep, bar.update)
-            report = write_report(study, run_study(study, runner), args.out / study.name, f"{prog} {shlex.join(argv)}")
+            with Runner(study, args.out, args.launch, args.parallel, args.keep, bar.update) as runner:
+                rows = run_study(study, runner)
+            report = write_report(study, rows, args.out / study.name, f"{prog} {shlex.join(argv)}")
             bar.write(f"\n{report}\n", file=sys.stdout)
 
 

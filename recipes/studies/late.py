@@ -1,0 +1,33 @@
+"""pretrain.py with the perturbation in the last share of the training alone: an arm of equal_compute.yaml."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pretrain
+
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+
+
+@dataclass
+class LateArguments(FSAMTrainingArguments):
+    perturb_last: float = field(default=1.0, metadata={"help": "Share of the steps, at the end, that perturb."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.perturb_last <= 1:
+            raise ValueError(f"perturb_last={self.perturb_last} is not a share: give a number above 0, at most 1.")
+        super().__post_init__()
+
+
+class LateTrainer(FSAMTrainer):
+    @property
+    def _fsam_due(self) -> bool:
+        return super()._fsam_due and self.state.global_step >= (1 - self.args.perturb_last) * self.state.max_steps
+
+
+pretrain.FSAMTrainer, pretrain.FSAMTrainingArguments = LateTrainer, LateArguments
+run = pretrain.run
+
+if __name__ == "__main__":
+    pretrain.main()

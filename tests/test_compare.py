@@ -1,0 +1,362 @@
+"""`hf-fsam compare`: what is run, what is not run twice, and what the table makes of it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_fsam.arguments import FSAMArguments, plain_passes
+from hf_fsam.compare import Runner, main, read_results, run_study
+from hf_fsam.study import Study, load_studies
+from hf_fsam.study_report import Difference, cost, rho_curve, table
+
+ROOT = Path(__file__).parents[1]
+
+# A recipe that takes no time: the loss is a parabola in the learning rate and in ρ, with noise that a seed shares.
+RECIPE = """
+import json, sys, time
+from pathlib import Path
+settings = json.loads(Path(sys.argv[1]).read_text())
+folder = Path(settings["output_dir"])
+with (Path(__file__).parent / "called.txt").open("a") as file:
+    file.write(json.dumps(settings) + "\\n")
+time.sleep(settings.get("sleep", 0))
+if settings.get("fail"):
+    sys.exit("no such optimizer")
+rate, rho = settings.get("learning_rate", 1), settings.get("fsam_rho", 0)
+loss = 2 + (rate - 3) ** 2 + (rho - 0.2) ** 2 + 0.1 * settings["seed"]
+if settings.get("diverge"):
+    loss = float("nan")
+steps = settings.get("max_steps", 2)
+history = [{"step": 1, "eval_loss": loss - 1}, {"step": steps, "eval_loss": loss}]
+results = {"metrics": {"eval_loss": loss}, "history": history, "steps": steps, "train_seconds": 2.0}
+(folder / "results.json").write_text(json.dumps(results))
+"""
+
+ARMS = {
+    "AdamW": {"fsam_variant": "none", "learning_rate": [1, "3e0", 5]},
+    "FSAM": {"like": "AdamW", "fsam_variant": "functional", "fsam_rho": [0.1, 0.2]},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return tmp_path
+
+
+def write_study(folder: Path, **keys: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "recipe.py", "arms": ARMS, "seeds": [0, 1], **keys}, sort_keys=False))
+    return path
+
+
+def study_of(folder: Path, **keys: Any) -> Study:
+    (study,) = load_studies(write_study(folder, **keys))
+    return study
+
+
+def called(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "called.txt"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def compare(folder: Path, *argv: str) -> None:
+    main([str(folder / "study.yaml"), "--out", str(folder / "out"), *argv])
+
+
+def run(study: Study, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    settings = {"launch": [sys.executable], "parallel": 1, "keep": False, "advance": lambda weight: None}
+    with Runner(study, folder / "out", **(settings | options)) as runner:
+        return run_study(study, runner)
+
+
+def test_tunes_on_its_own_seeds_and_hands_what_it_chose_on(folder: Path) -> None:
+    rows = run(study_of(folder), folder)
+    final = [row for row in rows if row["stage"] == "final"]
+    assert [(row["arm"], row["seed"]) for row in final] == [("AdamW", 0), ("FSAM", 0), ("AdamW", 1), ("FSAM", 1)]
+    assert {row["settings"]["learning_rate"] for row in final} == {3.0}
+    assert {row["settings"].get("fsam_rho") for row in final if row["arm"] == "FSAM"} == {0.2}
+    assert {row["seed"] for row in rows if row["stage"] == "tuning"} == {100}
+    assert len(called(folder)) == 3 + 2 + 4
+    assert [row["passes"] for row in final] == [1.0, 2.0, 1.0, 2.0]
+    assert not list((folder / "out" / "runs").iterdir())  # models are not left behind
+
+
+def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    write_study(folder)
+    compare(folder)
+    first, table_before = len(called(folder)), (folder / "out" / "study.md").read_text()
+    log = folder / "out" / "study.jsonl"
+    log.write_text(log.read_text() + '{"key": "cut off whe')  # the machine went down
+    compare(folder)
+    assert len(called(folder)) == first
+    assert (folder / "out" / "study.md").read_text() == table_before
+    compare(folder, "--seeds", "0", "1", "2")
+    assert len(called(folder)) == first + 2
+    compare(folder, "--max_steps", "7")  # other settings, other runs
+    assert {each.get("max_steps") for each in called(folder)[first + 2 :]} == {7}
+    assert "FSAM" in capsys.readouterr().out
+    assert (folder / "out" / "study.png").stat().st_size > 1000
+
+
+def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
+    write_study(folder, settings={"sleep": 1}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
+    command = [sys.executable, "-m", "hf_fsam.compare", str(folder / "study.yaml"), "--out", str(folder / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(called(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len((folder / "out" / "study.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(RuntimeError, match="is in use"):  # by the run that was left behind
+        compare(folder)
+    time.sleep(1.5)
+    compare(folder)
+    assert [each["rate"] for each in called(folder)] == [1, 2, 2]
+
+
+def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
+    write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
+    command = [sys.executable, "-m", "hf_fsam.compare", str(folder / "study.yaml"), "--out", str(folder / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not called(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=20) != 0
+    study = study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0])
+    run(study, folder)  # nobody holds the lock
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}}, seeds=[0])
+    run(study, folder, keep=True)
+    (left,) = (folder / "out" / "runs").iterdir()
+    (left / "checkpoint-3").mkdir()
+    (folder / "out" / "study.jsonl").write_text("")
+    (row,) = run(study, folder, keep=True)
+    assert called(folder)[-1]["resume_from_checkpoint"] == str(left / "checkpoint-3")
+    assert row["resumed"]
+    assert not called(folder)[0].get("resume_from_checkpoint")
+
+
+def test_a_failing_run_says_which_and_why(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {"fail": True}}, seeds=[0])
+    with pytest.raises(RuntimeError, match=r"(?s)study: B, seed 0, ended with code 1.*no such optimizer"):
+        run(study, folder)
+    assert len((folder / "out" / "study.jsonl").read_text().splitlines()) == 1
+
+
+def test_runs_in_parallel_get_their_share_of_the_cores(folder: Path) -> None:
+    (folder / "recipe.py").write_text(
+        RECIPE.replace("import json,", "import os, json,").replace(
+            "file.write(", 'file.write(os.environ.get("OMP_NUM_THREADS", "") + "|" + '
+        )
+    )
+    study = study_of(folder, settings={"sleep": 1}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
+    start = time.monotonic()
+    rows = run(study, folder, parallel=2)
+    assert [row["arm"] for row in rows] == ["A", "B"]
+    threads = [line.split("|")[0] for line in (folder / "called.txt").read_text().splitlines()]
+    assert threads == [str(max(1, (os.cpu_count() or 1) // 2))] * 2
+    assert time.monotonic() - start < 30
+
+
+def test_arms_with_the_same_settings_share_a_run(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {"rate": 1}, "B": {"rate": 1}}, seeds=[0])
+    rows = run(study, folder)
+    assert [row["arm"] for row in rows] == ["A", "B"]
+    assert len(called(folder)) == 1
+
+
+def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
+    arms = {"A": {"diverge": [True, False]}, "B": {"diverge": [True]}}
+    study = study_of(folder, arms=arms, seeds=[0, 1])
+    rows = run(study, folder)
+    assert [row["settings"]["diverge"] for row in rows if row["stage"] == "final"] == [False, True, False, True]
+    assert rows[0]["metrics"]["eval_loss"] is None
+    assert "2 diverged" in "\n".join(table(study, rows))
+    study = study_of(folder, arms={"A": {"diverge": [True], "rate": [1, 2]}})
+    with pytest.raises(RuntimeError, match="no candidate ended with a finite eval_loss"):
+        run(study, folder)
+
+
+# ---- The table ----
+
+
+def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+    base = {"stage": "final", "settings": {}, "passes": 1.0, "steps": 100, "train_seconds": 10.0, "resumed": False}
+    return {"arm": arm, "seed": seed, "metrics": {"eval_loss": loss}, "curve": [], **base, **more}
+
+
+def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0, 1, 2])
+    rows = [row("A", seed, 2.0 + seed) for seed in range(3)]
+    rows += [row("B", seed, 2.0 + seed + 0.1 * (seed + 1), passes=2.0, train_seconds=19.0) for seed in range(3)]
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    # 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, t(0.975, 2) = 4.3027: 4.3027 × 0.1 / √3 = 0.2484
+    assert "+0.2000 [-0.0484, +0.4484]" in line
+    assert "undecided" in line
+    assert "3.2000 ± 1.1000" in line
+    assert "| 2.00 " in line
+    assert "| 1.90 " in line
+    assert Difference.of([-0.1, -0.12, -0.11]).verdict == "better"
+    assert Difference.of([0.1, 0.12, 0.11]).verdict == "worse"
+    assert Difference.of([0.1]).verdict == "undecided"
+
+
+def test_cost_counts_steps_and_passes() -> None:
+    base = {0: row("A", 0, 1.0)}
+    assert cost({0: row("B", 0, 1.0, steps=50, passes=2.0)}, base) == 1.0
+    assert plain_passes(FSAMArguments(fsam_variant="none")) == 1
+    assert plain_passes(FSAMArguments(fsam_variant="sam")) == 2
+    assert plain_passes(FSAMArguments(fsam_rho=0.0)) == 1
+    assert plain_passes(FSAMArguments(fsam_ascent_direction="momentum")) == pytest.approx(4 / 3)
+    assert plain_passes(FSAMArguments(fsam_every_steps=4)) == 1.25
+    assert plain_passes(FSAMArguments(fsam_variant="logit")) == pytest.approx(7 / 3)
+
+
+def test_tuned_values_at_the_edge_are_marked_and_the_radius_has_a_curve(folder: Path) -> None:
+    study = study_of(folder)
+    rows = run(study, folder)
+    lines = table(study, rows)
+    assert any("learning_rate 3 " in line for line in lines)  # of 1, 3, 5
+    assert any("rho 0.2!" in line for line in lines)  # of 0.1, 0.2
+    curve = rho_curve([each for each in rows if each["stage"] == "tuning"], "FSAM", "eval_loss")
+    assert [rho for rho, _ in curve] == [0.1, 0.2]
+    assert curve[0][1] == pytest.approx(12 + 0.01)  # 2 + (0.1 - 0.2)² + 0.1 · 100
+
+
+def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
+    history = [
+        {"step": 5, "eval_loss": 1.5},
+        {"step": 10, "eval_loss": float("nan")},
+        {"step": 10, "train_runtime": 8.0, "train_loss": 2.0},
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (tmp_path / "all_results.json").write_text(json.dumps({"eval_accuracy": 0.5}))
+    found = read_results(tmp_path, ["eval_loss", "best_eval_loss", "eval_accuracy"])
+    assert found["metrics"] == {"eval_loss": None, "best_eval_loss": 1.5, "eval_accuracy": 0.5}
+    assert found["curve"] == [[5, 1.5]]
+    assert (found["steps"], found["train_seconds"]) == (10, 8.0)
+    with pytest.raises(RuntimeError, match=r"no metric 'eval_f1'\. It has best_eval_loss"):
+        read_results(tmp_path, ["eval_f1"])
+    with pytest.raises(RuntimeError, match=r"neither results\.json nor trainer_state.json"):
+        read_results(tmp_path / "nowhere", ["eval_loss"])
+
+
+# ---- The file ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"recipe": "nowhere.py"}, "recipe: .*nowhere.py does not exist"),
+        ({"seedz": [1]}, "'seedz' is not a key of the study"),
+        ({"arms": {}}, "needs 'arms'"),
+        ({"baseline": "Adam"}, "baseline: 'Adam' is not an arm; there are 'AdamW', 'FSAM'"),
+        ({"arms": {"A": {"like": "B"}, "B": {"like": "A"}}}, "in a circle"),
+        ({"arms": {"A": {"like": "C"}}}, "A: like: 'C' is not an arm"),
+        ({"seeds": [0.5]}, r"seeds=\[0.5\] is not a list of whole numbers"),
+        ({"tuning_seeds": [0]}, "tuning_seeds must be others than seeds"),
+        ({"arms": {"A": {"fsam_rho": [0.1, -1]}}}, "fsam_rho=-1 is not a radius"),
+        ({"arms": {"A": {"fsam_variant": "vanilla"}}}, "fsam_variant='vanilla' is unknown"),
+        ({"arms": {"A": {"fsam_rho": []}}}, "fsam_rho has no candidates"),
+        ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, Any], message: str) -> None:
+    write_study(folder, **keys)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compare(folder)
+    assert not called(folder)
+
+
+STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_one_its_recipe_understands(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All candidates of all arms go through the recipe's own parser."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import config as recipe_config
+
+    studies = list(load_studies(path))
+    parsed: list[tuple] = []
+
+    class Parsed(Exception):
+        pass
+
+    original = recipe_config.parse
+    monkeypatch.setattr(recipe_config, "parse", lambda *args: stop(*args))
+
+    def stop(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple:
+        parsed.append(original(dataclasses, argv, script))
+        raise Parsed
+
+    for study in studies:
+        assert study.question
+        assert len(study.seeds) >= 3
+        chosen: dict[str, dict] = {}
+        for arms in study.tuning_order():
+            for arm in arms:
+                candidates = arm.candidates(chosen[arm.like] if arm.like else study.settings)
+                chosen[arm.name] = candidates[0]
+                script = arm.recipe or study.recipe
+                for name in ("pretrain", "finetune"):
+                    monkeypatch.delitem(sys.modules, name, raising=False)
+                spec = importlib.util.spec_from_file_location(f"studied_{script.stem}", script)
+                assert spec is not None
+                assert spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                for settings in candidates:
+                    file = tmp_path / "run.json"
+                    file.write_text(json.dumps({**settings, "seed": 1, "output_dir": str(tmp_path / "x")}))
+                    with pytest.raises(Parsed):
+                        module.run([str(file)])
+    assert parsed
+
+
+def test_a_real_recipe_gives_all_arms_the_same_batches(tmp_path: Path) -> None:
+    """ρ = 0 is plain training: to the last bit the baseline's loss, so weights and batches were the same."""
+    path = tmp_path / "real.yaml"
+    small = {"max_steps": 2, "warmup_steps": 0, "eval_steps": 1, "validation_blocks": 2, "corpus_max_bytes": 400000}
+    study = {
+        "recipe": str(ROOT / "recipes" / "pretrain.py"),
+        "config": str(ROOT / "recipes" / "configs" / "study.yaml"),
+        "settings": {
+            **small,
+            "validation_fraction": 0.3,
+            "vocab_size": 300,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "layers": 1,
+        },
+        "arms": {
+            "AdamW": {"fsam_variant": "none"},
+            "rho 0": {"fsam_rho": 0.0},
+            "rho 1": {"fsam_rho": 1.0},
+        },
+        "seeds": [5],
+    }
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    main([str(path), "--out", str(tmp_path / "out"), "--parallel", "2"])
+    rows = {each["arm"]: each for each in map(json.loads, (tmp_path / "out" / "real.jsonl").read_text().splitlines())}
+    assert rows["rho 0"]["metrics"] == rows["AdamW"]["metrics"]
+    assert rows["rho 1"]["metrics"] != rows["AdamW"]["metrics"]
+    assert [step for step, _ in rows["AdamW"]["curve"]] == [1, 2, 2]
+    assert rows["AdamW"]["corpus_sha256"]
