@@ -5,6 +5,7 @@ goes through scaling, capping, slicing and flattening, and meets a cross entropy
 from the final hidden states (`hf_fsam.head`). To anything else it gives the logits after all.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -175,6 +176,7 @@ class Source(Protocol):
     dtype: torch.dtype
     device: torch.device
     crossed: tuple[Tensor, ...]
+    changed: "DeferredLogits | None"
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor: ...
 
@@ -189,6 +191,7 @@ class _Pass:
         self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
         self.dtype, self.device = compute_dtype(hidden), hidden.device
         self.crossed: tuple[Tensor, ...] = ()
+        self.changed: DeferredLogits | None = None
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self._hidden.flatten(0, -2).index_select(0, rows)
@@ -228,7 +231,8 @@ class RecordedPass(_Pass):
     def _take(self, function: Any, rows: Tensor, *settings: Any) -> Tensor:
         hidden = self._rows(rows)
         statistic = Statistic(hidden.detach(), self._kept.weight, self._kept.bias, self.dtype, *settings)
-        if function is CrossEntropySum and self._call is not None and not self._cut and self._kept.cotangents:
+        later = self._call is not None and not self._cut and torch.is_grad_enabled()
+        if function is CrossEntropySum and later and self._kept.cotangents:
             statistic.kept = self._kept.cotangents.take(len(rows), self._kept.weight, self.dtype)
         return self._cross_with(function.apply(hidden, *self._edges, statistic), rows, statistic)
 
@@ -309,6 +313,28 @@ class ReplayedPass(_Pass):
         return self._logits
 
 
+# What makes sense of one tensor only, the one that the loss goes on with.
+_OF_THE_TENSOR = {"register_hook", "retain_grad", "grad", "data"}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+
+
+def _changes(name: str) -> bool:
+    """Whether the method called `name` changes its tensor."""
+    return name in _IN_PLACE or name in _OF_THE_TENSOR or (name.endswith("_") and not name.endswith("__"))
+
+
+def _unless_made(method: Callable) -> Callable:
+    """The method, or that of the tensor where the logits are made."""
+
+    @functools.wraps(method)
+    def either(self: "DeferredLogits", *args: Any, **kwargs: Any) -> Any:
+        if self.made is not None:
+            return getattr(self.made, method.__name__)(*args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return either
+
+
 @dataclass(repr=False, eq=False)
 class DeferredLogits:
     """Stands for logits (..., v), and answers to what torch functions ask of a tensor.
@@ -323,6 +349,7 @@ class DeferredLogits:
         dtype: in which the logits were asked for.
         whole: `rows` are all tokens in their order and shape.
         crossed: tensors that the backward pass will come through.
+        made: the logits, where somebody has changed them in place: these answer from then on.
     """
 
     source: Source
@@ -331,6 +358,7 @@ class DeferredLogits:
     dtype: torch.dtype
     whole: bool
     crossed: tuple[Tensor, ...]
+    made: Tensor | None = None
 
     @classmethod
     def of(cls, source: Source) -> "DeferredLogits":
@@ -339,6 +367,7 @@ class DeferredLogits:
         return cls(source, rows, Squash(), source.dtype, True, source.crossed)
 
     def _with(self, **changes: Any) -> "DeferredLogits":
+        self._check_unchanged()
         return replace(self, whole=self.whole and "rows" not in changes, **changes)
 
     @property
@@ -364,9 +393,11 @@ class DeferredLogits:
     def contiguous(self) -> "DeferredLogits":
         return self
 
+    @_unless_made
     def float(self) -> "DeferredLogits":
         return self._with(dtype=torch.float32)
 
+    @_unless_made
     def to(self, *args: Any, **kwargs: Any) -> Any:
         (target,) = args if len(args) == 1 and not kwargs else (None,)
         if isinstance(target, torch.dtype) and target.is_floating_point:
@@ -375,6 +406,7 @@ class DeferredLogits:
             return self
         return self._tensor("to").to(*args, **kwargs)
 
+    @_unless_made
     def view(self, *shape: Any) -> Any:
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         rest = self.rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
@@ -384,6 +416,7 @@ class DeferredLogits:
 
     reshape = view
 
+    @_unless_made
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, Tensor):
             if index.dtype == torch.bool and index.ndim < self.ndim:
@@ -395,6 +428,7 @@ class DeferredLogits:
                 return self._with(rows=taken[..., 0])
         return self._tensor("indexing")[index]
 
+    @_unless_made
     def __mul__(self, factor: Any) -> Any:
         if _number(factor):
             return self._with(squash=self.squash.scaled(factor))
@@ -402,6 +436,7 @@ class DeferredLogits:
 
     __rmul__ = mul = __mul__
 
+    @_unless_made
     def __truediv__(self, divisor: Any) -> Any:
         if _number(divisor):
             return self._with(squash=self.squash.scaled(1 / divisor))
@@ -409,6 +444,7 @@ class DeferredLogits:
 
     div = __truediv__
 
+    @_unless_made
     def tanh(self) -> Any:
         if self.squash.tanh:
             return self._tensor("a second tanh").tanh()
@@ -416,9 +452,11 @@ class DeferredLogits:
 
     # ---- Where they end ----
 
+    @_unless_made
     def logsumexp(self, dim: Any, keepdim: bool = False) -> Tensor:
         if dim not in (-1, self.ndim - 1):
             return self._tensor("logsumexp over another dimension").logsumexp(dim, keepdim)
+        self._check_unchanged()
         result = self.source.log_sum_exp(self.rows.flatten(), self.squash).view(self.rows.shape)
         return result.unsqueeze(-1) if keepdim else result
 
@@ -432,6 +470,11 @@ class DeferredLogits:
         reduction: str = "mean",
         label_smoothing: Any = 0.0,
     ) -> Tensor:
+        if self.made is not None:
+            return F.cross_entropy(
+                self.made, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+            )
+        self._check_unchanged()
         legacy = weight is not None or size_average is not None or reduce is not None
         if legacy or reduction == "none" or self.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
             return F.cross_entropy(
@@ -448,8 +491,29 @@ class DeferredLogits:
         result = self.source.cross_entropy_sum(self.rows[counted], self.squash, target[counted], label_smoothing)
         return result / counted.sum() if reduction == "mean" else result
 
+    def to_change(self, why: str) -> Tensor:
+        """The logits for a change in place, or for what is asked of the tensor itself."""
+        if self.made is None:
+            if not self.whole:
+                raise RuntimeError(
+                    f"the model or its loss changes a part of the logits in place ({why}), which hf_fsam does not "
+                    "follow while it defers them: set fsam_fused_head=False."
+                )
+            self.made, self.source.changed = self._tensor(why), self
+        return self.made
+
+    def _check_unchanged(self) -> None:
+        if self.source.changed is not None and self.source.changed is not self:
+            raise RuntimeError(
+                "the model or its loss changes the logits in place after it took a part or a multiple of them, which "
+                "hf_fsam does not follow while it defers them: set fsam_fused_head=False."
+            )
+
     def _tensor(self, why: str) -> Tensor:
         """The logits after all."""
+        if self.made is not None:
+            return self.made
+        self._check_unchanged()
         z = self.source.logits(f"{why} needs them")
         z = z if self.squash.before == 1.0 else z * self.squash.before
         if self.squash.tanh:
@@ -460,7 +524,7 @@ class DeferredLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"DeferredLogits has no attribute {name!r}")
-        return getattr(self._tensor(name), name)
+        return getattr(self.to_change(name) if _changes(name) else self._tensor(name), name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -471,6 +535,10 @@ class DeferredLogits:
         if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
             return args[1] * args[0]
         name = getattr(function, "__name__", str(function))
+        first = args[:1] if _changes(name) or kwargs.get("inplace") else ()
+        for changed in (*first, kwargs.get("out")):
+            if isinstance(changed, cls):
+                changed.to_change(name)
         args, kwargs = tree_map_only(cls, lambda z: z._tensor(name), (args, kwargs))
         return function(*args, **kwargs)
 
@@ -488,7 +556,7 @@ _KNOWN: dict[Any, Callable] = {
 
 def _as_tensor(name: str) -> Callable:
     def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self._tensor(name), name)(*args)
+        return getattr(self.to_change(name) if _changes(name) else self._tensor(name), name)(*args)
 
     return method
 
@@ -503,6 +571,7 @@ for _name in [
     "isub",
     "imul",
     "itruediv",
+    "ipow",
     "rtruediv",
     "pow",
     "rpow",

@@ -23,6 +23,7 @@ class LoggedMeans:
     def clear(self) -> None:
         self._steps = 0
         self._rises: dict[str, Tensor] = {}
+        self._rising: dict[str, set[int]] = {}  # the steps that have one
         self._norm, self._radius, self._perturbed, self._skipped = torch.zeros(4, device=self._device).unbind()
 
     def add_ascent(self, perturbation: Perturbation, unit: Tensor) -> None:
@@ -36,6 +37,7 @@ class LoggedMeans:
         """rise: what θ+ε makes of one micro-batch's loss, as it counts in the loss that is logged, shape ()."""
         rise = torch.where(skipped, 0.0, rise.float())
         self._rises[name] = self._rises[name] + rise if name in self._rises else rise
+        self._rising.setdefault(name, set()).add(self._steps)
 
     def count_step(self) -> None:
         """An optimizer step begins."""
@@ -49,7 +51,7 @@ class LoggedMeans:
         norm, radius, perturbed, skipped, *rises = accelerator.reduce(sums, "mean").tolist()
         perturbed = perturbed or 1.0
         logs = {
-            **{f"fsam/{name}": rise / self._steps for name, rise in zip(self._rises, rises, strict=True)},
+            **{f"fsam/{name}": rise / len(self._rising[name]) for name, rise in zip(self._rises, rises, strict=True)},
             "fsam/ascent_grad_norm": norm / perturbed,
             "fsam/radius": radius / perturbed,
             "fsam/skipped": skipped,

@@ -148,12 +148,12 @@ def vjp(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Jᵀu with the cotangent of `statistic` and the Jacobian of a head at `hidden` and `weight`, its own or others.
 
-    Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the dtypes of h, W and b, None for what `needs` (W, b) leaves out;
-    and ⟨u, h Wᵀ⟩, shape ().
+    Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the :func:`sum_dtype` of h, W and b, None for what `needs` (W, b)
+    leaves out; and ⟨u, h Wᵀ⟩, shape ().
     """
     dtype, wide, weight = statistic.dtype, statistic.wide, weight.detach()
     to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    to_weight = torch.zeros_like(weight) if needs[0] else None
+    to_weight = torch.zeros_like(weight, dtype=sum_dtype(weight)) if needs[0] else None
     to_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs[1] else None
     with torch.autocast(hidden.device.type, enabled=False):
         narrow = hidden.to(dtype)
@@ -165,8 +165,8 @@ def vjp(
                 if to_bias is not None:
                     to_bias[columns] += u.sum(0, dtype=wide)
     if to_bias is not None and bias is not None:
-        to_bias = to_bias.to(bias.dtype)
-    return to_hidden.to(hidden.dtype), to_weight, to_bias, _dot(to_hidden, hidden)
+        to_bias = to_bias.to(sum_dtype(bias))
+    return to_hidden.to(sum_dtype(hidden)), to_weight, to_bias, _dot(to_hidden, hidden)
 
 
 class Edge(torch.autograd.Function):
@@ -210,10 +210,12 @@ class CrossEntropySum(torch.autograd.Function):
                 target = statistic.targets[tokens].unsqueeze(-1)
                 p = torch.softmax(z, -1, out=statistic.place_for(tokens))
                 # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
-                log_sum[tokens] = z.amax(-1) - p.amax(-1).log_()
-                total += log_sum[tokens].sum() - (1 - smoothing) * z.gather(-1, target).sum()
+                top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()
+                log_sum[tokens] = top.squeeze(-1) + rest
+                # Each token's by itself, from its top: of confident tokens little is left after the subtraction.
+                total += (rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)).sum()
                 if smoothing:
-                    total -= smoothing * z.mean(-1).sum()
+                    total += smoothing * (top - z.mean(-1, keepdim=True)).sum()
                 if to_hidden is None:
                     continue
                 p.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=wide))
@@ -230,7 +232,7 @@ class CrossEntropySum(torch.autograd.Function):
         if to_hidden is not None:
             statistic.along = _dot(to_hidden, hidden)
             gradients = zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
-            ctx.gradients = [None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients]  # type: ignore[union-attr]
+            ctx.gradients = [None if gradient is None else gradient.to(sum_dtype(of)) for gradient, of in gradients]  # type: ignore[arg-type]
         return total.clone()
 
     @staticmethod
@@ -332,6 +334,12 @@ class Linear(torch.autograd.Function):
         gradients = (upstream @ weight, u.t() @ hidden.flatten(0, -2), u.sum(0))
         wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*(gradient.to(dtype) if needed else None for gradient, dtype, needed in wanted), None)
+
+
+def sum_dtype(of: Tensor) -> torch.dtype:
+    """For a gradient that is a sum over tokens, before it is divided by their number: float16 ends at 65504. Autograd
+    narrows it."""
+    return torch.float32 if of.dtype == torch.float16 else of.dtype
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -42,7 +42,7 @@ class Recording:
             replay, in the units of u; None where that is not known.
         crossings: how many tensors crossed the boundary in the forward pass.
         nodes: the autograd nodes of those tensors, while the pass lasts.
-        leaves: what takes the place of those tensors where the graph is cut at the boundary.
+        leaves: what takes the place of those tensors where the graph is cut at the boundary, by crossing.
     """
 
     cotangents: dict[int, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Recording:
     rise: Tensor | None = None
     crossings: int = 0
     nodes: set[Any] = field(default_factory=set)
-    leaves: list[Tensor] = field(default_factory=list)
+    leaves: dict[int, Tensor] = field(default_factory=dict)
     _loss: Tensor | None = None
     _scale: Tensor | None = None
 
@@ -74,7 +74,8 @@ class Recording:
 
     def differentiate(self, loss: Tensor) -> None:
         """The backward pass where the graph is cut: to the boundary, past which no weight is touched."""
-        for index, gradient in enumerate(torch.autograd.grad(loss, self.leaves, allow_unused=True)):
+        gradients = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
+        for index, gradient in zip(self.leaves, gradients, strict=True):
             if gradient is not None:
                 self.keep(index, gradient)
         self.leaves.clear()
@@ -168,10 +169,12 @@ class Tape:
         def cross(z: Tensor) -> tuple[int, Tensor]:
             index = recording.crossings
             recording.crossings += 1
+            if not torch.is_grad_enabled():  # a metric's
+                return index, z
             recording.nodes.add(z.grad_fn)
             if cut:
-                z = z.detach().requires_grad_()
-                recording.leaves.append(z)
+                recording.leaves[index] = z.detach().requires_grad_()
+                z = _Through.apply(recording.leaves[index])
             elif keep:
                 z.register_hook(partial(recording.keep, index))
             return index, z
@@ -294,6 +297,18 @@ class Tape:
                 "one tensor, the logits. Name the module that makes them."
             )
         return self._on_output(output) if output.requires_grad else None
+
+
+class _Through(torch.autograd.Function):
+    """A leaf as what may be changed in place, as the outputs of a head may."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _WithValue(torch.autograd.Function):

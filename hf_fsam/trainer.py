@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 # The mixin stands before any Trainer class, whatever that may hold.
 _AnyTrainer: Any = object
 
-_COUNTED = ("_metrics", "_total_train_tokens")  # TRL 1.16
+_COUNTED = ("_metrics", "_stored_metrics", "_total_train_tokens")  # TRL 1.16
 
 
 @dataclass
@@ -201,7 +201,9 @@ class FSAMMixin(_AnyTrainer):
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
         keep = backward is None or self.args.fsam_variant == "functional"
-        with self._fsam_tape.record(keep=keep, cut=backward is None, kept=kept) as recording:
+        # TRL 1.16 enters this in its own training_step, which the clean pass does not go through.
+        offloading = getattr(self, "maybe_activation_offload_context", nullcontext())
+        with offloading, self._fsam_tape.record(keep=keep, cut=backward is None, kept=kept) as recording:
             with self.compute_loss_context_manager():
                 loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
             if self._fsam_splits and self._fsam_checked_model is not self.model and backward is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_fsam.head import Edge, Replayed, Squash, Statistic, compute_dtype
 
 _NAME = "_ChunkedLogProbFunction"
+_checked: list[bool] = []
 
 
 @contextmanager
@@ -62,6 +63,7 @@ def log_probabilities(
     statistic = Statistic(hidden.detach(), *weights, compute_dtype(hidden), squash, targets)
     statistic.value, statistic.others = result[0].detach(), tuple(None if x is None else x.detach() for x in result[1:])
     statistic.log_sum = result[0].grad_fn.saved_tensors[4]
+    _check_log_sum(statistic)
     if hidden.requires_grad:
         hidden.register_hook(statistic.see_gradient)
     if result[1] is not None:
@@ -82,6 +84,23 @@ def replayed_log_probabilities(
     now = weight.detach(), None if bias is None else bias.detach()
     edges = Edge.apply(weight), None if bias is None else Edge.apply(bias)
     return (Replayed.apply(hidden, *edges, statistic, -upstream, replay, now), *statistic.others)
+
+
+@torch.no_grad()
+def _check_log_sum(statistic: Statistic) -> None:
+    """Once a process: what was read in one version of TRL may stand elsewhere in another, and gradients be wrong."""
+    if _checked or not len(statistic.hidden):
+        return
+    logits = statistic.squash.apply_(statistic.product(statistic.hidden[:1]))
+    found = statistic.log_sum.flatten()[:1]
+    if statistic.log_sum.shape != statistic.hidden.shape[:1] or not torch.allclose(
+        logits.logsumexp(-1), found.to(logits.dtype), rtol=1e-2, atol=1e-2
+    ):
+        raise ValueError(
+            "TRL's fused head keeps something else than log Σ exp z where that of TRL 1.16 does: install trl==1.16.*, "
+            "or set fsam_variant='none'."
+        )
+    _checked.append(True)
 
 
 def _refuse_entropy(gradient: Tensor | None) -> None:

@@ -26,6 +26,7 @@ GIVEN = {
     "fsam_boundary": "lm_head",
     "fsam_fused_head": False,
     "fsam_offload_hidden_states": True,
+    "fsam_diagnostics_steps": 5,
 }
 
 

@@ -18,7 +18,7 @@ from hf_fsam import FSAMTrainer, deferred, head
 from tests import reference, zoo
 from tests.reference import IGNORED, Batch, Window
 from tests.test_parity import Setting, check_parity
-from tests.toys import VOCABULARY, llama, make_trainer, sentences
+from tests.toys import VOCABULARY, distance, llama, make_trainer, sentences, train
 from tests.zoo import CASES
 
 
@@ -447,3 +447,126 @@ def test_it_answers_as_a_tensor_does() -> None:
                 assert torch.allclose(one, other, atol=1e-5, rtol=1e-4), name
     with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
         _ = deferred.DeferredLogits.of(source).no_such_thing
+
+
+# Losses that change what they are given -------------------------------------------------------------------------------
+
+
+def shifted(logits: Any, labels: Tensor) -> tuple[Any, Tensor]:
+    return logits[..., :-1, :].reshape(-1, logits.shape[-1]), labels[..., 1:].reshape(-1)
+
+
+def writes_an_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    outputs.logits[..., 10:20] = -1e4
+    return F.cross_entropy(*shifted(outputs.logits, labels % 10), reduction="sum") / num_items_in_batch
+
+
+def fills_with_a_method(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    outputs.logits.clamp_(-0.5, 0.5)
+    return F.cross_entropy(*shifted(outputs.logits.float(), labels), reduction="sum") / num_items_in_batch
+
+
+def fills_with_a_function(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    F.relu(outputs.logits, inplace=True)
+    return outputs.logits.logsumexp(-1).mean() + 0.0 * F.cross_entropy(*shifted(outputs.logits, labels))
+
+
+def multiplies_under_another_name(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    z = outputs.logits
+    z *= 3.0
+    return F.cross_entropy(*shifted(outputs.logits, labels), reduction="sum") / num_items_in_batch
+
+
+def hooks_the_gradient(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    outputs.logits.register_hook(lambda gradient: 2 * gradient)
+    return F.cross_entropy(*shifted(outputs.logits, labels), reduction="sum") / num_items_in_batch
+
+
+def changes_the_loss_in_place(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    loss = F.cross_entropy(*shifted(outputs.logits, labels), reduction="sum")
+    loss *= 0.1
+    return loss
+
+
+def measures_on_the_way(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    with torch.no_grad():
+        assert F.cross_entropy(*shifted(outputs.logits, labels)).exp() > 1
+        assert outputs.logits.logsumexp(-1).mean() > 0
+    return F.cross_entropy(*shifted(outputs.logits, labels), reduction="sum") / num_items_in_batch
+
+
+LOSSES = [
+    writes_an_item,
+    fills_with_a_method,
+    fills_with_a_function,
+    multiplies_under_another_name,
+    hooks_the_gradient,
+    changes_the_loss_in_place,
+    measures_on_the_way,
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"fsam_ascent_direction": "momentum"}, {"fsam_variant": "logit"}],
+    ids=["split", "momentum", "logit"],
+)
+def test_losses_that_change_what_they_are_given_train_as_with_logits(
+    loss: Any, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first step is the one that finds the logits deferred."""
+    fused, plain = (
+        train(
+            tmp_path,
+            fsam_rho=0.1,
+            max_steps=2,
+            fsam_fused_head=on,
+            trainer={"compute_loss_func": loss},
+            **arguments,
+        )
+        for on in (True, False)
+    )
+    assert distance(fused, plain) < 1e-6
+
+
+@pytest.mark.parametrize("when", ["a part", "after a part"])
+def test_changes_that_cannot_be_followed_are_refused_by_name(when: str, tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        part = outputs.logits[..., :-1, :]
+        (part if when == "a part" else outputs.logits)[..., 0] = 0.0
+        return F.cross_entropy(part.reshape(-1, VOCABULARY), labels[..., 1:].reshape(-1))
+
+    with pytest.raises(RuntimeError, match="set fsam_fused_head=False"):
+        train(tmp_path, trainer={"compute_loss_func": loss})
+    train(tmp_path, trainer={"compute_loss_func": loss}, fsam_fused_head=False, max_steps=1)
+
+
+def test_a_frequent_target_does_not_overflow_in_float16() -> None:
+    """The gradient of the weights is a sum over 8192 tokens until it is divided by their number."""
+    torch.manual_seed(0)
+    hidden = torch.randn(8192, 64)
+    hidden[:, 3] += 100  # a channel that stands out, as in trained models
+    weight, targets = 0.02 * torch.randn(512, 64), torch.randint(512, (8192,))
+    targets[::10] = 7
+    hidden, weight = hidden.half(), weight.half().requires_grad_()
+    statistic = head.Statistic(hidden, weight.detach(), None, torch.float16, head.Squash(), targets)
+    (head.CrossEntropySum.apply(hidden, weight, None, statistic) / 8192).backward()
+    assert weight.grad is not None
+    _, again, _, _ = head.vjp(statistic, None, hidden, weight, None, (True, False))
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.t(), targets).backward()
+    assert exact.grad is not None
+    for found in (weight.grad.double(), again.double() / 8192):  # type: ignore[union-attr]
+        assert float((found - exact.grad).norm() / exact.grad.norm()) < 3e-3
+
+
+def test_the_loss_of_confident_tokens_is_as_exact_as_the_logits_make_it() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(256, 32), torch.randn(64, 32)
+    targets = torch.randint(64, (256,))
+    hidden += 0.8 * weight[targets]  # |z| about 40, losses about 0.002
+    statistic = head.Statistic(hidden, weight, None, torch.float32, head.Squash(), targets)
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="sum")
+    found = head.CrossEntropySum.apply(hidden, weight, None, statistic)
+    assert float((found - exact).abs() / exact) < 1e-5

@@ -324,3 +324,30 @@ def test_a_trainer_that_generates_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="generates what it trains on"):
         make_trainer(tmp_path, Over, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
+
+
+def test_another_trl_that_keeps_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    function: Any = trl.trainer.utils._ChunkedLogProbFunction
+    forward = function.forward
+
+    def reordered(ctx: Any, *args: Any) -> Any:
+        save = ctx.save_for_backward
+
+        class Context:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(ctx, name)
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                setattr(ctx, name, value)
+
+            def save_for_backward(self, *tensors: Any) -> None:
+                save(*tensors[:4], tensors[4] + 1.0, *tensors[5:])
+
+        return forward(Context(), *args)
+
+    monkeypatch.setattr(function, "forward", staticmethod(reordered))
+    monkeypatch.setattr("hf_fsam.trl._checked", [])
+    with pytest.raises(ValueError, match=r"install trl==1\.16"):
+        make_trainer(
+            tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"]
+        ).train()

@@ -1,0 +1,130 @@
+"""The finder of a radius: what it measures, what it suggests, and that it leaves nothing behind."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_fsam import rho
+from hf_fsam.geometry import Paths, Probe
+from tests.test_diagnostics import RHO, Formulas, expected_paths, tiny
+from tests.toys import llama, make_trainer, same_bits, sentences, weights_of
+
+ROOT = Path(__file__).parents[1]
+FLAT = Paths(rise=0.0, linear=0.0, gradient=1.0, logit=0.0, functional=0.0, cosine=0.0, kept=1.0, kept_to_nearest=1.0)
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.toys import make_trainer
+trainer = make_trainer({folder!r}, max_steps=6, {arguments})
+trainer.train()
+open({folder!r} + "/trained_to_the_end", "w").close()
+"""
+
+
+def script(folder: Path, arguments: str = "") -> Path:
+    path = folder / "train.py"
+    path.write_text(SCRIPT.format(root=str(ROOT), folder=str(folder), arguments=arguments))
+    return path
+
+
+def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        model=tiny(),
+        fsam_precondition=False,
+        per_device_train_batch_size=24,
+        trainer={"train_dataset": sentences(24)},
+    )
+    trainer.create_optimizer()
+    before = weights_of(trainer.model)
+    found = rho.measure(Probe(trainer, 1), (RHO,))[RHO]
+    assert same_bits(weights_of(trainer.model), before)
+    formulas = Formulas(trainer.model)
+    expected = expected_paths(formulas)
+    assert found.logit == pytest.approx(expected["logit_path"], rel=1e-3)
+    assert found.functional == pytest.approx(expected["functional_path"], rel=1e-3)
+    assert found.rise == pytest.approx(expected["rise_ascent"], rel=1e-3)
+    g = formulas.pulled_back(formulas.theta, formulas.cotangent(formulas.theta))
+    size = float(torch.cat([part.flatten() for part in g.values()]).norm())
+    assert found.gradient == pytest.approx(size, rel=1e-4)
+    assert found.linear == pytest.approx(RHO * size, rel=1e-4)
+    assert found.kept == pytest.approx(1, abs=1e-4)
+    assert found.kept_to_nearest == pytest.approx(1, abs=1e-4)
+
+
+def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
+    """ε far below the gap between two numbers is gone when rounded to nearest, and whole on average when rounded
+    stochastically; far above it, both keep it."""
+    trainer = make_trainer(tmp_path, model=llama().to(torch.bfloat16), fsam_precondition=False)
+    trainer.create_optimizer()
+    found = rho.measure(Probe(trainer, 2), (1e-2, 3.0))
+    assert found[1e-2].kept_to_nearest < 0.5
+    assert found[1e-2].kept == pytest.approx(1, abs=0.15)
+    assert found[3.0].kept_to_nearest == pytest.approx(1, abs=0.05)
+
+
+def test_suggests_the_radius_at_which_the_function_moves() -> None:
+    found = {
+        0.01: replace(FLAT, functional=0.01, logit=0.02, rise=0.01, linear=0.01),
+        0.1: replace(FLAT, functional=0.12, logit=0.3, rise=0.11, linear=0.1),
+        1.0: replace(FLAT, functional=0.8, logit=2.0, rise=3.0, linear=1.0),
+    }
+    suggested, reason = rho.suggest(found)
+    assert suggested == 0.1
+    assert "another 30%" in reason
+    steep, reason = rho.suggest({1.0: found[1.0]})
+    assert steep == 1.0
+    assert "3.0 times as much as on a plane" in reason
+    assert rho.suggest({0.01: found[0.01]})[0] is None
+
+
+def test_runs_a_script_of_ones_own_up_to_its_measurement(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_fsam.rho", "--after", "3", "--out", str(tmp_path / "rho.png")]
+    result = subprocess.run([*command, str(script(tmp_path))], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "fsam_rho" in result.stdout or "no suggestion" in result.stdout
+    assert (tmp_path / "rho.png").stat().st_size > 1000
+    assert not (tmp_path / "trained_to_the_end").exists()
+    lines = [line.split() for line in result.stdout.splitlines() if line.strip()[:2] in ("0.", "1.", "3.")]
+    assert len(lines) == len(rho.RADII)
+    rises = [float(line[1]) for line in lines]
+    assert rises == sorted(rises)  # along the gradient the loss goes up
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ("", ["--after", "7"], "--after 7: the script trains for 6 steps only"),
+        ("optim='sgd'", [], "SGD keeps none"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, arguments: str, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rho.main([*options, str(script(tmp_path, arguments))])
+
+
+def test_a_script_without_a_training_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        rho.main([str(tmp_path / "empty.py")])
+    with pytest.raises(SystemExit):
+        rho.main([str(tmp_path / "nowhere.py")])
+    assert "nowhere.py does not exist" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_can() -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        code = "from hf_fsam.cli import main; main()"
+        return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    assert "compare" in call().stdout
+    unknown = call("compar")
+    assert unknown.returncode == 2
+    assert "compare STUDY.yaml" in unknown.stderr
+    assert "--tuning" not in call("compare", "--help").stdout
+    assert "--parallel" in call("compare", "--help").stdout
