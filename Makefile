@@ -17,12 +17,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Each test keeps to one thread: a file of tests for each of two cores.
 test: install lint
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # With the long runs that `make test` leaves out.
 test-all: install lint
-	$(VENV)/bin/python -m pytest -m 'slow or not slow' $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'slow or not slow' $(PYTEST_ARGS)
 
 demo: install
 	$(VENV)/bin/python recipes/demo.py

@@ -247,7 +247,8 @@ def total_weight(study: Study) -> float:
 def read_results(folder: Path, metrics: list[str]) -> Row:
     """Of a run's results: the `metrics`, the first one's curve, steps, seconds, versions and machine.
 
-    `best_eval_x` is the lowest `eval_x` on the way. A metric that is not finite is None.
+    A metric is one of the results', or the last that was logged of that name (as `fsam/top_curvature`), or
+    `best_eval_loss`, the lowest on the way. One that is not finite is None.
 
     Raises:
         RuntimeError: there are no results, or one of `metrics` is not among them.
@@ -266,11 +267,10 @@ def read_results(folder: Path, metrics: list[str]) -> Row:
             f"The run left neither results.json nor trainer_state.json in {folder}: let the recipe write the first, or "
             "call trainer.save_state()."
         )
-    evaluated = {name for entry in history for name in entry if name.startswith("eval_")}
-    for name in evaluated:
+    for name in {name for entry in history for name in entry}:
         values = [entry[name] for entry in history if name in entry]
         found.setdefault(name, values[-1])
-        if name.endswith("loss"):
+        if name.startswith("eval_") and name.endswith("loss"):
             found[f"best_{name}"] = min(filter(_is_finite, values), default=math.nan)
     for name in metrics:
         if name not in found:

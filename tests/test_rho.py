@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_fsam import rho
+from hf_fsam import cli, rho
 from hf_fsam.geometry import Paths, Probe
 from tests.test_diagnostics import RHO, Formulas, expected_paths, tiny
 from tests.toys import llama, make_trainer, same_bits, sentences, weights_of
@@ -63,7 +63,7 @@ def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model=llama().to(torch.bfloat16), fsam_precondition=False)
     trainer.create_optimizer()
     found = rho.measure(Probe(trainer, 2), (1e-2, 3.0))
-    assert found[1e-2].kept_to_nearest < 0.5
+    assert found[1e-2].kept_to_nearest < 0.7
     assert found[1e-2].kept == pytest.approx(1, abs=0.15)
     assert found[3.0].kept_to_nearest == pytest.approx(1, abs=0.05)
 
@@ -117,14 +117,27 @@ def test_a_script_without_a_training_is_not_measured(tmp_path: Path, capsys: pyt
     assert "nowhere.py does not exist" in capsys.readouterr().err
 
 
-def test_the_command_says_what_it_can() -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        code = "from hf_fsam.cli import main; main()"
-        return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+def test_the_command_says_what_it_can(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["hf-fsam", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
 
-    assert "compare" in call().stdout
-    unknown = call("compar")
-    assert unknown.returncode == 2
-    assert "compare STUDY.yaml" in unknown.stderr
-    assert "--tuning" not in call("compare", "--help").stdout
-    assert "--parallel" in call("compare", "--help").stdout
+    assert call() == 0
+    assert "compare STUDY.yaml" in capsys.readouterr().out
+    assert call("compar") == 2
+    assert "compare STUDY.yaml" in capsys.readouterr().err
+    assert call("compare", "--help") == 0
+    assert "--parallel" in capsys.readouterr().out
+    assert call("rho", "--help") == 0
+    assert "--after" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf-fsam", "compare", "x.yaml"])
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "hf_fsam.compare", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_fsam.study", raising=False)
+    with pytest.raises(SystemExit, match=r"needs yaml: pip install 'hf-fsam\[studies\]'"):
+        cli.main()

@@ -13,14 +13,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -43,6 +42,7 @@ pretrain.FSAMTrainingArguments = AfterArguments
 
 
 def run(argv: list[str]) -> dict[str, Any]:
+    quantized = quantizations()  # what is missing is said before the training
     results = pretrain.run(argv)
     _, data, args = parse((pretrain.ModelArguments, DatasetArguments, AfterArguments), argv, Path(__file__).name)
     folder = Path(args.output_dir)
@@ -50,8 +50,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     blocks = for_validation(load_splits(data).validation, AutoTokenizer.from_pretrained(folder), data)
     before = loss_of(model, blocks)
     rises = {
-        "int8_rise": loss_of(changed(model, quantized(Int8WeightOnlyConfig())), blocks) - before,
-        "int4_rise": loss_of(changed(model, quantized(INT4)), blocks) - before,
+        **{f"{name}_rise": loss_of(changed(model, change), blocks) - before for name, change in quantized.items()},
         "noise_rise": sum(loss_of(changed(model, noisy(args.noise, draw)), blocks) for draw in range(3)) / 3 - before,
     }
     later = finetune.run(
@@ -68,11 +67,17 @@ def run(argv: list[str]) -> dict[str, Any]:
     return results
 
 
-INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-
-
-def quantized(config: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: quantize_(model, config)
+def quantizations() -> dict[str, Callable[[nn.Module], Any]]:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("This study quantizes with torchao: pip install 'hf-fsam[quantization]'") from error
+    configs = {
+        "int8": Int8WeightOnlyConfig(),
+        "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+    }
+    return {name: partial(quantize_, config=config) for name, config in configs.items()}
 
 
 def noisy(share: float, draw: int) -> Callable[[nn.Module], Any]:
