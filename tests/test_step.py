@@ -366,6 +366,7 @@ def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Pa
         "fsam_boundary": None,
         "fsam_fused_head": True,
         "fsam_offload_hidden_states": False,
+        "fsam_diagnostics_steps": 0,
     }
     saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
     assert (saved.fsam_variant, saved.fsam_rho) == ("sam", 0.25)
