@@ -101,6 +101,7 @@ def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.Capture
     assert len(called(folder)) == first
     assert (folder / "out" / "study.md").read_text() == table_before
     compare(folder, "--seeds", "0", "1", "2")
+    compare(folder, "--seeds", "0", "1", "2")
     assert len(called(folder)) == first + 2
     compare(folder, "--max_steps", "7")  # other settings, other runs
     assert {each.get("max_steps") for each in called(folder)[first + 2 :]} == {7}

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_fsam import FSAMDiagnosticsCallback
 from hf_fsam.engines.fsdp import FSDPEngine
+from hf_fsam.geometry import Probe
 from tests.reference import Window, causal_lm_loss, without_targets
 from tests.toys import adapted, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
 
@@ -164,6 +165,14 @@ def test_measuring_leaves_the_training_alone_to_the_bit(tmp_path: Path, variant:
         [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (without, with_them)
     ]
     assert losses[0] == losses[1]
+
+
+def test_its_own_data_loader_is_not_taken_for_the_trainings(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    state = trainer.accelerator.gradient_state
+    before = list(state.dataloader_references)
+    Probe(trainer, 2)
+    assert list(state.dataloader_references) == before
 
 
 @pytest.mark.parametrize("make", [lambda: adapted(gpt2()), lambda: llama().to(torch.bfloat16)], ids=["LoRA", "bf16"])

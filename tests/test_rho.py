@@ -20,7 +20,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.toys import make_trainer
-trainer = make_trainer({folder!r}, max_steps=6, {arguments})
+trainer = make_trainer({folder!r}, max_steps=6, logging_steps=1, {arguments})
 trainer.train()
 open({folder!r} + "/trained_to_the_end", "w").close()
 """
@@ -92,6 +92,7 @@ def test_runs_a_script_of_ones_own_up_to_its_measurement(tmp_path: Path) -> None
     assert not (tmp_path / "trained_to_the_end").exists()
     lines = [line.split() for line in result.stdout.splitlines() if line.strip()[:2] in ("0.", "1.", "3.")]
     assert len(lines) == len(rho.RADII)
+    assert "fsam/" not in result.stdout  # the steps before are plain ones
     rises = [float(line[1]) for line in lines]
     assert rises == sorted(rises)  # along the gradient the loss goes up
 
