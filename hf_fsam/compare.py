@@ -8,8 +8,9 @@ The recipe is any script that takes one JSON file of settings, as recipes/*.py a
 or the Trainer's `all_results.json` and `trainer_state.json`. That a seed means the same batches for all arms is the
 Trainer's doing: its sampler draws from `seed` alone.
 
-Runs go to OUT/STUDY.jsonl as they end, one line each; a run that is there is not repeated, so a study that was killed
-goes on where it was, within a run from its last checkpoint if it writes any. Then OUT/STUDY.md and OUT/STUDY.png.
+Runs go to OUT/runs.jsonl as they end, one line each. A run that is there is not repeated, also by another study, so one
+that was killed goes on where it was, within a run from its last checkpoint if it writes any. Script, settings, seed and
+--launch make a run. Then come OUT/STUDY.md and OUT/STUDY.png.
 """
 
 import argparse
@@ -24,8 +25,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,9 +37,8 @@ from typing import Any
 import torch
 import yaml
 from tqdm import tqdm
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_fsam.study import Arm, Settings, Study, canonical, load_studies, numbers
+from hf_fsam.study import Arm, Settings, Study, canonical, fingerprint, load_studies, numbers
 from hf_fsam.study_report import write_report
 
 Row = dict[str, Any]
@@ -51,31 +53,32 @@ class Task:
     seed: int
     stage: str  # tuning or final
 
-    def key(self, study: Study) -> str:
-        """Names what the run computes: the same for the same recipe, settings and seed."""
-        recipe = (self.arm.recipe or study.recipe).name
-        return hashlib.sha256(canonical([recipe, self.settings, self.seed]).encode()).hexdigest()[:16]  # type: ignore[arg-type]
-
 
 class Runner:
     """Runs the tasks of one study and keeps their rows.
 
     Args:
         out: folder of the rows, and of the runs' own folders while they last.
-        launch: the command in front of the recipe's path.
-        parallel: runs at a time; each gets its share of the CPU's cores, and one GPU where there are several.
+        launch: the command in front of the recipe's path; None: Python.
+        parallel: runs at a time; each gets its share of the CPU's cores, and without `launch` a GPU of its own.
         keep: leave the runs' folders, with their models, where they are.
         advance: called with a task's weight when it has ended.
 
     Raises:
-        RuntimeError: somebody else is at work on this study in `out`.
+        RuntimeError: somebody else is at work in `out`.
     """
 
     def __init__(
-        self, study: Study, out: Path, launch: list[str], parallel: int, keep: bool, advance: Callable[[float], Any]
+        self,
+        study: Study,
+        out: Path,
+        launch: list[str] | None = None,
+        parallel: int = 1,
+        keep: bool = False,
+        advance: Callable[[float], Any] = lambda weight: None,
     ) -> None:
         self.study, self.out, self.launch, self.keep, self.advance = study, out, launch, keep, advance
-        self.log = out / f"{study.name}.jsonl"
+        self.log = out / "runs.jsonl"
         out.mkdir(parents=True, exist_ok=True)
         self._file = self.log.open("a", encoding="utf-8")
         try:
@@ -106,25 +109,42 @@ class Runner:
     def run(self, tasks: Iterable[Task]) -> list[Row]:
         """The rows of `tasks`, in their order; the first failure ends all."""
         tasks = list(tasks)
+        distinct = {self.key(task): task for task in tasks}
         with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [
-                pool.submit(self._once, task) for task in {task.key(self.study): task for task in tasks}.values()
-            ]
+            futures = [pool.submit(self._once, task) for task in distinct.values()]
             try:
                 for future in as_completed(futures):
                     self.advance(future.result())
             except BaseException:
                 self._stopped = True
-                for process in list(self._processes):
-                    process.terminate()
+                self._end_processes()
                 raise
-        # Arms may share a run.
-        return [{**self.rows[task.key(self.study)], "arm": task.arm.name, "stage": task.stage} for task in tasks]
+        # Arms and studies may share a run.
+        return [
+            {
+                **self.rows[self.key(task)],
+                "study": self.study.name,
+                "arm": task.arm.name,
+                "stage": task.stage,
+                "passes": self.study.passes(task.arm, task.settings),
+            }
+            for task in tasks
+        ]
+
+    def recipe(self, task: Task) -> Path:
+        return task.arm.recipe or self.study.recipe
+
+    def key(self, task: Task) -> str:
+        """Names what the run computes."""
+        recipe = os.path.relpath(self.recipe(task), self.study.path.parent)
+        parts = [recipe, task.settings, task.seed, *([self.launch] if self.launch else [])]
+        return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
     def _once(self, task: Task) -> float:
         """Runs the task unless it has been; returns its weight."""
-        key = task.key(self.study)
-        if key not in self.rows and not self._stopped:
+        key = self.key(task)
+        known = self.rows.get(key, {"metrics": {}})
+        if not set(self.study.metrics) <= known["metrics"].keys() and not self._stopped:
             slot = self._slots.get()
             try:
                 row = self._train(task, key, slot)
@@ -137,15 +157,16 @@ class Runner:
         return weight(self.study, task.arm, task.settings)
 
     def _train(self, task: Task, key: str, slot: int) -> Row:
-        folder = self.out / "runs" / f"{self.study.name}-{key}"
+        folder = self.out / "runs" / key
         folder.mkdir(parents=True, exist_ok=True)
+        recipe = self.recipe(task)
         settings = {"disable_tqdm": True, **task.settings, "seed": task.seed, "output_dir": str(folder)}
-        checkpoint = get_last_checkpoint(str(folder))
+        checkpoint = last_checkpoint(folder)
         if checkpoint is not None:
-            settings["resume_from_checkpoint"] = checkpoint
+            settings["resume_from_checkpoint"] = str(checkpoint)
         file, output = folder / "run.json", folder / "output.txt"
         file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        code = self._call([*self.launch, str(task.arm.recipe or self.study.recipe), str(file)], output, slot)
+        code = self._call([*(self.launch or [sys.executable]), str(recipe), str(file)], output, slot)
         if code != 0:
             tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise RuntimeError(
@@ -159,9 +180,9 @@ class Runner:
             "stage": task.stage,
             "seed": task.seed,
             "settings": task.settings,
-            "passes": self.study.passes(task.arm, task.settings),
             "resumed": checkpoint is not None,
             **read_results(folder, self.study.metrics),
+            "recipe_sha256": fingerprint(recipe),
             "key": key,
         }
         if not self.keep:
@@ -172,19 +193,52 @@ class Runner:
         environment = dict(os.environ)
         if self.parallel > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.parallel))
-            if torch.cuda.device_count() > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        gpus = visible_gpus()
+        if self.launch is None and len(gpus) > 1:  # or the plain Trainer would take all of them for one run
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         with output.open("a", encoding="utf-8") as stream:
             process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, pass_fds=[self._file.fileno()]
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[self._file.fileno()],
+                start_new_session=True,  # a launcher and its processes are ended together
             )
             self._processes.add(process)
             try:
                 if self._stopped:
-                    process.terminate()
+                    _signal(process, signal.SIGTERM)
                 return process.wait()
             finally:
                 self._processes.discard(process)
+
+    def _end_processes(self, grace: float = 30.0) -> None:
+        processes = list(self._processes)
+        for process in processes:
+            _signal(process, signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            _signal(process, signal.SIGKILL)  # and what its launcher left
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest that is whole: the Trainer writes the state last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def run_study(study: Study, runner: Runner) -> list[Row]:
@@ -245,7 +299,7 @@ def total_weight(study: Study) -> float:
 
 
 def read_results(folder: Path, metrics: list[str]) -> Row:
-    """Of a run's results: the `metrics`, the first one's curve, steps, seconds, versions and machine.
+    """Of a run's results: all metrics, the curve of the first of `metrics`, steps, seconds, versions and machine.
 
     A metric is one of the results', or the last that was logged of that name (as `fsam/top_curvature`), or
     `best_eval_loss`, the lowest on the way. One that is not finite is None.
@@ -281,7 +335,11 @@ def read_results(folder: Path, metrics: list[str]) -> Row:
     if seconds is None:
         seconds = next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None)
     return {
-        "metrics": {name: found[name] if _is_finite(found[name]) else None for name in metrics},
+        "metrics": {
+            name: value if _is_finite(value) else None
+            for name, value in sorted(found.items())
+            if isinstance(value, int | float)
+        },
         "curve": [[entry["step"], entry[curve_of]] for entry in history if _is_finite(entry.get(curve_of))],
         "steps": steps,
         "train_seconds": seconds,
@@ -342,8 +400,7 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument(
         "--launch",
         type=shlex.split,
-        default=[sys.executable],
-        help='what starts a recipe, as "torchrun --nproc_per_node 8"; Python by itself by default',
+        help='what starts a recipe, as "torchrun --nproc_per_node 8"; Python by itself, on one GPU, by default',
     )
     args, rest = parser.parse_known_args(argv)
     if args.parallel < 1:

@@ -17,9 +17,11 @@
         fsam_variant: functional
         fsam_rho: [0.02, 0.1]
 
-An arm may also name its own `recipe`, and its `passes`, where its cost is not that of its `fsam_*` settings.
+An arm may also have keys that are no settings, which `like` does not hand on: `longer: 2`, twice the steps, epochs and
+warmup; `recipe`, another script; `passes`, its cost, where that is not what its `fsam_*` settings say.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -34,6 +36,8 @@ from hf_fsam.arguments import FSAMArguments, plain_passes
 
 Settings = dict[str, Any]
 
+LENGTHS = ("max_steps", "num_train_epochs", "warmup_steps")
+
 
 @dataclass
 class Arm:
@@ -41,6 +45,7 @@ class Arm:
     Attributes:
         settings: of the recipe; a list holds candidates to tune over.
         like: the arm whose settings this one begins with.
+        longer: times the steps, epochs and warmup that the settings say.
         recipe: another script than the study's.
         passes: cost of a step in passes of plain training; None: as the `fsam_*` settings have it.
     """
@@ -48,6 +53,7 @@ class Arm:
     name: str
     settings: Settings
     like: str | None = None
+    longer: float = 1
     recipe: Path | None = None
     passes: float | None = None
 
@@ -55,6 +61,9 @@ class Arm:
         """Every combination of the listed values, on top of `begin`."""
         lists = {name: value for name, value in self.settings.items() if isinstance(value, list)}
         fixed = {**begin, **{name: value for name, value in self.settings.items() if name not in lists}}
+        for name in LENGTHS:
+            if self.longer != 1 and name in fixed:
+                fixed[name] = round(fixed[name] * self.longer)
         return [{**fixed, **dict(zip(lists, values, strict=True))} for values in itertools.product(*lists.values())]
 
     @property
@@ -64,7 +73,14 @@ class Arm:
 
 @dataclass
 class Study:
+    """
+    Attributes:
+        path: its YAML file.
+        metrics: lower is better; the first decides.
+    """
+
     name: str
+    path: Path
     question: str
     recipe: Path
     settings: Settings
@@ -118,6 +134,7 @@ def load_studies(path: Path, overrides: Settings | None = None, seeds: list[int]
     arms = {name: _arm(path, str(name), dict(own or {})) for name, own in raw["arms"].items()}
     study = Study(
         name=path.stem,
+        path=path.resolve(),
         question=raw.get("question", ""),
         recipe=_existing(path.parent / raw["recipe"], f"{path}: recipe"),
         settings=settings,
@@ -145,14 +162,15 @@ def load_studies(path: Path, overrides: Settings | None = None, seeds: list[int]
 
 def _arm(path: Path, name: str, own: Settings) -> Arm:
     recipe = own.pop("recipe", None)
-    like, passes = own.pop("like", None), own.pop("passes", None)
-    if passes is not None and not isinstance(passes, int | float):
-        raise ValueError(f"{path}: {name}: passes={passes!r} is not a number.")
+    like, longer, passes = own.pop("like", None), own.pop("longer", 1), own.pop("passes", None)
+    for key, value in (("longer", longer), ("passes", passes or 1)):
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{path}: {name}: {key}={value!r} is not a number above 0.")
     empty = [key for key, value in own.items() if value == []]
     if empty:
         raise ValueError(f"{path}: {name}: {empty[0]} has no candidates.")
     found = _existing(path.parent / recipe, f"{path}: {name}: recipe") if recipe else None
-    return Arm(name, numbers(own), like, found, passes)
+    return Arm(name, numbers(own), like, longer, found, passes)
 
 
 def _check_keys(path: Path, where: str, raw: Settings, known: set[str], required: set[str]) -> None:
@@ -192,5 +210,9 @@ def numbers(value: Any) -> Any:
     return value
 
 
-def canonical(settings: Settings) -> str:
-    return json.dumps(settings, sort_keys=True, default=str)
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def fingerprint(script: Path) -> str:
+    return hashlib.sha256(script.read_bytes()).hexdigest()[:16]

@@ -10,9 +10,11 @@ from typing import Any
 
 from scipy.stats import t
 
-from hf_fsam.study import Study
+from hf_fsam.study import Study, canonical, fingerprint
 
 Row = dict[str, Any]
+
+ALIKE = ("corpus_sha256", "versions", "machine")  # of all runs in a table
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def table(study: Study, rows: list[Row]) -> list[str]:
             difference = Difference.of([value - other for value, other in whole])
             line.append(str(difference))
             if index == 0:
-                verdict = difference.verdict
+                lost = sum(value is None for value, _ in pairs)
+                verdict = f"diverged {lost}/{len(pairs)}" if lost else difference.verdict
         shared = [seed for seed in own if seed in base]
         lines.append([*line, verdict, f"{cost(own, base):.2f}", times(own, base, shared)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -115,9 +118,16 @@ def spread(values: list[float | None]) -> str:
 
 
 def cost(own: dict[int, Row], base: dict[int, Row]) -> float:
-    """In passes of plain training over one of the baseline's length."""
-    total, steps = (next(iter(rows.values())) for rows in (own, base))
-    return total["passes"] * total["steps"] / steps["steps"]
+    """In passes of plain training over what the baseline sees."""
+    arm, baseline = (next(iter(rows.values())) for rows in (own, base))
+    return arm["passes"] * examples(arm) / examples(baseline)
+
+
+def examples(row: Row) -> float:
+    """That the run saw, for each process."""
+    settings = row["settings"]
+    batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
+    return row["steps"] * batch
 
 
 def times(own: dict[int, Row], base: dict[int, Row], seeds: list[int]) -> str:
@@ -146,8 +156,22 @@ def setting(study: Study, final: list[Row], command: str) -> list[str]:
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "command": command,
     }
-    notes = ["- !: tuned to the edge of what was tried"] if any(arm.tuned for arm in study.arms.values()) else []
+    others = len(study.arms) - 1
+    notes = (
+        [f"- {others} comparisons, each at 95 % by itself: one in twenty stands out by chance"] if others > 1 else []
+    )
+    if any(arm.tuned for arm in study.arms.values()):
+        notes.append("- !: tuned to the edge of what was tried")
+    mixed = [name for name in ALIKE if len({canonical(row.get(name)) for row in final}) > 1]
+    if any(row.get("recipe_sha256") not in (None, recipe_of(study, row)) for row in final):
+        mixed.append("their recipe, which is another one now")
+    if mixed:
+        notes.append(f"- CAUTION: the runs differ in {', '.join(mixed)}, so that not only the arms do")
     return [*notes, *(f"- {name}: {value}" for name, value in lines.items() if value)]
+
+
+def recipe_of(study: Study, row: Row) -> str:
+    return fingerprint(study.arms[row["arm"]].recipe or study.recipe)
 
 
 def plot(study: Study, rows: list[Row], path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.compare import Runner, main, read_results, run_study
 from hf_fsam.study import Study, load_studies
-from hf_fsam.study_report import Difference, cost, rho_curve, table
+from hf_fsam.study_report import Difference, cost, rho_curve, setting, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,8 +75,7 @@ def compare(folder: Path, *argv: str) -> None:
 
 
 def run(study: Study, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    settings = {"launch": [sys.executable], "parallel": 1, "keep": False, "advance": lambda weight: None}
-    with Runner(study, folder / "out", **(settings | options)) as runner:
+    with Runner(study, folder / "out", **options) as runner:
         return run_study(study, runner)
 
 
@@ -95,7 +95,7 @@ def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.Capture
     write_study(folder)
     compare(folder)
     first, table_before = len(called(folder)), (folder / "out" / "study.md").read_text()
-    log = folder / "out" / "study.jsonl"
+    log = folder / "out" / "runs.jsonl"
     log.write_text(log.read_text() + '{"key": "cut off whe')  # the machine went down
     compare(folder)
     assert len(called(folder)) == first
@@ -118,7 +118,7 @@ def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert len((folder / "out" / "study.jsonl").read_text().splitlines()) == 1
+    assert len((folder / "out" / "runs.jsonl").read_text().splitlines()) == 1
     with pytest.raises(RuntimeError, match="is in use"):  # by the run that was left behind
         compare(folder)
     time.sleep(1.5)
@@ -143,10 +143,13 @@ def test_a_run_goes_on_from_its_last_checkpoint(folder: Path) -> None:
     study = study_of(folder, arms={"A": {}}, seeds=[0])
     run(study, folder, keep=True)
     (left,) = (folder / "out" / "runs").iterdir()
-    (left / "checkpoint-3").mkdir()
-    (folder / "out" / "study.jsonl").write_text("")
+    for step, whole in ((3, True), (20, True), (100, False)):  # the last was cut off while it was written
+        (left / f"checkpoint-{step}").mkdir()
+        if whole:
+            (left / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (folder / "out" / "runs.jsonl").write_text("")
     (row,) = run(study, folder, keep=True)
-    assert called(folder)[-1]["resume_from_checkpoint"] == str(left / "checkpoint-3")
+    assert called(folder)[-1]["resume_from_checkpoint"] == str(left / "checkpoint-20")
     assert row["resumed"]
     assert not called(folder)[0].get("resume_from_checkpoint")
 
@@ -155,7 +158,7 @@ def test_a_failing_run_says_which_and_why(folder: Path) -> None:
     study = study_of(folder, arms={"A": {}, "B": {"fail": True}}, seeds=[0])
     with pytest.raises(RuntimeError, match=r"(?s)study: B, seed 0, ended with code 1.*no such optimizer"):
         run(study, folder)
-    assert len((folder / "out" / "study.jsonl").read_text().splitlines()) == 1
+    assert len((folder / "out" / "runs.jsonl").read_text().splitlines()) == 1
 
 
 def test_runs_in_parallel_get_their_share_of_the_cores(folder: Path) -> None:
@@ -180,6 +183,78 @@ def test_arms_with_the_same_settings_share_a_run(folder: Path) -> None:
     assert len(called(folder)) == 1
 
 
+def test_scripts_of_one_name_and_other_launches_are_other_runs(folder: Path) -> None:
+    (folder / "x").mkdir()
+    (folder / "x" / "recipe.py").write_text(
+        RECIPE.replace("loss = 2 +", "loss = 9 +").replace(".parent /", ".parent.parent /")
+    )
+    study = study_of(folder, arms={"A": {}, "B": {"recipe": "x/recipe.py"}}, seeds=[0])
+    first, second = run(study, folder)
+    assert second["metrics"]["eval_loss"] == first["metrics"]["eval_loss"] + 7
+    run(study, folder, launch=[sys.executable, "-B"])
+    assert len(called(folder)) == 4
+
+
+def test_studies_share_their_runs_and_a_new_metric_needs_none_again(folder: Path) -> None:
+    first = study_of(folder, arms={"A": {"rate": 1}}, seeds=[0])
+    run(first, folder)
+    second = study_of(folder, arms={"B": {"rate": 1, "passes": 3}}, seeds=[0], metrics=["best_eval_loss", "eval_loss"])
+    (found,) = run(second, folder)
+    assert (found["arm"], found["passes"]) == ("B", 3)
+    assert found["metrics"]["best_eval_loss"] == found["metrics"]["eval_loss"] - 1
+    assert len(called(folder)) == 1
+
+
+def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0])
+    rows = run(study, folder)
+    assert "CAUTION" not in "\n".join(setting(study, rows, "command"))
+    (folder / "recipe.py").write_text(RECIPE + "\n# changed\n")
+    assert "their recipe, which is another one now" in "\n".join(setting(study, rows, "command"))
+    rows[0]["corpus_sha256"] = "other"
+    assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
+
+
+def test_longer_multiplies_what_the_settings_end_with(folder: Path) -> None:
+    arms = {"A": {"fsam_variant": "none"}, "A2": {"like": "A", "longer": 2}, "A3": {"like": "A2", "longer": 1.5}}
+    study = study_of(folder, arms=arms, settings={"max_steps": 10, "warmup_steps": 1}, seeds=[0])
+    rows = run(study, folder)
+    assert [row["settings"]["max_steps"] for row in rows] == [10, 20, 30]
+    assert [row["settings"]["warmup_steps"] for row in rows] == [1, 2, 3]
+    assert "longer" not in rows[1]["settings"]
+
+
+def test_a_launcher_and_what_it_started_end_together(folder: Path) -> None:
+    launcher = folder / "launcher.py"
+    launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]])\n")
+    study = study_of(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
+    launch = [sys.executable, str(launcher)]
+    with Runner(study, folder / "out", launch=launch) as runner:
+
+        def interrupt() -> None:
+            while not called(folder):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, runner)
+    run(study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0]), folder)  # nobody holds the lock
+
+
+def test_each_run_gets_one_of_the_gpus_that_are_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "recipe.py").write_text(
+        "import os, sys\nopen(sys.argv[1] + '.gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n" + RECIPE
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    study = study_of(folder, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0], settings={"sleep": 1})
+    run(study, folder, parallel=2, keep=True)
+    assert {path.read_text() for path in (folder / "out" / "runs").glob("*/run.json.gpu")} == {"2", "3"}
+    run(study, folder, launch=[sys.executable, "-B"], keep=True)
+    seen = [path.read_text() for path in (folder / "out" / "runs").glob("*/run.json.gpu")]
+    assert seen.count("2,3") == 2  # a launcher divides them itself
+
+
 def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
     arms = {"A": {"diverge": [True, False]}, "B": {"diverge": [True]}}
     study = study_of(folder, arms=arms, seeds=[0, 1])
@@ -187,6 +262,7 @@ def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
     assert [row["settings"]["diverge"] for row in rows if row["stage"] == "final"] == [False, True, False, True]
     assert rows[0]["metrics"]["eval_loss"] is None
     assert "2 diverged" in "\n".join(table(study, rows))
+    assert "diverged 2/2" not in "\n".join(table(study, rows))  # none is left to compare
     study = study_of(folder, arms={"A": {"diverge": [True], "rate": [1, 2]}})
     with pytest.raises(RuntimeError, match="no candidate ended with a finite eval_loss"):
         run(study, folder)
@@ -195,7 +271,7 @@ def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
 # ---- The table ----
 
 
-def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+def row(arm: str, seed: int, loss: float | None, **more: Any) -> dict[str, Any]:
     base = {"stage": "final", "settings": {}, "passes": 1.0, "steps": 100, "train_seconds": 10.0, "resumed": False}
     return {"arm": arm, "seed": seed, "metrics": {"eval_loss": loss}, "curve": [], **base, **more}
 
@@ -216,8 +292,18 @@ def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> 
     assert Difference.of([0.1]).verdict == "undecided"
 
 
+def test_an_arm_that_lost_a_seed_is_not_better(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0, 1, 2])
+    rows = [row("A", seed, 2.0) for seed in range(3)] + [row("B", seed, 1.0 + 0.01 * seed) for seed in range(2)]
+    rows.append(row("B", 2, None))
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    assert "diverged 1/3" in line
+    assert "better" not in line
+
+
 def test_cost_counts_steps_and_passes() -> None:
     base = {0: row("A", 0, 1.0)}
+    assert cost({0: row("B", 0, 1.0, settings={"per_device_train_batch_size": 16})}, base) == 2.0
     assert cost({0: row("B", 0, 1.0, steps=50, passes=2.0)}, base) == 1.0
     assert plain_passes(FSAMArguments(fsam_variant="none")) == 1
     assert plain_passes(FSAMArguments(fsam_variant="sam")) == 2
@@ -249,7 +335,8 @@ def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (tmp_path / "all_results.json").write_text(json.dumps({"eval_accuracy": 0.5}))
     found = read_results(tmp_path, ["eval_loss", "best_eval_loss", "eval_accuracy", "fsam/top_curvature"])
-    assert found["metrics"] == {"eval_loss": None, "best_eval_loss": 1.5, "eval_accuracy": 0.5, "fsam/top_curvature": 7}
+    expected = {"eval_loss": None, "best_eval_loss": 1.5, "eval_accuracy": 0.5, "fsam/top_curvature": 7}
+    assert expected.items() <= found["metrics"].items()
     assert found["curve"] == [[5, 1.5]]
     assert (found["steps"], found["train_seconds"]) == (10, 8.0)
     with pytest.raises(RuntimeError, match=r"no metric 'eval_f1'\. It has best_eval_loss"):
@@ -275,7 +362,8 @@ def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
         ({"arms": {"A": {"fsam_rho": [0.1, -1]}}}, "fsam_rho=-1 is not a radius"),
         ({"arms": {"A": {"fsam_variant": "vanilla"}}}, "fsam_variant='vanilla' is unknown"),
         ({"arms": {"A": {"fsam_rho": []}}}, "fsam_rho has no candidates"),
-        ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number"),
+        ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number above 0"),
+        ({"arms": {"A": {"longer": 0}}}, "longer=0 is not a number above 0"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
     ],
 )
@@ -361,7 +449,7 @@ def test_a_real_recipe_gives_all_arms_the_same_batches(tmp_path: Path) -> None:
     }
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     main([str(path), "--out", str(tmp_path / "out"), "--parallel", "2"])
-    rows = {each["arm"]: each for each in map(json.loads, (tmp_path / "out" / "real.jsonl").read_text().splitlines())}
+    rows = {each["arm"]: each for each in map(json.loads, (tmp_path / "out" / "runs.jsonl").read_text().splitlines())}
     assert rows["rho 0"]["metrics"] == rows["AdamW"]["metrics"]
     assert rows["rho 1"]["metrics"] != rows["AdamW"]["metrics"]
     assert [step for step, _ in rows["AdamW"]["curve"]] == [1, 2, 2]
