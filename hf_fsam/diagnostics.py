@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
-from hf_fsam.geometry import Probe
+from hf_fsam.geometry import Probe, ratio
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import check_keeps_second_moment
+
+logger = logging.get_logger(__name__)
 
 
 class LoggedMeans:
@@ -79,9 +82,10 @@ class FSAMDiagnosticsCallback(TrainerCallback):
 
     Args:
         every: optimizer steps. One measurement costs about 5 steps of plain training for each batch, and up to 40 for
-            the eigenvalue; it holds six copies of the trainable weights and, for the eigenvalue, the graph of the
-            first batch's backward pass.
-        batches: of the training data; the same ones each time.
+            the eigenvalue. It holds up to seven copies of the trainable weights, the logits and two of their cotangents
+            (no fused head) and, for the eigenvalue, the graph of a backward pass. Where memory does not last, it is
+            left out with a line in the log.
+        batches: the first so many micro-batches of the training, the same ones each time.
 
     Raises:
         ValueError: `every` or `batches` is not a count; at the beginning of the training, with another Trainer than
@@ -104,27 +108,47 @@ class FSAMDiagnosticsCallback(TrainerCallback):
         if args.fsam_precondition:
             check_keeps_second_moment(self.trainer.optimizer)
         self._probe = Probe(self.trainer, self.batches)
+        self.trainer._fsam_probes.append(self._probe)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._probe is not None and state.global_step % self.every == 0:
+        if (
+            self._probe is not None
+            and self._probe.batches
+            and args.fsam_rho > 0
+            and state.global_step % self.every == 0
+        ):
             due = control.should_log
-            self.trainer.log(diagnose(self._probe, args.fsam_rho))
+            # Not the trainer's own `log`, which in TRL takes what has gathered for the Trainer's line.
+            Trainer.log(self.trainer, diagnose(self._probe, args.fsam_rho))
             control.should_log = due  # the Trainer takes its own line to be written
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._probe = None
 
 
 def diagnose(probe: Probe, rho: float) -> dict[str, float]:
     """What :class:`FSAMDiagnosticsCallback` logs, over all processes; without what could not be measured."""
-    with probe.measuring():
-        each = [_diagnose_batch(probe, batch, rho) for batch in probe.batches]
-        names = list(each[0])
-        values = [sum(found[name] for found in each) / len(each) for name in names]
-        values.append(probe.top_curvature(probe.batches[0]))
-    means = probe.trainer.accelerator.reduce(torch.tensor(values, device=probe.device), "mean").tolist()
-    found = zip([*names, "top_curvature"], means, strict=True)
-    return {f"fsam/{name}": value for name, value in found if not math.isnan(value)}
+    try:
+        with probe.measuring():
+            each = [_diagnose_batch(probe, batch, rho) for batch in probe.batches]
+            found = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
+            found["top_curvature"] = probe.top_curvature(probe.batches[0])
+    except torch.OutOfMemoryError:
+        logger.warning("The diagnostics are left out: the device has not enough memory for them beside the training.")
+        found = {}
+    values = torch.tensor([found.get(name, math.nan) for name in _MEASURED], device=probe.device)
+    means = probe.trainer.accelerator.reduce(values, "mean").tolist()
+    return {f"fsam/{name}": value for name, value in zip(_MEASURED, means, strict=True) if not math.isnan(value)}
+
+
+_MEASURED = (
+    "logit_path",
+    "functional_path",
+    "logit_to_functional",
+    "path_cosine",
+    "rise_ascent",
+    "rise_random",
+    "logit_entropy",
+    "logit_norm",
+    "top_curvature",
+)
 
 
 def _diagnose_batch(probe: Probe, batch: dict[str, Any], rho: float) -> dict[str, float]:
@@ -132,7 +156,7 @@ def _diagnose_batch(probe: Probe, batch: dict[str, Any], rho: float) -> dict[str
     return {
         "logit_path": paths.logit,
         "functional_path": paths.functional,
-        "logit_to_functional": paths.logit / paths.functional if paths.functional else math.nan,
+        "logit_to_functional": ratio(paths.logit, paths.functional),
         "path_cosine": paths.cosine,
         "rise_ascent": paths.rise,
         "rise_random": probe.rise_random(batch, rho),

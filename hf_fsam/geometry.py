@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from hf_fsam.boundary import find_boundary
@@ -55,7 +57,7 @@ class Paths:
         functional: ‖(J(θ+ε) − J(θ))ᵀu(θ)‖.
         cosine: of the two paths.
         kept: the share of ρ along ε that the package's stochastic rounding leaves of θ+ε in the weights' format.
-        kept_to_nearest: what `weight.add_(ε)` would.
+        to_nearest: what `weight.add_(ε)` would.
     """
 
     rise: float
@@ -65,21 +67,21 @@ class Paths:
     functional: float
     cosine: float
     kept: float
-    kept_to_nearest: float
+    to_nearest: float
 
 
 class Probe:
-    """Measures on the first batches of `trainer`'s training data, those that each process has.
+    """Measures on the first micro-batches that each process trains on.
 
     Args:
-        trainer: an :class:`~hf_fsam.FSAMTrainer`, before or in its training.
-        batches: how many.
+        trainer: an :class:`~hf_fsam.FSAMTrainer`.
+        count: how many of them, as soon as there are so many.
 
     Raises:
         ValueError: parameters or gradients are sharded over processes; the message names the engine.
     """
 
-    def __init__(self, trainer: Any, batches: int) -> None:
+    def __init__(self, trainer: Any, count: int) -> None:
         if type(trainer._fsam_engine) is not LocalEngine:  # subclasses shard
             raise ValueError(
                 f"{type(trainer._fsam_engine).__name__} shards weights or gradients, and the geometry is measured in "
@@ -89,9 +91,14 @@ class Probe:
         self.trainer = trainer
         self.device: torch.device = trainer.args.device
         self.random = RandomState.capture(self.device)
-        self.batches = first_batches(trainer, batches)
-        self.random.restore()
+        self.count = count
+        self.batches: list[dict[str, Any]] = []
         self.name, self.boundary = find_boundary(trainer.model, trainer.args.fsam_boundary)
+
+    def see(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Micro-batches that the training has fetched. A loader of the probe's own would draw from the data and the
+        collator, which may have a state."""
+        self.batches += [dict(batch) for batch in batches[: self.count - len(self.batches)]]
 
     @property
     def model(self) -> Any:
@@ -143,11 +150,16 @@ class Probe:
         for weight in weights:
             weight.grad = None
         self.trainer._fsam_engine.scale(loss).backward()
-        unit = self.trainer._fsam_engine.scale(torch.ones((), device=self.device))
+        unit = self.unit
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad / unit for weight in weights]
         for weight in weights:
             weight.grad = None
         return gradients
+
+    @property
+    def unit(self) -> float:
+        """The loss scaler's."""
+        return float(self.trainer._fsam_engine.scale(torch.ones((), device=self.device)))
 
     @contextmanager
     def tape(self) -> Iterator[Tape]:
@@ -187,12 +199,12 @@ class Probe:
     @torch.no_grad()
     def kept_to_nearest(self, direction: Sequence[Tensor], rho: float) -> float:
         """⟨round(θ+ε) − θ, ε⟩ / ρ²: what rounding to the nearest number leaves of the radius, 1 where it takes none."""
-        scale, along = rho / float(norm(direction)), 0.0
+        scale, along = ratio(rho, float(norm(direction))), 0.0
         for weight, part in zip(self.weights, direction, strict=True):
             epsilon = part.float() * scale
             moved = (weight.float() + epsilon).to(weight.dtype).float() - weight.float()
             along += float(torch.dot(moved.flatten(), epsilon.flatten()))
-        return along / rho**2
+        return ratio(along, rho**2)
 
     # ---- Measurements ----
 
@@ -210,13 +222,13 @@ class Probe:
             torch._foreach_sub_(path, clean.gradients)
         return Paths(
             rise=float(moved.loss - clean.loss),
-            linear=rho * _ratio(dot(clean.gradients, direction), float(norm(direction))),
+            linear=rho * ratio(dot(clean.gradients, direction), float(norm(direction))),
             gradient=float(norm(clean.gradients)),
             logit=float(norm(logit)),
             functional=float(norm(functional)),
-            cosine=_ratio(dot(logit, functional), float(norm(logit)) * float(norm(functional))),
-            kept=float(perturbation.radius) / rho,
-            kept_to_nearest=self.kept_to_nearest(direction, rho),
+            cosine=ratio(dot(logit, functional), float(norm(logit)) * float(norm(functional))),
+            kept=ratio(float(perturbation.radius), rho),
+            to_nearest=self.kept_to_nearest(direction, rho),
         )
 
     @torch.no_grad()
@@ -231,32 +243,42 @@ class Probe:
     @torch.no_grad()
     def logits(self, batch: dict[str, Any]) -> dict[str, float]:
         """Entropy of softmax(z), in nats, and the norm of z less its mean, which softmax does not see: means over the
-        positions with a label."""
+        positions whose target counts."""
         seen: list[Tensor] = []
         handle = self.boundary.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
         try:
             self.loss(batch)
         finally:
             handle.remove()
-        labels = batch.get("labels")
+        labels = self.targets(batch)
         entropies, norms, count = 0.0, 0.0, 0
         for z in seen:
             rows = z.reshape(-1, z.shape[-1])
-            if isinstance(labels, Tensor) and labels.shape == z.shape[:-1]:
+            if labels is not None and labels.shape == z.shape[:-1]:
                 rows = rows[(labels.reshape(-1) != IGNORED).to(rows.device)]
             for part in rows.split(1024):  # so that little is copied to fp32 at a time
                 part = part.float()
                 entropies += float(torch.distributions.Categorical(logits=part, validate_args=False).entropy().sum())
                 norms += float((part - part.mean(dim=-1, keepdim=True)).norm(dim=-1).sum())
                 count += len(part)
-        return {"logit_entropy": _ratio(entropies, count), "logit_norm": _ratio(norms, count)}
+        return {"logit_entropy": ratio(entropies, count), "logit_norm": ratio(norms, count)}
+
+    def targets(self, batch: dict[str, Any]) -> Tensor | None:
+        """What each position is to predict: a causal model the next label, any other its own."""
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            return None
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if type(base).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return labels
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
     def top_curvature(self, batch: dict[str, Any], iterations: int = 20, tolerance: float = 0.01) -> float:
         """The eigenvalue of the batch's Hessian of largest magnitude, by power iteration.
 
         The Hessian times a vector is exact: a second backward pass through the first one's graph, on the trainer's
         own `compute_loss`, in a mathematical attention since the fused ones have no second derivative. NaN where some
-        other operation has none.
+        other operation has none, or may have none.
         """
         weights = self.weights
         generator = torch.Generator(self.device).manual_seed(0)
@@ -264,7 +286,11 @@ class Probe:
         eigenvalue = math.inf
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                gradients = torch.autograd.grad(self.loss(batch), weights, create_graph=True, allow_unused=True)
+                loss, unit = self.trainer._fsam_engine.scale(self.loss(batch)), self.unit
+                opaque = opaque_node(loss)
+                if opaque is not None:
+                    raise RuntimeError(f"the backward pass of {opaque} is its own, and may have no derivative.")
+                gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
                 used = [
                     (gradient, index)
                     for index, gradient in enumerate(gradients)
@@ -287,7 +313,7 @@ class Probe:
                             for part, each in zip(vector, product, strict=True)
                         ],
                     )
-                    eigenvalue = dot(vector, moved)
+                    eigenvalue = dot(vector, moved) / unit
                     vector = moved
                     if abs(eigenvalue - before) <= tolerance * abs(eigenvalue) or not float(norm(vector)) > 0:
                         break
@@ -297,18 +323,20 @@ class Probe:
         return eigenvalue
 
 
-def first_batches(trainer: Any, count: int) -> list[dict[str, Any]]:
-    """The first `count` batches of a data loader of the trainer's own making."""
-    loader = trainer.get_train_dataloader()
-    batches = []
-    for batch in loader:
-        batches.append(batch)
-        if len(batches) == count:
-            break
-    end = getattr(loader, "end", None)
-    if callable(end):  # or Accelerate takes it for the one that the training goes through
-        end()
-    return batches
+def opaque_node(loss: Tensor) -> str | None:
+    """The name of a function on the way to `loss` whose backward pass is Python code, as that of a fused kernel is: it
+    may have no derivative that autograd knows of."""
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return node.name()
+        stack.extend(parent for parent, _ in node.next_functions)
+    return None
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -317,5 +345,5 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return float(sum(torch.dot(left.flatten().float(), right.flatten().float()) for left, right in pairs))
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan

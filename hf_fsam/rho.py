@@ -17,46 +17,54 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_fsam.geometry import Paths, Probe
+from hf_fsam.geometry import Paths, Probe, ratio
 from hf_fsam.second_moment import check_keeps_second_moment
 from hf_fsam.trainer import FSAMMixin
 
 RADII = tuple(10 ** (exponent / 4) for exponent in range(-14, 3))  # 0.0003 to 3.2, four a decade
 FUNCTIONAL = 0.1  # of ‖g‖: the share that the suggested ρ makes Functional-SAM change
-LINEAR = 2.0  # and at most so many times the rise of a plane
+NOISE = 3.0  # and so many times what is left of it at the smallest ρ, which may be rounding
+LINEAR = 2.0  # times the rise of a plane
 
 
 def measure(probe: Probe, radii: tuple[float, ...] = RADII) -> dict[float, Paths]:
-    """Means over the batches, by ρ: four passes for each batch and ρ."""
+    """Means over the batches and processes, by ρ: four passes for each batch and ρ."""
     found = {}
+    names = [field.name for field in fields(Paths)]
     with probe.measuring():
         for rho in radii:
             each = [probe.paths(batch, rho) for batch in probe.batches]
-            names = [field.name for field in fields(Paths)]
-            found[rho] = Paths(*(sum(getattr(paths, name) for paths in each) / len(each) for name in names))
+            means = [sum(getattr(paths, name) for paths in each) / len(each) for name in names]
+            found[rho] = Paths(
+                *probe.trainer.accelerator.reduce(torch.tensor(means, device=probe.device), "mean").tolist()
+            )
     return found
 
 
 def suggest(found: dict[float, Paths]) -> tuple[float | None, str]:
     """A radius and the reason for it, or None and why there is none."""
-    visible = [rho for rho, paths in found.items() if paths.functional >= FUNCTIONAL * paths.gradient]
+    floor = NOISE * found[min(found)].functional
+    visible = [rho for rho, paths in found.items() if paths.functional >= max(FUNCTIONAL * paths.gradient, floor) > 0.0]
     if not visible:
         return None, (
-            f"no ρ up to {max(found):g} changes the function's part of the gradient by {FUNCTIONAL:.0%}: "
-            "Functional-SAM would do next to nothing here."
+            f"no ρ up to {max(found):g} changes the function's part of the gradient by {FUNCTIONAL:.0%}, and by "
+            f"{NOISE:g} times what is there at {min(found):.1g}: Functional-SAM would do next to nothing here, or "
+            "nothing that stands out of rounding."
         )
     rho = min(visible)
     steep = found[rho].rise > LINEAR * found[rho].linear
     reason = (
         f"the smallest ρ at which Functional-SAM changes the gradient by {FUNCTIONAL:.0%} of its norm; SAM would "
-        f"change another {found[rho].logit / found[rho].gradient:.0%} through the logits"
+        f"change another {ratio(found[rho].logit, found[rho].gradient):.0%} through the logits"
     )
     if steep:
         reason += (
-            f". The loss rises {found[rho].rise / found[rho].linear:.1f} times as much as on a plane there: so try "
-            "smaller ones, too"
+            f". The loss rises {ratio(found[rho].rise, found[rho].linear):.1f} times as much as on a plane there: so "
+            "try smaller ones, too"
         )
     return rho, reason + "."
 
@@ -65,8 +73,8 @@ def table(found: dict[float, Paths]) -> str:
     lines = ["       ρ      rise on a plane functional path logit path  ρ kept to nearest"]
     for rho, paths in found.items():
         lines.append(
-            f"{rho:8.4f} {paths.rise:9.4f} {paths.linear:10.4f} {paths.functional / paths.gradient:15.3f} "
-            f"{paths.logit / paths.gradient:10.3f} {paths.kept:7.2f} {paths.kept_to_nearest:10.2f}"
+            f"{rho:8.4f} {paths.rise:9.4f} {paths.linear:10.4f} {ratio(paths.functional, paths.gradient):15.3f} "
+            f"{ratio(paths.logit, paths.gradient):10.3f} {paths.kept:7.2f} {paths.to_nearest:10.2f}"
         )
     lines.append("rise: of the loss, nats. paths: in units of ‖g‖. kept: share of ρ along ε in the weights' format, as")
     lines.append("this package rounds, and as weight.add_(ε) would.")
@@ -85,11 +93,11 @@ def plot(found: dict[float, Paths], suggested: float | None, path: Path) -> None
     axes[0].plot(radii, [paths.linear for paths in each], "--", color="0.5", label="on a plane")
     axes[0].set(yscale="symlog", ylabel="rise of the loss, nats")
     axes[0].set_yscale("symlog", linthresh=1e-4)
-    axes[1].plot(radii, [paths.functional / paths.gradient for paths in each], "o-", label="functional path")
-    axes[1].plot(radii, [paths.logit / paths.gradient for paths in each], "o-", label="logit path")
+    axes[1].plot(radii, [ratio(paths.functional, paths.gradient) for paths in each], "o-", label="functional path")
+    axes[1].plot(radii, [ratio(paths.logit, paths.gradient) for paths in each], "o-", label="logit path")
     axes[1].set(yscale="log", ylabel="change of the gradient / ‖g‖")
     axes[2].plot(radii, [paths.kept for paths in each], "o-", label="stochastic rounding (this package)")
-    axes[2].plot(radii, [paths.kept_to_nearest for paths in each], "o-", label="rounding to nearest")
+    axes[2].plot(radii, [paths.to_nearest for paths in each], "o-", label="rounding to nearest")
     axes[2].set(ylabel="share of ρ left along ε", ylim=(0, 1.1))
     for axis in axes:
         if suggested is not None:
@@ -118,18 +126,24 @@ class _Finder(TrainerCallback):
         if state.max_steps < self.after:
             raise ValueError(f"--after {self.after}: the script trains for {state.max_steps} steps only.")
         self.probe = Probe(self.trainer, self.batches)
+        self.trainer._fsam_probes.append(self.probe)
         args.fsam_variant = "none"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_evaluate = False
         if self.probe is None or state.global_step < self.after:
             return
         found = measure(self.probe)
+        if state.is_world_process_zero:
+            self.report(found)
+        raise _Found(0)
+
+    def report(self, found: dict[float, Paths]) -> None:
         suggested, reason = suggest(found)
         print(f"\n{table(found)}\n")
         print(f"no suggestion: {reason}" if suggested is None else f"suggested: fsam_rho={suggested:.2g}, {reason}")
         plot(found, suggested, self.out)
         print(f"plot: {self.out}")
-        raise _Found(0)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> None:
@@ -150,6 +164,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
     train = FSAMMixin.train
 
     def find(trainer: Any, *rest: Any, **options: Any) -> Any:
+        # The script's folder, its checkpoints and its trackers are left alone.
+        trainer.args.save_strategy = trainer.args.eval_strategy = "no"
+        trainer.args.eval_on_start = trainer.args.push_to_hub = trainer.args.load_best_model_at_end = False
+        for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
+            trainer.remove_callback(tracker)
         trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))
         return train(trainer, *rest, **options)
 

@@ -24,6 +24,7 @@ from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, fused_head
 from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
 from hf_fsam.engines import Ascent, Engine, select_engine
 from hf_fsam.forward_state import RandomState, running_statistics_kept
+from hf_fsam.geometry import Probe
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import check_keeps_second_moment
 from hf_fsam.tape import Recording, Tape, weights_past_boundary
@@ -89,6 +90,7 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_tape = Tape()
         self._fsam_means = LoggedMeans(self.args.device)
         self._fsam_batches: list | None = None  # what the Trainer fetched for this optimizer step
+        self._fsam_probes: list[Probe] = []
         self._fsam_window: _Window | None = None
         self._fsam_micro_step = 0
         self._fsam_training = False
@@ -329,11 +331,14 @@ class FSAMMixin(_AnyTrainer):
             return super().train(*args, **kwargs)
         finally:
             self._fsam_training = False
+            self._fsam_probes = []
             self._fsam_drop()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's look ahead: it fetches all micro-batches of an optimizer step before it trains on the first."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        for probe in self._fsam_probes:
+            probe.see(batches)
         self._fsam_batches, self._fsam_window, self._fsam_micro_step = batches, None, 0
         return batches, num_items_in_batch
 

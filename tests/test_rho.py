@@ -4,9 +4,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import integration_utils
 
 from hf_fsam import cli, rho
 from hf_fsam.geometry import Paths, Probe
@@ -14,7 +17,7 @@ from tests.test_diagnostics import RHO, Formulas, expected_paths, tiny
 from tests.toys import llama, make_trainer, same_bits, sentences, weights_of
 
 ROOT = Path(__file__).parents[1]
-FLAT = Paths(rise=0.0, linear=0.0, gradient=1.0, logit=0.0, functional=0.0, cosine=0.0, kept=1.0, kept_to_nearest=1.0)
+FLAT = Paths(rise=0.0, linear=0.0, gradient=1.0, logit=0.0, functional=0.0, cosine=0.0, kept=1.0, to_nearest=1.0)
 
 SCRIPT = """
 import sys
@@ -24,6 +27,14 @@ trainer = make_trainer({folder!r}, max_steps=6, logging_steps=1, {arguments})
 trainer.train()
 open({folder!r} + "/trained_to_the_end", "w").close()
 """
+
+
+def seen(trainer: Trainer, count: int) -> Probe:
+    """A probe that has seen the first batches."""
+    probe = Probe(trainer, count)
+    probe.see(list(trainer.get_train_dataloader()))
+    assert len(probe.batches) == count
+    return probe
 
 
 def script(folder: Path, arguments: str = "") -> Path:
@@ -42,7 +53,7 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     )
     trainer.create_optimizer()
     before = weights_of(trainer.model)
-    found = rho.measure(Probe(trainer, 1), (RHO,))[RHO]
+    found = rho.measure(seen(trainer, 1), (RHO,))[RHO]
     assert same_bits(weights_of(trainer.model), before)
     formulas = Formulas(trainer.model)
     expected = expected_paths(formulas)
@@ -54,7 +65,7 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert found.gradient == pytest.approx(size, rel=1e-4)
     assert found.linear == pytest.approx(RHO * size, rel=1e-4)
     assert found.kept == pytest.approx(1, abs=1e-4)
-    assert found.kept_to_nearest == pytest.approx(1, abs=1e-4)
+    assert found.to_nearest == pytest.approx(1, abs=1e-4)
 
 
 def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
@@ -62,10 +73,10 @@ def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
     stochastically; far above it, both keep it."""
     trainer = make_trainer(tmp_path, model=llama().to(torch.bfloat16), fsam_precondition=False)
     trainer.create_optimizer()
-    found = rho.measure(Probe(trainer, 2), (1e-2, 3.0))
-    assert found[1e-2].kept_to_nearest < 0.7
+    found = rho.measure(seen(trainer, 2), (1e-2, 3.0))
+    assert found[1e-2].to_nearest < 0.7
     assert found[1e-2].kept == pytest.approx(1, abs=0.15)
-    assert found[3.0].kept_to_nearest == pytest.approx(1, abs=0.05)
+    assert found[3.0].to_nearest == pytest.approx(1, abs=0.05)
 
 
 def test_suggests_the_radius_at_which_the_function_moves() -> None:
@@ -77,10 +88,13 @@ def test_suggests_the_radius_at_which_the_function_moves() -> None:
     suggested, reason = rho.suggest(found)
     assert suggested == 0.1
     assert "another 30%" in reason
-    steep, reason = rho.suggest({1.0: found[1.0]})
+    steep, reason = rho.suggest({0.01: found[0.01], 1.0: found[1.0]})
     assert steep == 1.0
     assert "3.0 times as much as on a plane" in reason
     assert rho.suggest({0.01: found[0.01]})[0] is None
+    # Of the same size at every ρ: rounding.
+    assert rho.suggest({each: replace(FLAT, functional=0.2) for each in (0.001, 0.01, 0.1)})[0] is None
+    assert rho.suggest({0.1: replace(FLAT, gradient=0.0)})[0] is None
 
 
 def test_runs_a_script_of_ones_own_up_to_its_measurement(tmp_path: Path) -> None:
@@ -95,6 +109,27 @@ def test_runs_a_script_of_ones_own_up_to_its_measurement(tmp_path: Path) -> None
     assert "fsam/" not in result.stdout  # the steps before are plain ones
     rises = [float(line[1]) for line in lines]
     assert rises == sorted(rises)  # along the gradient the loss goes up
+
+
+def test_leaves_the_scripts_folder_and_trackers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of an earlier training, which a limit would have deleted for new ones."""
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("a run was begun")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    for step in (900, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    arguments = (
+        "save_strategy='steps', save_steps=1, save_total_limit=1, "
+        "eval_strategy='steps', eval_steps=1, eval_on_start=True, "
+        "report_to=['tensorboard'], trainer={'eval_dataset': __import__('tests.toys').toys.sentences()}"
+    )
+    path = script(tmp_path, arguments)
+    before = sorted(tmp_path.iterdir())
+    rho.main(["--after", "3", "--out", str(tmp_path / "rho.png"), str(path)])
+    assert sorted(set(tmp_path.iterdir()) - set(before)) == [tmp_path / "rho.png"]
 
 
 @pytest.mark.parametrize(

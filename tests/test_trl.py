@@ -306,6 +306,9 @@ def test_a_batch_is_counted_once(name: str, tmp_path: Path) -> None:
 
     plain = log(plain_class, plain_config)
     assert log(trainer_class, config_class, fsam_variant="none") == plain
+    measured = log(trainer_class, config_class, fsam_variant="none", fsam_diagnostics_steps=2)
+    assert [entry for entry in measured if "fsam/logit_path" not in entry] == plain
+    assert len(measured) > len(plain)
     first = {key: value for key, value in plain[0].items() if key != "grad_norm"}
     for setting in ("sam", "functional", "window", "momentum", "logit"):
         entries = log(trainer_class, config_class, **SETTINGS[setting])
