@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -38,12 +39,10 @@ class AfterArguments(FSAMTrainingArguments):
     later_epochs: int = field(default=2, metadata={"help": "Its length."})
 
 
-pretrain.FSAMTrainingArguments = AfterArguments
-
-
 def run(argv: list[str]) -> dict[str, Any]:
     quantized = quantizations()  # what is missing is said before the training
-    results = pretrain.run(argv)
+    with mock.patch.object(pretrain, "FSAMTrainingArguments", AfterArguments):
+        results = pretrain.run(argv)
     _, data, args = parse((pretrain.ModelArguments, DatasetArguments, AfterArguments), argv, Path(__file__).name)
     folder = Path(args.output_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)

@@ -3,6 +3,8 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pretrain
@@ -26,8 +28,10 @@ class LateTrainer(FSAMTrainer):
         return super()._fsam_due and self.state.global_step >= (1 - self.args.perturb_last) * self.state.max_steps
 
 
-pretrain.FSAMTrainer, pretrain.FSAMTrainingArguments = LateTrainer, LateArguments
-run = pretrain.run
+def run(argv: list[str]) -> dict[str, Any]:
+    with mock.patch.multiple(pretrain, FSAMTrainer=LateTrainer, FSAMTrainingArguments=LateArguments):
+        return pretrain.run(argv)
+
 
 if __name__ == "__main__":
-    pretrain.main()
+    run(sys.argv[1:])
