@@ -24,8 +24,8 @@ from tests.toys import WIDE, llama
 BASE = {"max_steps": 3, "per_device_train_batch_size": 1, "wide": True, "measured": True, "logging_strategy": "no"}
 SCOPES: dict[str, dict[str, Any]] = {
     "plain": {"fsam_variant": "none"},
-    "micro_batch": {"fsam_ascent_scope": "micro_batch"},
-    "optimizer_step": {"fsam_ascent_scope": "optimizer_step"},
+    "micro_batch": {"fsam_ascent_scope": "micro_batch", "fsam_precondition": True},
+    "optimizer_step": {"fsam_ascent_scope": "optimizer_step", "fsam_precondition": True},
     "rank": {"fsam_ascent_scope": "rank", "fsam_precondition": False},
 }
 WHOLE = ("ddp", "zero0", "zero1", "zero2")  # where `rank` is supported

@@ -83,6 +83,7 @@ def adamw(budget: float) -> Arm:
     return Arm(budget, {"fsam_variant": "none"}, longer=budget)
 
 
+BASE = {"fsam_rho": 0.02, "fsam_precondition": True}
 ARMS = {
     "AdamW": adamw(1.0),
     "AdamW, 1.25x the steps": adamw(1.25),
@@ -106,7 +107,7 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     arm = ARMS[name]
     steps = round(steps * arm.longer)
     with tempfile.TemporaryDirectory() as folder:
-        options = {"output_dir": folder, "seed": seed, "max_steps": steps, "eval_steps": steps, **arm.settings}
+        options = {"output_dir": folder, "seed": seed, "max_steps": steps, "eval_steps": steps, **BASE, **arm.settings}
         options["warmup_steps"] = steps // 10
         pretrain.FSAMTrainer = arm.trainer
         try:

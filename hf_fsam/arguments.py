@@ -34,11 +34,11 @@ class FSAMArguments:
         },
     )
     fsam_rho: float = field(
-        default=0.02,
+        default=0.03,
         metadata={"help": "L2 radius of the perturbation over all trainable weights together. 0 trains like none."},
     )
     fsam_precondition: bool = field(
-        default=True,
+        default=False,
         metadata={
             "help": "Ascend along g / (sqrt(v) + eps), with the optimizer's bias-corrected second moment v and its own "
             "eps, in place of g. Needs Adam, AdamW, NAdam, RAdam or one that keeps its "

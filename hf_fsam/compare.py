@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.compare")
     argv = sys.argv[1:] if argv is None else argv
     args, overrides = parse(argv, prog)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the runs, too
-    studies = list(load_studies(args.study, overrides, args.seeds))
+    studies = list(load_studies(args.study, overrides, args.seeds, args.baseline))
     with tqdm(total=sum(map(total_weight, studies)), bar_format=BAR) as bar:
         for study in studies:
             bar.set_description(study.name)
@@ -395,6 +395,7 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("study", type=Path, help="the study's YAML file")
     parser.add_argument("--out", type=Path, default=Path("outputs/studies"), help="folder of rows, tables and plots")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the study's")
+    parser.add_argument("--baseline", help="the arm to compare with, in place of the study's")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--keep", action="store_true", help="keep the runs' folders, with their models")
     parser.add_argument(

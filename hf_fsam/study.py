@@ -109,12 +109,14 @@ class Study:
         return arm.passes if arm.passes is not None else plain_passes(FSAMArguments(**own))
 
 
-def load_studies(path: Path, overrides: Settings | None = None, seeds: list[int] | None = None) -> Iterator[Study]:
+def load_studies(
+    path: Path, overrides: Settings | None = None, seeds: list[int] | None = None, baseline: str | None = None
+) -> Iterator[Study]:
     """The study of a YAML file, or those of the files that it lists under `studies`.
 
     Args:
         overrides: settings of all arms, which win over the file's, except for those that an arm has itself.
-        seeds: in place of the file's.
+        seeds, baseline: in place of the file's.
 
     Raises:
         FileNotFoundError: the file, the recipe or its configuration does not exist.
@@ -125,7 +127,7 @@ def load_studies(path: Path, overrides: Settings | None = None, seeds: list[int]
         if set(raw) != {"studies"} or not isinstance(raw["studies"], list):
             raise ValueError(f"{path}: `studies` is a list of YAML files, and stands alone.")
         for name in raw["studies"]:
-            yield from load_studies(path.parent / name, overrides, seeds)
+            yield from load_studies(path.parent / name, overrides, seeds, baseline)
         return
     known = {"question", "recipe", "config", "settings", "metrics", "baseline", "seeds", "tuning_seeds", "arms"}
     _check_keys(path, "the study", raw, known, required={"recipe", "arms"})
@@ -139,7 +141,7 @@ def load_studies(path: Path, overrides: Settings | None = None, seeds: list[int]
         recipe=_existing(path.parent / raw["recipe"], f"{path}: recipe"),
         settings=settings,
         metrics=raw.get("metrics") or ["eval_loss"],
-        baseline=raw.get("baseline") or next(iter(arms)),
+        baseline=baseline or raw.get("baseline") or next(iter(arms)),
         seeds=seeds or raw.get("seeds") or [0, 1, 2],
         tuning_seeds=raw.get("tuning_seeds") or [100],
         arms=arms,

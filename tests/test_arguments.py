@@ -136,7 +136,7 @@ def test_fields_changed_after_the_start_are_checked_too(tmp_path: Path, name: st
 
 
 def test_preconditioning_switched_on_later_asks_the_optimizer_too(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, fsam_variant="none", optim="sgd")
+    trainer = make_trainer(tmp_path, fsam_variant="none", fsam_precondition=True, optim="sgd")
     later = TrainerCallback()
     later.on_step_begin = lambda args, state, control, **_: setattr(args, "fsam_variant", "functional")
     trainer.add_callback(later)
@@ -149,7 +149,7 @@ def test_a_group_without_weights_is_no_obstacle(tmp_path: Path) -> None:
     model = llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "norm" in name
-    trainer = make_trainer(tmp_path, model, fsam_rho=0.1)
+    trainer = make_trainer(tmp_path, model, fsam_rho=0.1, fsam_precondition=True)
     trainer.train()
     assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
 
@@ -211,7 +211,11 @@ KEEPS_NONE = {
 def test_preconditioning_takes_optimizers_with_a_second_moment(tmp_path: Path, name: str) -> None:
     model = llama()
     trainer = make_trainer(
-        tmp_path, model, trainer={"optimizers": (KEEPS[name](model.parameters()), None)}, fsam_rho=0.1
+        tmp_path,
+        model,
+        trainer={"optimizers": (KEEPS[name](model.parameters()), None)},
+        fsam_rho=0.1,
+        fsam_precondition=True,
     )
     trainer.train()
     assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
@@ -221,7 +225,8 @@ def test_preconditioning_takes_optimizers_with_a_second_moment(tmp_path: Path, n
 def test_preconditioning_refuses_the_others_before_the_first_step_and_names_the_cure(tmp_path: Path, name: str) -> None:
     model = llama()
     optimizer = KEEPS_NONE[name](model.parameters())
-    trainer = make_trainer(tmp_path, model, trainer={"optimizers": (optimizer, None)}, fsam_rho=0.1)
+    given = {"optimizers": (optimizer, None)}
+    trainer = make_trainer(tmp_path, model, trainer=given, fsam_rho=0.1, fsam_precondition=True)
     with pytest.raises(ValueError, match=r"fsam_precondition=True.*AdamW.*fsam_precondition=False"):
         trainer.train()
     assert trainer.state.global_step == 0

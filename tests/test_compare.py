@@ -105,7 +105,9 @@ def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.Capture
     assert len(called(folder)) == first + 2
     compare(folder, "--max_steps", "7")  # other settings, other runs
     assert {each.get("max_steps") for each in called(folder)[first + 2 :]} == {7}
-    assert "FSAM" in capsys.readouterr().out
+    assert "minus AdamW" in capsys.readouterr().out
+    compare(folder, "--baseline", "FSAM")
+    assert "minus FSAM" in capsys.readouterr().out
     assert (folder / "out" / "study.png").stat().st_size > 1000
 
 

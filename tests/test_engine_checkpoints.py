@@ -16,7 +16,12 @@ pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
 
 PROCESSES = 2
 CORE = ("zero2", "zero3", "fsdp2")
-BASE: dict[str, Any] = {"fsam_rho": 0.3, "max_steps": 4, "per_device_train_batch_size": 1}
+BASE: dict[str, Any] = {
+    "fsam_rho": 0.3,
+    "fsam_precondition": True,
+    "max_steps": 4,
+    "per_device_train_batch_size": 1,
+}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 ALL = [pytest.param(engine, marks=() if engine in CORE else pytest.mark.slow) for engine in ENGINES]
 

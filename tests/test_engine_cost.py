@@ -10,7 +10,13 @@ from tests.toys import WIDE, llama
 
 pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
 
-BASE: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 1, "wide": True, "measured": True}
+BASE: dict[str, Any] = {
+    "fsam_precondition": True,
+    "max_steps": 3,
+    "per_device_train_batch_size": 1,
+    "wide": True,
+    "measured": True,
+}
 PLAIN = {"fsam_variant": "none"}
 WINDOW = {"fsam_ascent_scope": "optimizer_step"}
 TWICE = {"gradient_accumulation_steps": 2}

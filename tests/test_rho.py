@@ -136,7 +136,7 @@ def test_leaves_the_scripts_folder_and_trackers_alone(tmp_path: Path, monkeypatc
     ("arguments", "options", "message"),
     [
         ("", ["--after", "7"], "--after 7: the script trains for 6 steps only"),
-        ("optim='sgd'", [], "SGD keeps none"),
+        ("optim='sgd', fsam_precondition=True", [], "SGD keeps none"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, arguments: str, options: list[str], message: str) -> None:

@@ -29,8 +29,8 @@ def test_plain_training_arguments_train_with_the_defaults(tmp_path: Path) -> Non
     named = train(
         tmp_path,
         fsam_variant="functional",
-        fsam_rho=0.02,
-        fsam_precondition=True,
+        fsam_rho=0.03,
+        fsam_precondition=False,
         fsam_ascent_scope="micro_batch",
     )
     assert same_bits(swapped, named)
@@ -325,6 +325,7 @@ def test_a_callback_never_sees_perturbed_weights(tmp_path: Path, variant: str, s
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dtype: torch.dtype, scope: str) -> None:
     settings = {
         "fsam_rho": 0.1,
+        "fsam_precondition": True,
         "fsam_ascent_scope": scope,
         "gradient_accumulation_steps": 2,
         "save_strategy": "steps",
@@ -359,7 +360,7 @@ def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Pa
     assert state["stateful_callbacks"]["FSAMSettings"]["args"] == {
         "fsam_variant": "sam",
         "fsam_rho": 0.25,
-        "fsam_precondition": True,
+        "fsam_precondition": False,
         "fsam_ascent_scope": "micro_batch",
         "fsam_ascent_direction": "gradient",
         "fsam_every_steps": 1,
