@@ -553,7 +553,7 @@ def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretra
     history = run.written["history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 3, 6, 6]
     logged = next(entry for entry in history if "loss" in entry)
-    assert logged["fsam/radius"] == pytest.approx(0.02, rel=1e-3)
+    assert logged["fsam/radius"] == pytest.approx(0.03, rel=1e-3)
     assert "fsam/functional_sharpness" in logged
     assert "2502.02407" in (run.folder / "README.md").read_text()
     assert "secret" not in (run.folder / "results.json").read_text()
