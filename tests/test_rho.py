@@ -129,7 +129,7 @@ def test_leaves_the_scripts_folder_and_trackers_alone(tmp_path: Path, monkeypatc
     path = script(tmp_path, arguments)
     before = sorted(tmp_path.iterdir())
     rho.main(["--after", "3", "--out", str(tmp_path / "rho.png"), str(path)])
-    assert sorted(set(tmp_path.iterdir()) - set(before)) == [tmp_path / "rho.png"]
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "rho.png"])
 
 
 @pytest.mark.parametrize(
