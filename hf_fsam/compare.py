@@ -62,7 +62,7 @@ class Runner:
         launch: the command in front of the recipe's path; None: Python.
         parallel: runs at a time; each gets its share of the CPU's cores, and without `launch` a GPU of its own.
         keep: leave the runs' folders, with their models, where they are.
-        advance: called with a task's weight when it has ended.
+        advance: called with a task's weight when it has ended, and whether it ran now or was there before.
 
     Raises:
         RuntimeError: somebody else is at work in `out`.
@@ -75,7 +75,7 @@ class Runner:
         launch: list[str] | None = None,
         parallel: int = 1,
         keep: bool = False,
-        advance: Callable[[float], Any] = lambda weight: None,
+        advance: Callable[[float, bool], Any] = lambda weight, ran: None,
     ) -> None:
         self.study, self.out, self.launch, self.keep, self.advance = study, out, launch, keep, advance
         self.log = out / "runs.jsonl"
@@ -114,7 +114,7 @@ class Runner:
             futures = [pool.submit(self._once, task) for task in distinct.values()]
             try:
                 for future in as_completed(futures):
-                    self.advance(future.result())
+                    self.advance(*future.result())
             except BaseException:
                 self._stopped = True
                 self._end_processes()
@@ -140,11 +140,12 @@ class Runner:
         parts = [recipe, task.settings, task.seed, *([self.launch] if self.launch else [])]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
-    def _once(self, task: Task) -> float:
-        """Runs the task unless it has been; returns its weight."""
+    def _once(self, task: Task) -> tuple[float, bool]:
+        """Runs the task unless it has been; returns its weight and whether it ran now."""
         key = self.key(task)
         known = self.rows.get(key, {"metrics": {}})
-        if not set(self.study.metrics) <= known["metrics"].keys() and not self._stopped:
+        run = not set(self.study.metrics) <= known["metrics"].keys()
+        if run and not self._stopped:
             slot = self._slots.get()
             try:
                 row = self._train(task, key, slot)
@@ -154,7 +155,7 @@ class Runner:
                 self.rows[key] = row
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
-        return weight(self.study, task.arm, task.settings)
+        return weight(self.study, task.arm, task.settings), run
 
     def _train(self, task: Task, key: str, slot: int) -> Row:
         folder = self.out / "runs" / key
@@ -375,10 +376,16 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.compare")
     args, overrides = parse(argv, prog)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the runs, too
     studies = list(load_studies(args.study, overrides, args.seeds, args.baseline))
-    with tqdm(total=sum(map(total_weight, studies)), bar_format=BAR) as bar:
+    with tqdm(total=sum(map(total_weight, studies)), bar_format=BAR, smoothing=0) as bar:
+
+        def advance(weight: float, ran: bool) -> None:
+            if not ran:  # it took no time, so it says nothing about the time that is left
+                bar.initial += weight
+            bar.update(weight)
+
         for study in studies:
             bar.set_description(study.name)
-            with Runner(study, args.out, args.launch, args.parallel, args.keep, bar.update) as runner:
+            with Runner(study, args.out, args.launch, args.parallel, args.keep, advance) as runner:
                 rows = run_study(study, runner)
             report = write_report(study, rows, args.out / study.name, f"{prog} {shlex.join(argv)}")
             bar.write(f"\n{report}\n", file=sys.stdout)

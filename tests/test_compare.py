@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from hf_fsam.arguments import FSAMArguments, plain_passes
-from hf_fsam.compare import Runner, main, read_results, run_study
+from hf_fsam.compare import Runner, main, read_results, run_study, total_weight
 from hf_fsam.study import Study, load_studies
 from hf_fsam.study_report import Difference, cost, rho_curve, setting, table
 
@@ -109,6 +109,15 @@ def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.Capture
     compare(folder, "--baseline", "FSAM")
     assert "minus FSAM" in capsys.readouterr().out
     assert (folder / "out" / "study.png").stat().st_size > 1000
+
+
+def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path) -> None:
+    study = study_of(folder, seeds=[0])
+    run(study, folder)
+    ended: list[tuple[float, bool]] = []
+    run(study_of(folder, seeds=[0, 1]), folder, advance=lambda weight, ran: ended.append((weight, ran)))
+    assert [ran for _, ran in ended].count(True) == 2  # both arms with the new seed
+    assert sum(weight for weight, _ in ended) == pytest.approx(total_weight(study_of(folder, seeds=[0, 1])))
 
 
 def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
@@ -390,8 +399,6 @@ def test_every_study_of_the_repository_is_one_its_recipe_understands(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All candidates of all arms go through the recipe's own parser."""
-    if path.stem == "after_training":
-        pytest.importorskip("torchao")
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import config as recipe_config
 
@@ -424,6 +431,8 @@ def test_every_study_of_the_repository_is_one_its_recipe_understands(
                 assert spec.loader is not None
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
+                if hasattr(module, "quantizations"):  # they need torchao, the parser does not
+                    monkeypatch.setattr(module, "quantizations", dict)
                 for settings in candidates:
                     file = tmp_path / "run.json"
                     here = {"seed": 1, "output_dir": str(tmp_path / "x"), "use_cpu": True, "bf16": False}
