@@ -205,7 +205,7 @@ def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
     config = LlamaConfig(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
+        intermediate_size=args.intermediate or 4 * args.hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=max(1, args.hidden // 64),
         max_position_embeddings=args.length,
@@ -219,6 +219,7 @@ def parse() -> argparse.Namespace:
         "--model", help="a checkpoint of a causal language model, in place of a Llama of the sizes below"
     )
     parser.add_argument("--hidden", type=int, default=768 if GPU else 128)
+    parser.add_argument("--intermediate", type=int, help="of the feed-forward blocks; four times --hidden by default")
     parser.add_argument("--layers", type=int, default=12 if GPU else 4)
     parser.add_argument("--vocabulary", type=int, default=32_000 if GPU else 2048)
     parser.add_argument("--batch", type=int, default=8)

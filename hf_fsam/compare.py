@@ -38,7 +38,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from hf_fsam.study import Arm, Settings, Study, canonical, fingerprint, load_studies, numbers
+from hf_fsam.study import Arm, Settings, Study, canonical, fingerprint, load_studies, numbers, training_length
 from hf_fsam.study_report import write_report
 
 Row = dict[str, Any]
@@ -254,17 +254,23 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
             if not own:
                 chosen[arm.name] = found[arm.name][0]
                 continue
-            scores = [
-                mean(row["metrics"][study.metrics[0]] for row in own if row["settings"] == candidate)
-                for candidate in found[arm.name]
+            losses = [
+                mean(score(study, row) for row in own if row["settings"] == candidate) for candidate in found[arm.name]
             ]
-            if min(scores) == math.inf:
+            if min(losses) == math.inf and arm.name == study.baseline:
                 raise RuntimeError(f"{study.name}: {arm.name}: no candidate ended with a finite {study.metrics[0]}.")
-            chosen[arm.name] = found[arm.name][scores.index(min(scores))]
+            # Where another arm diverges with every candidate, that is a result: the first one goes into the table.
+            chosen[arm.name] = found[arm.name][losses.index(min(losses))]
         tuned += rows
     # Seed by seed, so that what there is of a study that was stopped compares all arms.
     tasks = [Task(arm, chosen[name], seed, "final") for seed in study.seeds for name, arm in study.arms.items()]
     return tuned + runner.run(tasks)
+
+
+def score(study: Study, row: Row) -> float | None:
+    """Of the metric that decides; lower is better. None: it is not finite."""
+    value = row["metrics"][study.metrics[0]]
+    return -value if study.greater_is_better and value is not None else value
 
 
 def tuning_tasks(study: Study, arms: list[Arm], candidates: dict[str, list[Settings]]) -> Iterator[Task]:
@@ -277,8 +283,7 @@ def tuning_tasks(study: Study, arms: list[Arm], candidates: dict[str, list[Setti
 
 def weight(study: Study, arm: Arm, settings: Settings) -> float:
     """What a run takes, for the time that is left: nothing but ratios count."""
-    length = settings.get("max_steps") or settings.get("num_train_epochs") or 1
-    return study.passes(arm, settings) * float(length)
+    return study.passes(arm, settings) * (training_length(settings) or 1.0)
 
 
 def total_weight(study: Study) -> float:
@@ -323,10 +328,10 @@ def read_results(folder: Path, metrics: list[str]) -> Row:
             "call trainer.save_state()."
         )
     for name in {name for entry in history for name in entry}:
-        values = [entry[name] for entry in history if name in entry]
-        found.setdefault(name, values[-1])
-        if name.startswith("eval_") and name.endswith("loss"):
-            found[f"best_{name}"] = min(filter(_is_finite, values), default=math.nan)
+        found.setdefault(name, next(entry[name] for entry in reversed(history) if name in entry))
+    for name in [name for name in found if name.startswith("eval_") and name.endswith("loss")]:
+        values = [found[name], *(entry[name] for entry in history if name in entry)]
+        found[f"best_{name}"] = min(filter(_is_finite, values), default=math.nan)
     for name in metrics:
         if name not in found:
             raise RuntimeError(f"The run has no metric {name!r}. It has {', '.join(sorted(found))}.")
@@ -396,7 +401,7 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
         prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every other --name value is a setting of all arms.",
+        epilog="Every other --name value is a setting of all arms, unless an arm sets it itself.",
         allow_abbrev=False,
     )
     parser.add_argument("study", type=Path, help="the study's YAML file")
@@ -413,6 +418,8 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
     args, rest = parser.parse_known_args(argv)
     if args.parallel < 1:
         parser.error(f"--parallel {args.parallel}: give 1 or more.")
+    if args.launch and args.parallel > 1:
+        parser.error("--parallel with --launch: launched runs would meet on the same port and GPUs; leave one out.")
     overrides: Settings = {}
     while rest:
         name, *value = rest.pop(0).split("=", 1)

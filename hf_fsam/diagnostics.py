@@ -129,7 +129,10 @@ def diagnose(probe: Probe, rho: float) -> dict[str, float]:
         with probe.measuring():
             each = [_diagnose_batch(probe, batch, rho) for batch in probe.batches]
             found = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
-            found["top_curvature"] = probe.top_curvature(probe.batches[0])
+            try:  # takes the most memory, and the others do not need it
+                found["top_curvature"] = probe.top_curvature(probe.batches[0])
+            except torch.OutOfMemoryError:
+                logger.warning("fsam/top_curvature is left out: the device has not enough memory for it.")
     except torch.OutOfMemoryError:
         logger.warning("The diagnostics are left out: the device has not enough memory for them beside the training.")
         found = {}

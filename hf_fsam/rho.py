@@ -138,6 +138,9 @@ class _Finder(TrainerCallback):
             self.report(found)
         raise _Found(0)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_evaluate = False
+
     def report(self, found: dict[float, Paths]) -> None:
         suggested, reason = suggest(found)
         print(f"\n{table(found)}\n")
@@ -165,8 +168,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
 
     def find(trainer: Any, *rest: Any, **options: Any) -> Any:
         # The script's folder, its checkpoints and its trackers are left alone.
-        trainer.args.save_strategy = trainer.args.eval_strategy = "no"
-        trainer.args.eval_on_start = trainer.args.push_to_hub = trainer.args.load_best_model_at_end = False
+        trainer.args.eval_on_start = trainer.args.push_to_hub = False
         for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
             trainer.remove_callback(tracker)
         trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))

@@ -4,7 +4,8 @@
     recipe: ../pretrain.py                # a script; this path and the next are relative to this file
     config: ../configs/pretrain_tiny.yaml # settings of all arms, and
     settings: {max_steps: 500}            # more of them, which win
-    metrics: [eval_loss, best_eval_loss]  # lower is better; the first one decides
+    metrics: [eval_loss, best_eval_loss]  # the first one decides; lower is better,
+    greater_is_better: false              # unless this is true, as for eval_accuracy
     baseline: AdamW
     seeds: [0, 1, 2]
     tuning_seeds: [100]                   # others than those of the table
@@ -36,7 +37,7 @@ from hf_fsam.arguments import FSAMArguments, plain_passes
 
 Settings = dict[str, Any]
 
-LENGTHS = ("max_steps", "num_train_epochs", "warmup_steps")
+HIGHER = ("accuracy", "f1", "precision", "recall", "matthews", "bleu", "rouge", "auc", "exact_match")
 
 
 @dataclass
@@ -58,12 +59,22 @@ class Arm:
     passes: float | None = None
 
     def candidates(self, begin: Settings) -> list[Settings]:
-        """Every combination of the listed values, on top of `begin`."""
+        """Every combination of the listed values, on top of `begin`.
+
+        Raises:
+            ValueError: the arm is `longer` than what says no length.
+        """
         lists = {name: value for name, value in self.settings.items() if isinstance(value, list)}
         fixed = {**begin, **{name: value for name, value in self.settings.items() if name not in lists}}
-        for name in LENGTHS:
-            if self.longer != 1 and name in fixed:
-                fixed[name] = round(fixed[name] * self.longer)
+        if self.longer != 1:
+            if not training_length(fixed):
+                raise ValueError(f"{self.name}: longer={self.longer} needs max_steps or num_train_epochs in the settings.")
+            if fixed.get("max_steps", -1) > 0:
+                fixed["max_steps"] = round(fixed["max_steps"] * self.longer)
+            else:  # a float to the Trainer
+                fixed["num_train_epochs"] *= self.longer
+            if fixed.get("warmup_steps", 0) >= 1:  # below it is a share of the whole
+                fixed["warmup_steps"] = round(fixed["warmup_steps"] * self.longer)
         return [{**fixed, **dict(zip(lists, values, strict=True))} for values in itertools.product(*lists.values())]
 
     @property
@@ -76,7 +87,8 @@ class Study:
     """
     Attributes:
         path: its YAML file.
-        metrics: lower is better; the first decides.
+        metrics: the first decides.
+        greater_is_better: of the first.
     """
 
     name: str
@@ -88,6 +100,7 @@ class Study:
     baseline: str
     seeds: list[int]
     tuning_seeds: list[int]
+    greater_is_better: bool = False
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def tuning_order(self) -> list[list[Arm]]:
@@ -103,9 +116,16 @@ class Study:
         return rounds
 
     def passes(self, arm: Arm, settings: Settings) -> float:
-        """Cost of a step of the arm, in passes of plain training."""
+        """Cost of a step of the arm, in passes of plain training.
+
+        Raises:
+            ValueError: an `fsam_*` setting is unknown, or its value is not one of it.
+        """
         known = {each.name for each in fields(FSAMArguments)}
-        own = {name: value for name, value in settings.items() if name in known}
+        own = {name: value for name, value in settings.items() if name.startswith("fsam_")}
+        for name in own:
+            if name not in known:
+                raise ValueError(f"{self.path}: {arm.name}: {name!r} is none of {', '.join(sorted(known))}.")
         return arm.passes if arm.passes is not None else plain_passes(FSAMArguments(**own))
 
 
@@ -115,12 +135,13 @@ def load_studies(
     """The study of a YAML file, or those of the files that it lists under `studies`.
 
     Args:
-        overrides: settings of all arms, which win over the file's, except for those that an arm has itself.
+        overrides: settings of all arms, which win over the file's.
         seeds, baseline: in place of the file's.
 
     Raises:
         FileNotFoundError: the file, the recipe or its configuration does not exist.
-        ValueError: a key is unknown or missing, or its value is not of its kind; the message names it.
+        ValueError: a key is unknown or missing, its value is not of its kind, or an override is set by an arm itself;
+            the message names it.
     """
     raw = read_yaml(path)
     if "studies" in raw:
@@ -129,11 +150,23 @@ def load_studies(
         for name in raw["studies"]:
             yield from load_studies(path.parent / name, overrides, seeds, baseline)
         return
-    known = {"question", "recipe", "config", "settings", "metrics", "baseline", "seeds", "tuning_seeds", "arms"}
+    known = {"question", "recipe", "config", "settings", "metrics", "greater_is_better", "baseline"}
+    known |= {"seeds", "tuning_seeds", "arms"}
     _check_keys(path, "the study", raw, known, required={"recipe", "arms"})
+    for name, kind, what in (
+        ("settings", dict, "a mapping of names to values"),
+        ("arms", dict, "a mapping of names to settings"),
+        ("metrics", list, "a list of names"),
+        ("greater_is_better", bool, "true or false"),
+    ):
+        if raw.get(name) is not None and not isinstance(raw[name], kind):
+            raise ValueError(f"{path}: {name}={raw[name]!r} is not {what}.")
     settings = read_yaml(path.parent / raw["config"]) if raw.get("config") else {}
     settings |= numbers(raw.get("settings") or {}) | (overrides or {})
-    arms = {name: _arm(path, str(name), dict(own or {})) for name, own in raw["arms"].items()}
+    arms = {str(name): _arm(path, str(name), own) for name, own in raw["arms"].items()}
+    for name in overrides or {}:
+        if owners := [arm.name for arm in arms.values() if name in arm.settings]:
+            raise ValueError(f"{path}: --{name} is for all arms, but {', '.join(owners)} set it: change the file.")
     study = Study(
         name=path.stem,
         path=path.resolve(),
@@ -141,6 +174,7 @@ def load_studies(
         recipe=_existing(path.parent / raw["recipe"], f"{path}: recipe"),
         settings=settings,
         metrics=raw.get("metrics") or ["eval_loss"],
+        greater_is_better=raw.get("greater_is_better") or False,
         baseline=baseline or raw.get("baseline") or next(iter(arms)),
         seeds=seeds or raw.get("seeds") or [0, 1, 2],
         tuning_seeds=raw.get("tuning_seeds") or [100],
@@ -155,6 +189,11 @@ def load_studies(
             raise ValueError(f"{path}: {what}={values!r} is not a list of whole numbers.")
     if set(study.seeds) & set(study.tuning_seeds) and any(arm.tuned for arm in arms.values()):
         raise ValueError(f"{path}: tuning_seeds must be others than seeds: what was tuned on a seed is at home there.")
+    decides = study.metrics[0]
+    if "greater_is_better" not in raw and any(part in decides.lower() for part in HIGHER):
+        raise ValueError(
+            f"{path}: metrics: {decides!r} decides, and lower would be better: say `greater_is_better: true` (or false)."
+        )
     study.tuning_order()
     for arm in arms.values():  # wrong values are found before the first run
         for candidate in arm.candidates(settings):
@@ -162,7 +201,10 @@ def load_studies(
     yield study
 
 
-def _arm(path: Path, name: str, own: Settings) -> Arm:
+def _arm(path: Path, name: str, own: Any) -> Arm:
+    if not isinstance(own, dict | None):
+        raise ValueError(f"{path}: {name}: {own!r} is not a mapping of settings to values.")
+    own = dict(own or {})
     recipe = own.pop("recipe", None)
     like, longer, passes = own.pop("like", None), own.pop("longer", 1), own.pop("passes", None)
     for key, value in (("longer", longer), ("passes", passes or 1)):
@@ -173,6 +215,12 @@ def _arm(path: Path, name: str, own: Settings) -> Arm:
         raise ValueError(f"{path}: {name}: {empty[0]} has no candidates.")
     found = _existing(path.parent / recipe, f"{path}: {name}: recipe") if recipe else None
     return Arm(name, numbers(own), like, longer, found, passes)
+
+
+def training_length(settings: Settings) -> float:
+    """Optimizer steps, or epochs where no steps are said; 0 where neither is: the script's own default."""
+    steps = settings.get("max_steps") or 0
+    return float(steps if steps > 0 else settings.get("num_train_epochs") or 0)
 
 
 def _check_keys(path: Path, where: str, raw: Settings, known: set[str], required: set[str]) -> None:

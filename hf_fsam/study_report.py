@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib  # here, so that what is missing is said before the first run
 from scipy.stats import t
 
 from hf_fsam.study import Study, canonical, fingerprint
@@ -32,11 +33,10 @@ class Difference:
         error = statistics.stdev(differences) / math.sqrt(count)
         return cls(statistics.fmean(differences), float(t.ppf(0.975, count - 1)) * error)
 
-    @property
-    def verdict(self) -> str:
+    def verdict(self, greater_is_better: bool = False) -> str:
         if math.isnan(self.half) or abs(self.mean) <= self.half:
             return "undecided"
-        return "better" if self.mean < 0 else "worse"
+        return "better" if (self.mean > 0) == greater_is_better else "worse"
 
     def __str__(self) -> str:
         if math.isnan(self.half):
@@ -50,8 +50,9 @@ def write_report(study: Study, rows: list[Row], path: Path, command: str) -> str
     text = "\n".join(
         [f"**{study.name}**: {study.question}".strip(), "", *table(study, rows), "", *setting(study, final, command)]
     )
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    plot(study, rows, path.with_suffix(".png"))
+    # Not with_suffix, for which c4_1.2b has one.
+    path.with_name(f"{path.name}.md").write_text(text + "\n", encoding="utf-8")
+    plot(study, rows, path.with_name(f"{path.name}.png"))
     return text
 
 
@@ -71,14 +72,19 @@ def table(study: Study, rows: list[Row]) -> list[str]:
             line.append(spread([row["metrics"][name] for row in own.values()]))
             pairs = [(own[seed]["metrics"][name], base[seed]["metrics"][name]) for seed in own if seed in base]
             whole = [(value, other) for value, other in pairs if value is not None and other is not None]
-            if arm == study.baseline or not whole:
+            if arm == study.baseline:
                 line.append("")
                 continue
-            difference = Difference.of([value - other for value, other in whole])
-            line.append(str(difference))
+            difference = Difference.of([value - other for value, other in whole]) if whole else None
+            line.append(str(difference or ""))
             if index == 0:
-                lost = sum(value is None for value, _ in pairs)
-                verdict = f"diverged {lost}/{len(pairs)}" if lost else difference.verdict
+                lost, lost_by_base = (sum(pair[side] is None for pair in pairs) for side in (0, 1))
+                if lost:
+                    verdict = f"diverged {lost}/{len(pairs)}"
+                elif lost_by_base:
+                    verdict = f"{study.baseline} diverged {lost_by_base}/{len(pairs)}"
+                elif difference:
+                    verdict = difference.verdict(study.greater_is_better)
         shared = [seed for seed in own if seed in base]
         lines.append([*line, verdict, f"{cost(own, base):.2f}", times(own, base, shared)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -176,14 +182,12 @@ def recipe_of(study: Study, row: Row) -> str:
 
 def plot(study: Study, rows: list[Row], path: Path) -> None:
     """Curves, loss against compute and, where ρ was tuned, the loss against ρ."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     metric = study.metrics[0]
     final, tuning = by_arm(rows, "final"), [row for row in rows if row["stage"] == "tuning"]
-    radii = {arm: rho_curve(tuning, arm, metric) for arm in final}
+    radii = {arm: rho_curve(tuning, arm, metric, study.greater_is_better) for arm in final}
     radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
     count = 2 + bool(radii)
     figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.4), layout="constrained")
@@ -215,7 +219,7 @@ def plot(study: Study, rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def rho_curve(tuning: list[Row], arm: str, metric: str) -> list[tuple[float, float]]:
+def rho_curve(tuning: list[Row], arm: str, metric: str, greater_is_better: bool = False) -> list[tuple[float, float]]:
     """(ρ, mean of the metric) for every ρ above zero that was tried and did not diverge, at its best other settings."""
     found: dict[float, dict[str, list[float | None]]] = {}
     for row in tuning:
@@ -227,5 +231,6 @@ def rho_curve(tuning: list[Row], arm: str, metric: str) -> list[tuple[float, flo
     for rho, groups in sorted(found.items()):
         whole = [[value for value in values if value is not None] for values in groups.values() if None not in values]
         if whole:
-            curve.append((rho, min(map(statistics.fmean, whole))))
+            best = max if greater_is_better else min
+            curve.append((rho, best(map(statistics.fmean, whole))))
     return curve

@@ -177,18 +177,18 @@ def test_a_failing_run_says_which_and_why(folder: Path) -> None:
 
 
 def test_runs_in_parallel_get_their_share_of_the_cores(folder: Path) -> None:
-    (folder / "recipe.py").write_text(
-        RECIPE.replace("import json,", "import os, json,").replace(
-            "file.write(", 'file.write(os.environ.get("OMP_NUM_THREADS", "") + "|" + '
-        )
+    recipe = RECIPE.replace("import json,", "import os, json,").replace(
+        "file.write(", 'file.write(os.environ.get("OMP_NUM_THREADS", "") + "|" + '
     )
-    study = study_of(folder, settings={"sleep": 1}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
-    start = time.monotonic()
+    times = '\nat = Path(__file__).parent / f"at_{settings[\'rate\']}"\nat.write_text(f"{began} {time.monotonic()}")\n'
+    (folder / "recipe.py").write_text(recipe.replace("settings =", "began = time.monotonic()\nsettings =", 1) + times)
+    study = study_of(folder, settings={"sleep": 5}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
     rows = run(study, folder, parallel=2)
     assert [row["arm"] for row in rows] == ["A", "B"]
     threads = [line.split("|")[0] for line in (folder / "called.txt").read_text().splitlines()]
     assert threads == [str(max(1, (os.cpu_count() or 1) // 2))] * 2
-    assert time.monotonic() - start < 30
+    began, ended = zip(*(map(float, each.read_text().split()) for each in folder.glob("at_*")), strict=True)
+    assert max(began) < min(ended)  # side by side
 
 
 def test_arms_with_the_same_settings_share_a_run(folder: Path) -> None:
@@ -237,6 +237,11 @@ def test_longer_multiplies_what_the_settings_end_with(folder: Path) -> None:
     assert [row["settings"]["max_steps"] for row in rows] == [10, 20, 30]
     assert [row["settings"]["warmup_steps"] for row in rows] == [1, 2, 3]
     assert "longer" not in rows[1]["settings"]
+    study = study_of(folder, arms=arms, settings={"max_steps": -1, "num_train_epochs": 1, "warmup_steps": 0.1})
+    (settings,) = study.arms["A3"].candidates(study.settings)
+    assert settings["num_train_epochs"] == 1.5  # not whole, and not none
+    assert (settings["max_steps"], settings["warmup_steps"]) == (-1, 0.1)  # no length, a share
+    assert total_weight(study) > 0
 
 
 def test_a_launcher_and_what_it_started_end_together(folder: Path, request: pytest.FixtureRequest) -> None:
@@ -279,7 +284,9 @@ def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
     assert [row["settings"]["diverge"] for row in rows if row["stage"] == "final"] == [False, True, False, True]
     assert rows[0]["metrics"]["eval_loss"] is None
     assert "2 diverged" in "\n".join(table(study, rows))
-    assert "diverged 2/2" not in "\n".join(table(study, rows))  # none is left to compare
+    assert "diverged 2/2" in "\n".join(table(study, rows))
+    study = study_of(folder, arms={"A": {"rate": 3}, "B": {"diverge": [True], "rate": [3, 4]}}, seeds=[0, 1])
+    assert "diverged 2/2" in "\n".join(table(study, run(study, folder)))  # with every candidate: a result, too
     study = study_of(folder, arms={"A": {"diverge": [True], "rate": [1, 2]}})
     with pytest.raises(RuntimeError, match="no candidate ended with a finite eval_loss"):
         run(study, folder)
@@ -304,9 +311,10 @@ def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> 
     assert "3.2000 ± 1.1000" in line
     assert "| 2.00 " in line
     assert "| 1.90 " in line
-    assert Difference.of([-0.1, -0.12, -0.11]).verdict == "better"
-    assert Difference.of([0.1, 0.12, 0.11]).verdict == "worse"
-    assert Difference.of([0.1]).verdict == "undecided"
+    assert Difference.of([-0.1, -0.12, -0.11]).verdict() == "better"
+    assert Difference.of([0.1, 0.12, 0.11]).verdict() == "worse"
+    assert Difference.of([0.1, 0.12, 0.11]).verdict(greater_is_better=True) == "better"
+    assert Difference.of([0.1]).verdict() == "undecided"
 
 
 def test_an_arm_that_lost_a_seed_is_not_better(folder: Path) -> None:
@@ -316,6 +324,22 @@ def test_an_arm_that_lost_a_seed_is_not_better(folder: Path) -> None:
     line = next(line for line in table(study, rows) if line.startswith("| B"))
     assert "diverged 1/3" in line
     assert "better" not in line
+    rows = [row("A", seed, 2.0 if seed else None) for seed in range(3)]
+    rows += [row("B", seed, 2.5 + 0.01 * seed) for seed in range(3)]
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    assert "A diverged 1/3" in line
+    assert "worse" not in line
+
+
+def test_what_is_better_when_greater_is_tuned_for(folder: Path) -> None:
+    (folder / "recipe.py").write_text(RECIPE.replace('{"metrics": {"eval_loss": loss}', '{"metrics": {"eval_f1": -loss}'))
+    keys = {"metrics": ["eval_f1"], "arms": {"A": {"rate": 3, "learning_rate": [1, 2]}, "B": {"learning_rate": 3}}}
+    study = study_of(folder, **keys, greater_is_better=True)
+    rows = run(study, folder)
+    assert {each["settings"]["learning_rate"] for each in rows if each["arm"] == "A" and each["stage"] == "final"} == {2}
+    assert any(line.startswith("| B") and "better" in line for line in table(study, rows))
+    with pytest.raises(ValueError, match="say `greater_is_better: true`"):
+        study_of(folder, **keys)
 
 
 def test_cost_counts_steps_and_passes() -> None:
@@ -356,7 +380,9 @@ def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
     assert expected.items() <= found["metrics"].items()
     assert found["curve"] == [[5, 1.5]]
     assert (found["steps"], found["train_seconds"]) == (10, 8.0)
-    with pytest.raises(RuntimeError, match=r"no metric 'eval_f1'\. It has best_eval_loss"):
+    (tmp_path / "all_results.json").write_text(json.dumps({"eval_loss": 1.25}))  # evaluated after the training
+    assert read_results(tmp_path, ["best_eval_loss"])["metrics"]["best_eval_loss"] == 1.25
+    with pytest.raises(RuntimeError, match=r"no metric 'eval_f1'\. It has .*best_eval_loss"):
         read_results(tmp_path, ["eval_f1"])
     with pytest.raises(RuntimeError, match=r"neither results\.json nor trainer_state.json"):
         read_results(tmp_path / "nowhere", ["eval_loss"])
@@ -381,6 +407,12 @@ def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
         ({"arms": {"A": {"fsam_rho": []}}}, "fsam_rho has no candidates"),
         ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number above 0"),
         ({"arms": {"A": {"longer": 0}}}, "longer=0 is not a number above 0"),
+        ({"arms": {"A": {"longer": 2}}}, "A: longer=2 needs max_steps or num_train_epochs"),
+        ({"arms": {"A": {"fsam_rh": 0.1}}}, "A: 'fsam_rh' is none of fsam_"),
+        ({"arms": {"A": "none"}}, "A: 'none' is not a mapping"),
+        ({"arms": ["A", "B"]}, r"arms=\['A', 'B'\] is not a mapping"),
+        ({"settings": [1]}, r"settings=\[1\] is not a mapping"),
+        ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
     ],
 )
@@ -388,6 +420,23 @@ def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, A
     write_study(folder, **keys)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         compare(folder)
+    assert not called(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rate", "1"], "--learning_rate is for all arms, but AdamW set it"),
+        (["--parallel", "2", "--launch", "torchrun"], "--parallel with --launch"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(
+    folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    write_study(folder)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        compare(folder, *options)
+    assert message in str(error.value) + capsys.readouterr().err
     assert not called(folder)
 
 

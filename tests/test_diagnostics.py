@@ -246,6 +246,21 @@ def test_memory_that_does_not_last_ends_nothing(
     assert same_bits(weights, train(tmp_path))
 
 
+def test_memory_for_the_paths_alone_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Probe, "top_curvature", full)
+    trainer = make_trainer(tmp_path, fsam_diagnostics_steps=2)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert "fsam/logit_to_functional" in logged
+    assert "fsam/top_curvature" not in logged
+    assert "fsam/top_curvature is left out" in caplog.text
+
+
 @pytest.mark.parametrize("make", [lambda: adapted(gpt2()), lambda: llama().to(torch.bfloat16)], ids=["LoRA", "bf16"])
 def test_measures_adapters_and_low_precision(tmp_path: Path, make: Any) -> None:
     trainer = make_trainer(tmp_path, model=make(), fsam_diagnostics_steps=3)

@@ -124,7 +124,9 @@ def test_leaves_the_scripts_folder_and_trackers_alone(tmp_path: Path, monkeypatc
     arguments = (
         "save_strategy='steps', save_steps=1, save_total_limit=1, "
         "eval_strategy='steps', eval_steps=1, eval_on_start=True, "
-        "report_to=['tensorboard'], trainer={'eval_dataset': __import__('tests.toys').toys.sentences()}"
+        "load_best_model_at_end=True, metric_for_best_model='loss', report_to=['tensorboard'], "
+        "trainer={'eval_dataset': __import__('tests.toys').toys.sentences(), "
+        "'callbacks': [__import__('transformers').EarlyStoppingCallback()]}"
     )
     path = script(tmp_path, arguments)
     before = sorted(tmp_path.iterdir())
