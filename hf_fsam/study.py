@@ -68,7 +68,7 @@ class Arm:
         fixed = {**begin, **{name: value for name, value in self.settings.items() if name not in lists}}
         if self.longer != 1:
             if not training_length(fixed):
-                raise ValueError(f"{self.name}: longer={self.longer} needs max_steps or num_train_epochs in the settings.")
+                raise ValueError(f"{self.name}: longer={self.longer} needs max_steps or num_train_epochs.")
             if fixed.get("max_steps", -1) > 0:
                 fixed["max_steps"] = round(fixed["max_steps"] * self.longer)
             else:  # a float to the Trainer
@@ -192,7 +192,7 @@ def load_studies(
     decides = study.metrics[0]
     if "greater_is_better" not in raw and any(part in decides.lower() for part in HIGHER):
         raise ValueError(
-            f"{path}: metrics: {decides!r} decides, and lower would be better: say `greater_is_better: true` (or false)."
+            f"{path}: metrics: {decides!r} decides, and lower would be better: say `greater_is_better: true`, or false."
         )
     study.tuning_order()
     for arm in arms.values():  # wrong values are found before the first run
