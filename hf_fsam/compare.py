@@ -22,6 +22,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -357,9 +358,9 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if all(map(_is_finite, values)) else math.inf
+def mean(values: Iterable[float | None]) -> float:
+    """Infinite where one did not end with a finite value."""
+    return statistics.fmean(math.inf if value is None else value for value in values)
 
 
 def read_rows(path: Path) -> list[Row]:
