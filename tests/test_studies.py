@@ -52,6 +52,20 @@ def test_noise_is_a_share_of_each_matrix_and_the_model_stays() -> None:
         assert float(away) == pytest.approx(0.1 if weight.ndim > 1 else 0.0, rel=0.2), name
 
 
+def test_quantized_weights_are_near_to_what_they_were() -> None:
+    """Only where torchao is installed (the extra `quantization`), which the other tests do without."""
+    pytest.importorskip("torchao")
+    model = llama(hidden_size=64)
+    ids = torch.randint(3, VOCABULARY, (2, LENGTH))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        away = {
+            name: float((after_training.changed(model, change)(input_ids=ids).logits - before).norm() / before.norm())
+            for name, change in after_training.quantizations().items()
+        }
+    assert 0 < 4 * away["int8"] < away["int4"] < 0.5
+
+
 @pytest.mark.slow
 def test_after_training_adds_what_the_model_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def coarse(model: Any) -> None:
