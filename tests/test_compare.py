@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.compare import Runner, main, read_results, run_study, total_weight
@@ -111,13 +112,23 @@ def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.Capture
     assert (folder / "out" / "study.png").stat().st_size > 1000
 
 
-def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path) -> None:
-    study = study_of(folder, seeds=[0])
-    run(study, folder)
-    ended: list[tuple[float, bool]] = []
-    run(study_of(folder, seeds=[0, 1]), folder, advance=lambda weight, ran: ended.append((weight, ran)))
-    assert [ran for _, ran in ended].count(True) == 2  # both arms with the new seed
-    assert sum(weight for weight, _ in ended) == pytest.approx(total_weight(study_of(folder, seeds=[0, 1])))
+def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm] = []
+    monkeypatch.setattr("hf_fsam.compare.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    write_study(folder, seeds=[0])
+    compare(folder)
+    compare(folder)
+    compare(folder, "--seeds", "0", "1")
+    first, again, more = bars
+    assert (first.initial, first.n) == (0, pytest.approx(total_weight(study_of(folder, seeds=[0]))))
+    assert again.initial == again.n == first.n
+    assert (more.initial, more.n) == (first.n, pytest.approx(total_weight(study_of(folder, seeds=[0, 1]))))
+
+
+def test_a_name_with_a_point_names_its_report(folder: Path) -> None:
+    write_study(folder, seeds=[0]).rename(folder / "size_1.2b.yaml")
+    main([str(folder / "size_1.2b.yaml"), "--out", str(folder / "out")])
+    assert {path.name for path in (folder / "out").glob("size*")} == {"size_1.2b.md", "size_1.2b.png"}
 
 
 def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
