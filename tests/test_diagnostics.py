@@ -234,12 +234,13 @@ def test_a_batch_without_a_gradient_or_a_radius_ends_nothing(tmp_path: Path) -> 
     assert trainer.state.global_step == 6
 
 
+def full(*args: Any) -> None:
+    raise torch.OutOfMemoryError("no")
+
+
 def test_memory_that_does_not_last_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("no")
-
     monkeypatch.setattr(Probe, "paths", full)
     weights = train(tmp_path, fsam_diagnostics_steps=2)
     assert "The diagnostics are left out" in caplog.text
@@ -249,9 +250,6 @@ def test_memory_that_does_not_last_ends_nothing(
 def test_memory_for_the_paths_alone_gives_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("no")
-
     monkeypatch.setattr(Probe, "top_curvature", full)
     trainer = make_trainer(tmp_path, fsam_diagnostics_steps=2)
     trainer.train()
