@@ -146,8 +146,7 @@ class Tape:
         torch.compile compile anew each time. `head`: the same module, where its logits can be deferred. `keeps`: see
         :func:`weights_for_later`."""
         self.name, self._head, self._keeps = name, head, keeps
-        # Back-propagation hooks with side effects are not to be traced: the compiled graph breaks here, once.
-        self._handle = module.register_forward_hook(torch.compiler.disable(self._hook))
+        self._handle = module.register_forward_hook(_BoundaryHook(self._see_output))
 
     def detach(self) -> None:
         if self._handle is not None:
@@ -288,7 +287,7 @@ class Tape:
         finally:
             self._on_output = self._on_loss = None
 
-    def _hook(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+    def _see_output(self, output: Any) -> Tensor | None:
         if self._on_output is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
             return None
         if not isinstance(output, Tensor):
@@ -297,6 +296,22 @@ class Tape:
                 "one tensor, the logits. Name the module that makes them."
             )
         return self._on_output(output) if output.requires_grad else None
+
+
+class _BoundaryHook:
+    """A forward hook that a callback may copy or pickle with the model: the copy's does nothing."""
+
+    def __init__(self, see: Callable[[Any], Tensor | None]) -> None:
+        self.see = see
+
+    # Back-propagation hooks with side effects are not to be traced: the compiled graph breaks here, once.
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+        return self.see(output)
+
+    def __reduce__(self) -> tuple:
+        # Takes three arguments, returns None, and loads where this package is not installed.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class _Through(torch.autograd.Function):

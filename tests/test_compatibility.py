@@ -1,5 +1,7 @@
 """What the Trainer offers keeps working under the split step."""
 
+import copy
+import io
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,25 @@ def test_compiled_models_train_alike_and_compile_once(tmp_path: Path, variant: s
     assert distance(weights_of(compiled.model), eager) < 1e-5
     assert graphs[0] > 0
     assert graphs[-1] == graphs[1], f"compiled anew: {graphs}"
+
+
+def test_a_callback_may_copy_and_pickle_the_model(tmp_path: Path) -> None:
+    """As one that keeps a moving average does; what it takes away has nothing of this package in it."""
+    taken: list[nn.Module] = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+            file = io.BytesIO()
+            torch.save(model, file)
+            assert b"hf_fsam" not in file.getvalue()
+            file.seek(0)
+            taken[:] = [copy.deepcopy(model), torch.load(file, weights_only=False)]
+
+    trainer = make_trainer(tmp_path, fsam_rho=0.3, trainer={"callbacks": [Copies()]})
+    trainer.train()
+    tokens = torch.arange(1, 9)[None]
+    for model in taken:
+        assert torch.equal(model(tokens).logits, trainer.model(tokens).logits)
 
 
 @pytest.mark.parametrize("variant", ACTIVE)
