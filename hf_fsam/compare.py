@@ -4,13 +4,14 @@
     hf-fsam compare recipes/studies/core.yaml --max_steps 20 --seeds 0 1 --out outputs/try    # a try
 
 The recipe is any script that takes one JSON file of settings, as recipes/*.py and transformers' own examples do
-(`script.py run.json`), with `output_dir` and `seed` among them, and leaves there `results.json` (`metrics`, `history`)
-or the Trainer's `all_results.json` and `trainer_state.json`. That a seed means the same batches for all arms is the
-Trainer's doing: its sampler draws from `seed` alone.
+(`script.py run.json`), with `output_dir` and `seed` among them, and leaves there `results.json` (`metrics`, and for
+curves and costs `history`, `steps`, `train_seconds`) or the Trainer's `all_results.json` and `trainer_state.json`. That
+a seed means the same batches for all arms is the Trainer's doing: its sampler draws from `seed` alone.
 
 Runs go to OUT/runs.jsonl as they end, one line each. A run that is there is not repeated, also by another study, so one
 that was killed goes on where it was, within a run from its last checkpoint if it writes any. Script, settings, seed and
---launch make a run. Then come OUT/STUDY.md and OUT/STUDY.png.
+--launch make a run; what else it reads, a model's folder or modules beside the script, is not looked at: take another
+--out where that has changed. Then come OUT/STUDY.md and OUT/STUDY.png.
 """
 
 import argparse
@@ -156,6 +157,12 @@ class Runner:
                 self.rows[key] = row
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
+            missing = [name for name in self.study.metrics if name not in row["metrics"]]
+            if missing:  # the row is kept: nothing is lost but the name
+                raise RuntimeError(
+                    f"{self.study.name}: {task.arm.name}, seed {task.seed}, has no metric {missing[0]!r}. It has "
+                    f"{', '.join(row['metrics'])}."
+                )
         return weight(self.study, task.arm, task.settings), run
 
     def _train(self, task: Task, key: str, slot: int) -> Row:
@@ -183,7 +190,7 @@ class Runner:
             "seed": task.seed,
             "settings": task.settings,
             "resumed": checkpoint is not None,
-            **read_results(folder, self.study.metrics),
+            **read_results(folder, self.study.metrics[0]),
             "recipe_sha256": fingerprint(recipe),
             "key": key,
         }
@@ -305,19 +312,19 @@ def total_weight(study: Study) -> float:
 # ---- What a run leaves behind ----
 
 
-def read_results(folder: Path, metrics: list[str]) -> Row:
-    """Of a run's results: all metrics, the curve of the first of `metrics`, steps, seconds, versions and machine.
+def read_results(folder: Path, metric: str) -> Row:
+    """Of a run's results: all metrics, the curve of `metric`, steps, seconds, versions and machine.
 
     A metric is one of the results', or the last that was logged of that name (as `fsam/top_curvature`), or
     `best_eval_loss`, the lowest on the way. One that is not finite is None.
 
     Raises:
-        RuntimeError: there are no results, or one of `metrics` is not among them.
+        RuntimeError: there are no results.
     """
     history: list[Row]
     if (folder / "results.json").is_file():
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        found, history = dict(results["metrics"]), results["history"]
+        found, history = dict(results["metrics"]), results.get("history", [])
     elif (folder / "trainer_state.json").is_file():
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         path = folder / "all_results.json"
@@ -333,10 +340,7 @@ def read_results(folder: Path, metrics: list[str]) -> Row:
     for name in [name for name in found if name.startswith("eval_") and name.endswith("loss")]:
         values = [found[name], *(entry[name] for entry in history if name in entry)]
         found[f"best_{name}"] = min(filter(_is_finite, values), default=math.nan)
-    for name in metrics:
-        if name not in found:
-            raise RuntimeError(f"The run has no metric {name!r}. It has {', '.join(sorted(found))}.")
-    curve_of = metrics[0].removeprefix("best_")
+    curve_of = metric.removeprefix("best_")
     steps = results.get("steps") or max((entry.get("step", 0) for entry in history), default=0)
     seconds = results.get("train_seconds")
     if seconds is None:
@@ -381,7 +385,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.compare")
     argv = sys.argv[1:] if argv is None else argv
     args, overrides = parse(argv, prog)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the runs, too
-    studies = list(load_studies(args.study, overrides, args.seeds, args.baseline))
+    try:
+        studies = list(load_studies(args.study, overrides, args.seeds, args.baseline))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{prog}: {error}")
     with tqdm(total=sum(map(total_weight, studies)), bar_format=BAR, smoothing=0) as bar:
 
         def advance(weight: float, ran: bool) -> None:
@@ -402,7 +409,7 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
         prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every other --name value is a setting of all arms, unless an arm sets it itself.",
+        epilog="Every other --name value, after the file, is a setting of all arms, unless an arm sets it itself.",
         allow_abbrev=False,
     )
     parser.add_argument("study", type=Path, help="the study's YAML file")
@@ -417,6 +424,8 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
         help='what starts a recipe, as "torchrun --nproc_per_node 8"; Python by itself, on one GPU, by default',
     )
     args, rest = parser.parse_known_args(argv)
+    if not args.study.is_file():
+        parser.error(f"{args.study} does not exist: the study's YAML file comes before other settings.")
     if args.parallel < 1:
         parser.error(f"--parallel {args.parallel}: give 1 or more.")
     if args.launch and args.parallel > 1:

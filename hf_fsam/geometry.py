@@ -243,7 +243,8 @@ class Probe:
     @torch.no_grad()
     def logits(self, batch: dict[str, Any]) -> dict[str, float]:
         """Entropy of softmax(z), in nats, and the norm of z less its mean, which softmax does not see: means over the
-        positions whose target counts."""
+        positions whose target counts. NaN where the boundary's rows are not one a label, each over the classes, as in
+        question answering, multiple choice and decoders that classify."""
         seen: list[Tensor] = []
         handle = self.boundary.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
         try:
@@ -254,9 +255,10 @@ class Probe:
         entropies, norms, count = 0.0, 0.0, 0
         for z in seen:
             rows = z.reshape(-1, z.shape[-1])
-            if labels is not None and labels.shape == z.shape[:-1]:
-                rows = rows[(labels.reshape(-1) != IGNORED).to(rows.device)]
-            for part in rows.split(1024):  # so that little is copied to fp32 at a time
+            if labels is None or labels.shape != z.shape[:-1]:
+                return {"logit_entropy": math.nan, "logit_norm": math.nan}
+            counted = rows[(labels.reshape(-1) != IGNORED).to(rows.device)]
+            for part in counted.split(1024):  # so that little is copied to fp32 at a time
                 part = part.float()
                 entropies += float(torch.distributions.Categorical(logits=part, validate_args=False).entropy().sum())
                 norms += float((part - part.mean(dim=-1, keepdim=True)).norm(dim=-1).sum())
@@ -273,8 +275,9 @@ class Probe:
             return labels
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
-    def top_curvature(self, batch: dict[str, Any], iterations: int = 20, tolerance: float = 0.01) -> float:
-        """The eigenvalue of the batch's Hessian of largest magnitude, by power iteration.
+    def top_curvature(self, batch: dict[str, Any], iterations: int = 20, tolerance: float = 1e-3) -> float:
+        """The eigenvalue of the batch's Hessian of largest magnitude, by power iteration: where the largest lie close
+        together, `iterations` may end some per cent below.
 
         The Hessian times a vector is exact: a second backward pass through the first one's graph, on the trainer's
         own `compute_loss`, in a mathematical attention since the fused ones have no second derivative. NaN where some

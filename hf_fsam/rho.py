@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_fsam.geometry import Paths, Probe, ratio
@@ -164,7 +164,15 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
             parser.error(f"--{name} {getattr(args, name)}: give 1 or more.")
     if not args.script.is_file():
         parser.error(f"{args.script} does not exist: give the path of a training script.")
-    train = FSAMMixin.train
+    train, of_any = FSAMMixin.train, Trainer.train
+
+    def refuse_plain(trainer: Any, *rest: Any, **options: Any) -> Any:
+        if not isinstance(trainer, FSAMMixin):
+            sys.exit(
+                f"{args.script} trains with {type(trainer).__name__}: let it use FSAMTrainer, or put FSAMMixin before "
+                "its class. Nothing was trained or measured."
+            )
+        return of_any(trainer, *rest, **options)
 
     def find(trainer: Any, *rest: Any, **options: Any) -> Any:
         # The script's folder, its checkpoints and its trackers are left alone.
@@ -176,7 +184,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
 
     sys.argv = [str(args.script), *args.arguments]
     sys.path.insert(0, str(args.script.resolve().parent))  # as Python does for a script
-    with mock.patch.object(FSAMMixin, "train", find):
+    with mock.patch.object(FSAMMixin, "train", find), mock.patch.object(Trainer, "train", refuse_plain):
         try:
             runpy.run_path(str(args.script), run_name="__main__")
         except _Found:

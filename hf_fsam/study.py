@@ -164,6 +164,9 @@ def load_studies(
     settings = read_yaml(path.parent / raw["config"]) if raw.get("config") else {}
     settings |= numbers(raw.get("settings") or {}) | (overrides or {})
     arms = {str(name): _arm(path, str(name), own) for name, own in raw["arms"].items()}
+    for name, cure in (("seed", "list them under `seeds`, or use --seeds"), ("output_dir", "use --out")):
+        if name in (overrides or {}) or any(name in arm.settings for arm in arms.values()):
+            raise ValueError(f"{path}: {name!r} is `compare`'s own to set: {cure}.")
     for name in overrides or {}:
         if owners := [arm.name for arm in arms.values() if name in arm.settings]:
             raise ValueError(f"{path}: --{name} is for all arms, but {', '.join(owners)} set it: change the file.")

@@ -86,7 +86,8 @@ def table(study: Study, rows: list[Row]) -> list[str]:
                 elif difference:
                     verdict = difference.verdict(study.greater_is_better)
         shared = [seed for seed in own if seed in base]
-        lines.append([*line, verdict, f"{cost(own, base):.2f}", times(own, base, shared)])
+        spent = cost(own, base)
+        lines.append([*line, verdict, "" if math.isnan(spent) else f"{spent:.2f}", times(own, base, shared)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     rule = "-|-".join("-" * width for width in widths)
@@ -124,8 +125,10 @@ def spread(values: list[float | None]) -> str:
 
 
 def cost(own: dict[int, Row], base: dict[int, Row]) -> float:
-    """In passes of plain training over what the baseline sees."""
+    """In passes of plain training over what the baseline sees; NaN where the runs do not say how many steps."""
     arm, baseline = (next(iter(rows.values())) for rows in (own, base))
+    if not (arm["steps"] and baseline["steps"]):
+        return math.nan
     return arm["passes"] * examples(arm) / examples(baseline)
 
 
@@ -189,9 +192,12 @@ def plot(study: Study, rows: list[Row], path: Path) -> None:
     final, tuning = by_arm(rows, "final"), [row for row in rows if row["stage"] == "tuning"]
     radii = {arm: rho_curve(tuning, arm, metric, study.greater_is_better) for arm in final}
     radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
-    count = 2 + bool(radii)
-    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.4), layout="constrained")
     base = final[study.baseline]
+    has_curve = any(row["curve"] for row in rows if row["stage"] == "final")
+    kinds = [kind for kind, there in (("curve", has_curve), ("cost", True), ("radius", bool(radii))) if there]
+    size = (5.2 * len(kinds), 4.4)
+    figure, panels = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
+    axes = dict(zip(kinds, panels[0], strict=True))
     for index, (arm, own) in enumerate(final.items()):
         color = f"C{index % 10}"
         curves = [row["curve"] for row in own.values() if row["curve"]]
@@ -199,20 +205,26 @@ def plot(study: Study, rows: list[Row], path: Path) -> None:
             length = min(map(len, curves))
             steps = [step for step, _ in curves[0][:length]]
             values = [[curve[point][1] for curve in curves] for point in range(length)]
-            axes[0].plot(steps, [statistics.fmean(each) for each in values], color=color, label=arm)
-            axes[0].fill_between(steps, [min(each) for each in values], [max(each) for each in values], alpha=0.15)
+            axes["curve"].plot(steps, [statistics.fmean(each) for each in values], color=color, label=arm)
+            low, high = ([pick(each) for each in values] for pick in (min, max))
+            axes["curve"].fill_between(steps, low, high, alpha=0.15)
         losses = [row["metrics"][metric] for row in own.values() if row["metrics"][metric] is not None]
         if losses:
             where = cost(own, base)
-            axes[1].plot([where] * len(losses), losses, "x", color=color, alpha=0.4)
-            axes[1].plot(where, statistics.fmean(losses), "o", color=color, label=arm)
+            axes["cost"].plot([where] * len(losses), losses, "x", color=color, alpha=0.4)
+            axes["cost"].plot(where, statistics.fmean(losses), "o", color=color, label=arm)
         if arm in radii:
-            axes[2].plot(*zip(*radii[arm], strict=True), "o-", color=color, label=arm)
-    axes[0].set(xlabel="step", ylabel=f"{metric.removeprefix('best_')}, mean and range of the seeds")
-    axes[1].set(xlabel="cost, in passes of plain training over the baseline's steps", ylabel=f"{metric} (x: one seed)")
-    if radii:
-        axes[2].set(xlabel="ρ", ylabel=f"{metric}, tuning seeds", xscale="log")
-    for each in axes:
+            axes["radius"].plot(*zip(*radii[arm], strict=True), "o-", color=color, label=arm)
+    labels = {
+        "curve": {"xlabel": "step", "ylabel": f"{metric.removeprefix('best_')}, mean and range of the seeds"},
+        "cost": {
+            "xlabel": "cost, in passes of plain training over the baseline's steps",
+            "ylabel": f"{metric} (x: one seed)",
+        },
+        "radius": {"xlabel": "ρ", "ylabel": f"{metric}, tuning seeds", "xscale": "log"},
+    }
+    for kind, each in axes.items():
+        each.set(**labels[kind])
         each.grid(alpha=0.3)
         each.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)

@@ -322,6 +322,16 @@ def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> 
     assert "3.2000 ± 1.1000" in line
     assert "| 2.00 " in line
     assert "| 1.90 " in line
+    # A resumed run's clock began anew.
+    for each in rows:
+        each["resumed"], each["train_seconds"] = (
+            each["seed"] == 0,
+            each["train_seconds"] * (1 + 9 * (each["seed"] == 0)),
+        )
+    rows[3]["train_seconds"] = rows[4]["train_seconds"] = 1.0
+    rows[5]["train_seconds"] = 21.0
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    assert "| 1.10 " in line  # of 0.1 and 2.1, without the first seed's 0.01
     assert Difference.of([-0.1, -0.12, -0.11]).verdict() == "better"
     assert Difference.of([0.1, 0.12, 0.11]).verdict() == "worse"
     assert Difference.of([0.1, 0.12, 0.11]).verdict(greater_is_better=True) == "better"
@@ -358,6 +368,7 @@ def test_cost_counts_steps_and_passes() -> None:
     base = {0: row("A", 0, 1.0)}
     assert cost({0: row("B", 0, 1.0, settings={"per_device_train_batch_size": 16})}, base) == 2.0
     assert cost({0: row("B", 0, 1.0, steps=50, passes=2.0)}, base) == 1.0
+    assert cost({0: row("B", 0, 1.0, settings={"gradient_accumulation_steps": 4})}, base) == 4.0
     assert plain_passes(FSAMArguments(fsam_variant="none")) == 1
     assert plain_passes(FSAMArguments(fsam_variant="sam")) == 2
     assert plain_passes(FSAMArguments(fsam_rho=0.0)) == 1
@@ -387,17 +398,39 @@ def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
     ]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (tmp_path / "all_results.json").write_text(json.dumps({"eval_accuracy": 0.5}))
-    found = read_results(tmp_path, ["eval_loss", "best_eval_loss", "eval_accuracy", "fsam/top_curvature"])
+    found = read_results(tmp_path, "eval_loss")
     expected = {"eval_loss": None, "best_eval_loss": 1.5, "eval_accuracy": 0.5, "fsam/top_curvature": 7}
     assert expected.items() <= found["metrics"].items()
     assert found["curve"] == [[5, 1.5]]
     assert (found["steps"], found["train_seconds"]) == (10, 8.0)
     (tmp_path / "all_results.json").write_text(json.dumps({"eval_loss": 1.25}))  # evaluated after the training
-    assert read_results(tmp_path, ["best_eval_loss"])["metrics"]["best_eval_loss"] == 1.25
-    with pytest.raises(RuntimeError, match=r"no metric 'eval_f1'\. It has .*best_eval_loss"):
-        read_results(tmp_path, ["eval_f1"])
+    assert read_results(tmp_path, "best_eval_loss")["metrics"]["best_eval_loss"] == 1.25
     with pytest.raises(RuntimeError, match=r"neither results\.json nor trainer_state.json"):
-        read_results(tmp_path / "nowhere", ["eval_loss"])
+        read_results(tmp_path / "nowhere", "eval_loss")
+
+
+def test_a_run_whose_metric_was_mistyped_is_not_lost(folder: Path) -> None:
+    study = study_of(folder, metrics=["eval_los"], arms={"A": {}}, seeds=[0])
+    with pytest.raises(RuntimeError, match=r"A, seed 0, has no metric 'eval_los'\. It has .*best_eval_loss"):
+        run(study, folder)
+    run(study_of(folder, arms={"A": {}}, seeds=[0]), folder)
+    assert len(called(folder)) == 1
+
+
+def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
+    """Without curve, cost and time."""
+    (folder / "recipe.py").write_text(
+        "import json, sys\n"
+        "settings = json.load(open(sys.argv[1]))\n"
+        "results = {'metrics': {'eval_loss': settings['loss'] + settings['seed']}}\n"
+        "json.dump(results, open(settings['output_dir'] + '/results.json', 'w'))\n"
+    )
+    write_study(folder, arms={"A": {"loss": 1.0}, "B": {"loss": 2.0}})
+    compare(folder)
+    line = next(line for line in (folder / "out" / "study.md").read_text().splitlines() if line.startswith("| B"))
+    assert "+1.0000 [+1.0000, +1.0000] | worse" in line
+    assert "nan" not in line
+    assert (folder / "out" / "study.png").stat().st_size > 1000
 
 
 # ---- The file ----
@@ -426,11 +459,12 @@ def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
         ({"settings": [1]}, r"settings=\[1\] is not a mapping"),
         ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+        ({"arms": {"A": {"seed": 3}}}, "'seed' is `compare`'s own to set: list them under `seeds`"),
     ],
 )
 def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, Any], message: str) -> None:
     write_study(folder, **keys)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(SystemExit, match=message):
         compare(folder)
     assert not called(folder)
 
@@ -440,16 +474,24 @@ def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, A
     [
         (["--learning_rate", "1"], "--learning_rate is for all arms, but AdamW set it"),
         (["--parallel", "2", "--launch", "torchrun"], "--parallel with --launch"),
+        (["--seed", "1"], "'seed' is `compare`'s own to set: list them under `seeds`, or use --seeds"),
+        (["--output_dir", "here"], "'output_dir' is `compare`'s own to set: use --out"),
     ],
 )
 def test_options_that_would_do_nothing_or_harm_are_refused(
     folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     write_study(folder)
-    with pytest.raises((ValueError, SystemExit)) as error:
+    with pytest.raises(SystemExit) as error:
         compare(folder, *options)
     assert message in str(error.value) + capsys.readouterr().err
     assert not called(folder)
+
+
+def test_the_file_comes_first(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--max_steps", "20", str(write_study(folder))])
+    assert "20 does not exist: the study's YAML file comes before other settings" in capsys.readouterr().err
 
 
 STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_fsam import FSAMDiagnosticsCallback
 from hf_fsam.engines.fsdp import FSDPEngine
@@ -214,6 +221,18 @@ def test_only_positions_whose_next_label_counts_are_measured(tmp_path: Path) -> 
     z = trainer.model(input_ids=torch.stack([row["input_ids"] for row in rows])).logits[:, 5:-1]
     p = z.softmax(-1)
     assert found["logit_entropy"] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-4)
+
+
+def test_logits_without_a_label_each_have_no_statistics(tmp_path: Path) -> None:
+    """A decoder scores every position, of which one is its answer: what no softmax sees is not logged."""
+    model = LlamaForSequenceClassification(llama(num_labels=3).config)
+    rows = [{**row, "labels": torch.tensor(index % 3)} for index, row in enumerate(sentences(BATCH))]
+    settings = {"max_steps": 1, "fsam_diagnostics_steps": 1}
+    trainer = make_trainer(tmp_path, model=model, trainer={"train_dataset": rows}, **settings)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "fsam/logit_path" in entry]
+    assert "fsam/logit_entropy" not in entry
+    assert "fsam/logit_norm" not in entry
 
 
 def test_a_batch_without_a_gradient_or_a_radius_ends_nothing(tmp_path: Path) -> None:

@@ -53,13 +53,25 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     )
     trainer.create_optimizer()
     before = weights_of(trainer.model)
-    found = rho.measure(seen(trainer, 1), (RHO,))[RHO]
+    probe = seen(trainer, 1)
+    found = rho.measure(probe, (RHO,))[RHO]
+    with probe.measuring():
+        rise_random = probe.rise_random(probe.batches[0], RHO)
+    directions = [[part.double() for part in probe.random_direction(seed)] for seed in (0, 1)]
+    names = {weight: name for name, weight in trainer.model.named_parameters()}
+    order = [names[weight] for weight in probe.weights]
     assert same_bits(weights_of(trainer.model), before)
     formulas = Formulas(trainer.model)
     expected = expected_paths(formulas)
     assert found.logit == pytest.approx(expected["logit_path"], rel=1e-3)
     assert found.functional == pytest.approx(expected["functional_path"], rel=1e-3)
     assert found.rise == pytest.approx(expected["rise_ascent"], rel=1e-3)
+    rises = []
+    for direction in directions:
+        length = float(torch.cat([part.flatten() for part in direction]).norm())
+        away = {name: formulas.theta[name] + RHO * d / length for name, d in zip(order, direction, strict=True)}
+        rises.append(float(formulas.loss(away) - formulas.loss(formulas.theta)))
+    assert rise_random == pytest.approx(sum(rises) / 2, rel=1e-3)
     g = formulas.pulled_back(formulas.theta, formulas.cotangent(formulas.theta))
     size = float(torch.cat([part.flatten() for part in g.values()]).norm())
     assert found.gradient == pytest.approx(size, rel=1e-4)
@@ -153,6 +165,15 @@ def test_a_script_without_a_training_is_not_measured(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         rho.main([str(tmp_path / "nowhere.py")])
     assert "nowhere.py does not exist" in capsys.readouterr().err
+
+
+def test_a_script_with_the_plain_trainer_does_not_train(tmp_path: Path) -> None:
+    plain = "trainer_class=__import__('transformers').Trainer"
+    path = script(tmp_path, f"save_strategy='steps', save_steps=1, {plain}")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"train\.py trains with Trainer: let it use FSAMTrainer"):
+        rho.main(["--after", "3", str(path)])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_command_says_what_it_can(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
