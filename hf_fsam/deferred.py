@@ -2,10 +2,10 @@
 
 A model's own forward pass and its own loss run as they are. Only its head's output is a :class:`DeferredLogits`, which
 goes through scaling, capping, slicing and flattening, and meets a cross entropy or a log-sum-exp: those are computed
-from the final hidden states (`hf_fsam.head`). To anything else it gives the logits after all.
+from the final hidden states (`hf_fsam.head`). Where a clean pass does anything else with it, that pass is made again,
+and all later ones are made, with the logits in memory.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,24 +18,23 @@ from torch.utils._pytree import tree_map_only
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from hf_fsam.head import CrossEntropySum, Edge, Linear, LogSumExp, Replayed, Squash, Statistic, compute_dtype, room
+from hf_fsam.head import CrossEntropySum, Edge, LogSumExp, Replayed, Squash, Statistic, compute_dtype, room
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class Use:
-    """What a loss took of one call of the head: a statistic of some of its tokens, or the logits themselves.
+    """What a loss took of one call of the head: a statistic of some of its tokens.
 
     Attributes:
         index: of the crossing of the boundary.
-        rows: of which tokens, (n,); None for the logits.
-        statistic: None for the logits.
+        rows: of which tokens, (n,).
     """
 
     index: int
-    rows: Tensor | None
-    statistic: Statistic | None
+    rows: Tensor
+    statistic: Statistic
 
 
 @dataclass
@@ -128,18 +127,15 @@ class FusedHead:
     def as_output(self, tensor: Tensor) -> Tensor:
         return self._as_output(self.module, tensor)
 
-    def weights(self) -> tuple[Any, Tensor | None]:
-        return weights_for_later(self.module.weight, self.module.bias, self._keeps)
-
     def keep(self) -> KeptHead:
         """A window begins."""
         self._shelf.clear()
-        return KeptHead(*self.weights(), self._shelf)
+        return KeptHead(*weights_for_later(self.module.weight, self.module.bias, self._keeps), self._shelf)
 
     def turn_off(self, why: str) -> None:
         if not self.off:
             self.off = True
-            logger.warning(f"The fused head is off from the next step on, and the logits are in memory: {why}.")
+            logger.warning(f"The fused head is off, and the logits are in memory: {why}.")
 
 
 def fused_head(trainer: Any, module: nn.Module) -> FusedHead | None:
@@ -176,7 +172,6 @@ class Source(Protocol):
     dtype: torch.dtype
     device: torch.device
     crossed: tuple[Tensor, ...]
-    changed: "DeferredLogits | None"
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor: ...
 
@@ -191,7 +186,6 @@ class _Pass:
         self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
         self.dtype, self.device = compute_dtype(hidden), hidden.device
         self.crossed: tuple[Tensor, ...] = ()
-        self.changed: DeferredLogits | None = None
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self._hidden.flatten(0, -2).index_select(0, rows)
@@ -220,7 +214,6 @@ class RecordedPass(_Pass):
         self._kept, self._call, self._cross, self._cut = kept, call, cross, cut
         self._edges = [edge(each, cut) for each in (head.module.weight, head.module.bias)]
         self.crossed = tuple(each for each in (self._hidden, *self._edges) if each is not None and each.requires_grad)
-        self._logits: Tensor | None = None
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
         return self._take(CrossEntropySum, rows, squash, targets, smoothing)
@@ -229,26 +222,25 @@ class RecordedPass(_Pass):
         return self._take(LogSumExp, rows, squash)
 
     def _take(self, function: Any, rows: Tensor, *settings: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            # A metric, or a checkpoint that comes back for the gradient when it is too late to defer.
+            self._head.turn_off("they are read where no gradient is recorded")
         hidden = self._rows(rows)
         statistic = Statistic(hidden.detach(), self._kept.weight, self._kept.bias, self.dtype, *settings)
         later = self._call is not None and not self._cut and torch.is_grad_enabled()
         if function is CrossEntropySum and later and self._kept.cotangents:
             statistic.kept = self._kept.cotangents.take(len(rows), self._kept.weight, self.dtype)
-        return self._cross_with(function.apply(hidden, *self._edges, statistic), rows, statistic)
-
-    def logits(self, why: str) -> Tensor:
-        self._head.turn_off(why)
-        if self._logits is None:
-            with torch.enable_grad():
-                z = Linear.apply(self._hidden, *self._edges, (self._kept.weight, self._kept.bias))
-                self._logits = self._cross_with(z, None, None)
-        return self._logits
-
-    def _cross_with(self, z: Tensor, rows: Tensor | None, statistic: Statistic | None) -> Tensor:
-        index, z = self._cross(z if self._cut else self._head.as_output(z))
+        taken = function.apply(hidden, *self._edges, statistic)
+        index, taken = self._cross(taken if self._cut else self._head.as_output(taken))
         if self._call is not None:
             self._call.uses.append(Use(index, rows, statistic))
-        return z
+        return taken
+
+    def logits(self, why: str) -> Tensor:
+        """For the rest of this pass, which will be made again."""
+        self._head.turn_off(why)
+        with torch.enable_grad():
+            return F.linear(self._hidden, self._kept.weight, self._kept.bias)
 
 
 class ReplayedPass(_Pass):
@@ -258,7 +250,6 @@ class ReplayedPass(_Pass):
     Args:
         call: of the clean pass.
         cotangents: of the clean pass, by crossing; used up.
-        cross: tells the tape of logits that cross as such.
         replay: see :class:`Replayed`.
     """
 
@@ -268,18 +259,13 @@ class ReplayedPass(_Pass):
         hidden: Tensor,
         call: HeadCall,
         cotangents: dict[int, Tensor],
-        cross: Callable[[Tensor, int], Tensor],
         replay: Any,
     ) -> None:
         super().__init__(head, hidden)
         self._left: list[tuple[int, Tensor]] = []
-        self._logits: Tensor | None = None
         weight, bias = head.module.weight, head.module.bias
         edges = edge(weight), edge(bias)
         for use in call.uses:
-            if use.statistic is None or use.rows is None:
-                self._logits = cross(head.as_output(Linear.apply(hidden, *edges, head.weights())), use.index)
-                continue
             upstream = cotangents.pop(use.index, None)
             value = use.statistic.value
             if upstream is not None:
@@ -288,7 +274,7 @@ class ReplayedPass(_Pass):
                 value = Replayed.apply(self._rows(use.rows), *edges, use.statistic, upstream, replay, now)
                 value = head.as_output(value)
             self._left.append((len(use.rows), value))
-        self.crossed = tuple(value for _, value in self._left) + (() if self._logits is None else (self._logits,))
+        self.crossed = tuple(value for _, value in self._left)
 
     def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
         return self._given(rows, "a cross entropy")
@@ -306,33 +292,21 @@ class ReplayedPass(_Pass):
         return value
 
     def logits(self, why: str) -> Tensor:
-        if self._logits is None:
-            raise RuntimeError(
-                f"the second pass read the logits ({why}) where the first did not: both must compute the same function."
-            )
-        return self._logits
+        """Their values, for a metric that the first pass had no part in."""
+        self._head.turn_off(why)
+        message = f"the second pass read the logits ({why}), the first did not: both must compute the same function"
 
+        def refuse(gradient: Tensor) -> None:
+            raise RuntimeError(f"{message}.")
 
-# What makes sense of one tensor only, the one that the loss goes on with.
-_OF_THE_TENSOR = {"register_hook", "retain_grad", "grad", "data"}
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
-
-
-def _changes(name: str) -> bool:
-    """Whether the method called `name` changes its tensor."""
-    return name in _IN_PLACE or name in _OF_THE_TENSOR or (name.endswith("_") and not name.endswith("__"))
-
-
-def _unless_made(method: Callable) -> Callable:
-    """The method, or that of the tensor where the logits are made."""
-
-    @functools.wraps(method)
-    def either(self: "DeferredLogits", *args: Any, **kwargs: Any) -> Any:
-        if self.made is not None:
-            return getattr(self.made, method.__name__)(*args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return either
+        module, hidden = self._head.module, self._hidden.detach().requires_grad_()
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        if type(weight) is not Tensor or weight.shape[0] != self.shape[-1]:  # sharded, and no longer gathered
+            raise RuntimeError(f"{message}, or set fsam_fused_head=False.")
+        with torch.enable_grad():
+            z = F.linear(hidden, weight, bias)
+        z.register_hook(refuse)
+        return z
 
 
 @dataclass(repr=False, eq=False)
@@ -349,7 +323,6 @@ class DeferredLogits:
         dtype: in which the logits were asked for.
         whole: `rows` are all tokens in their order and shape.
         crossed: tensors that the backward pass will come through.
-        made: the logits, where somebody has changed them in place: these answer from then on.
     """
 
     source: Source
@@ -358,7 +331,6 @@ class DeferredLogits:
     dtype: torch.dtype
     whole: bool
     crossed: tuple[Tensor, ...]
-    made: Tensor | None = None
 
     @classmethod
     def of(cls, source: Source) -> "DeferredLogits":
@@ -367,7 +339,6 @@ class DeferredLogits:
         return cls(source, rows, Squash(), source.dtype, True, source.crossed)
 
     def _with(self, **changes: Any) -> "DeferredLogits":
-        self._check_unchanged()
         return replace(self, whole=self.whole and "rows" not in changes, **changes)
 
     @property
@@ -393,11 +364,9 @@ class DeferredLogits:
     def contiguous(self) -> "DeferredLogits":
         return self
 
-    @_unless_made
     def float(self) -> "DeferredLogits":
         return self._with(dtype=torch.float32)
 
-    @_unless_made
     def to(self, *args: Any, **kwargs: Any) -> Any:
         (target,) = args if len(args) == 1 and not kwargs else (None,)
         if isinstance(target, torch.dtype) and target.is_floating_point:
@@ -406,7 +375,6 @@ class DeferredLogits:
             return self
         return self._tensor("to").to(*args, **kwargs)
 
-    @_unless_made
     def view(self, *shape: Any) -> Any:
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         rest = self.rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
@@ -416,7 +384,6 @@ class DeferredLogits:
 
     reshape = view
 
-    @_unless_made
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, Tensor):
             if index.dtype == torch.bool and index.ndim < self.ndim:
@@ -428,7 +395,6 @@ class DeferredLogits:
                 return self._with(rows=taken[..., 0])
         return self._tensor("indexing")[index]
 
-    @_unless_made
     def __mul__(self, factor: Any) -> Any:
         if _number(factor):
             return self._with(squash=self.squash.scaled(factor))
@@ -436,7 +402,6 @@ class DeferredLogits:
 
     __rmul__ = mul = __mul__
 
-    @_unless_made
     def __truediv__(self, divisor: Any) -> Any:
         if _number(divisor):
             return self._with(squash=self.squash.scaled(1 / divisor))
@@ -444,7 +409,6 @@ class DeferredLogits:
 
     div = __truediv__
 
-    @_unless_made
     def tanh(self) -> Any:
         if self.squash.tanh:
             return self._tensor("a second tanh").tanh()
@@ -452,11 +416,9 @@ class DeferredLogits:
 
     # ---- Where they end ----
 
-    @_unless_made
     def logsumexp(self, dim: Any, keepdim: bool = False) -> Tensor:
         if dim not in (-1, self.ndim - 1):
             return self._tensor("logsumexp over another dimension").logsumexp(dim, keepdim)
-        self._check_unchanged()
         result = self.source.log_sum_exp(self.rows.flatten(), self.squash).view(self.rows.shape)
         return result.unsqueeze(-1) if keepdim else result
 
@@ -470,11 +432,6 @@ class DeferredLogits:
         reduction: str = "mean",
         label_smoothing: Any = 0.0,
     ) -> Tensor:
-        if self.made is not None:
-            return F.cross_entropy(
-                self.made, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-            )
-        self._check_unchanged()
         legacy = weight is not None or size_average is not None or reduce is not None
         if legacy or reduction == "none" or self.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
             return F.cross_entropy(
@@ -491,29 +448,8 @@ class DeferredLogits:
         result = self.source.cross_entropy_sum(self.rows[counted], self.squash, target[counted], label_smoothing)
         return result / counted.sum() if reduction == "mean" else result
 
-    def to_change(self, why: str) -> Tensor:
-        """The logits for a change in place, or for what is asked of the tensor itself."""
-        if self.made is None:
-            if not self.whole:
-                raise RuntimeError(
-                    f"the model or its loss changes a part of the logits in place ({why}), which hf_fsam does not "
-                    "follow while it defers them: set fsam_fused_head=False."
-                )
-            self.made, self.source.changed = self._tensor(why), self
-        return self.made
-
-    def _check_unchanged(self) -> None:
-        if self.source.changed is not None and self.source.changed is not self:
-            raise RuntimeError(
-                "the model or its loss changes the logits in place after it took a part or a multiple of them, which "
-                "hf_fsam does not follow while it defers them: set fsam_fused_head=False."
-            )
-
     def _tensor(self, why: str) -> Tensor:
         """The logits after all."""
-        if self.made is not None:
-            return self.made
-        self._check_unchanged()
         z = self.source.logits(f"{why} needs them")
         z = z if self.squash.before == 1.0 else z * self.squash.before
         if self.squash.tanh:
@@ -524,7 +460,7 @@ class DeferredLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"DeferredLogits has no attribute {name!r}")
-        return getattr(self.to_change(name) if _changes(name) else self._tensor(name), name)
+        return getattr(self._tensor(name), name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -535,10 +471,6 @@ class DeferredLogits:
         if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
             return args[1] * args[0]
         name = getattr(function, "__name__", str(function))
-        first = args[:1] if _changes(name) or kwargs.get("inplace") else ()
-        for changed in (*first, kwargs.get("out")):
-            if isinstance(changed, cls):
-                changed.to_change(name)
         args, kwargs = tree_map_only(cls, lambda z: z._tensor(name), (args, kwargs))
         return function(*args, **kwargs)
 
@@ -556,7 +488,7 @@ _KNOWN: dict[Any, Callable] = {
 
 def _as_tensor(name: str) -> Callable:
     def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self.to_change(name) if _changes(name) else self._tensor(name), name)(*args)
+        return getattr(self._tensor(name), name)(*args)
 
     return method
 

@@ -314,28 +314,6 @@ class Replayed(torch.autograd.Function):
         )
 
 
-class Linear(torch.autograd.Function):
-    """a = h Wᵀ + b, (..., v), with the numbers of W and b apart from where their gradients go (:class:`Edge`)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, values: tuple[Tensor, Tensor | None]
-    ) -> Tensor:
-        dtype = compute_dtype(hidden)
-        ctx.factors = hidden.detach().to(dtype), values[0].to(dtype)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        narrow, weight = ctx.factors
-        return F.linear(narrow, weight, None if values[1] is None else values[1].to(dtype))
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.factors
-        u = upstream.flatten(0, -2)
-        gradients = (upstream @ weight, u.t() @ hidden.flatten(0, -2), u.sum(0))
-        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*(gradient.to(dtype) if needed else None for gradient, dtype, needed in wanted), None)
-
-
 def sum_dtype(of: Tensor) -> torch.dtype:
     """For a gradient that is a sum over tokens, before it is divided by their number: float16 ends at 65504. Autograd
     narrows it."""

@@ -141,6 +141,11 @@ class Tape:
     def attached(self) -> bool:
         return self._handle is not None
 
+    @property
+    def head(self) -> FusedHead | None:
+        """The boundary while its logits are deferred."""
+        return None if self._head is None or self._head.off else self._head
+
     def attach(self, name: str, module: nn.Module, head: FusedHead | None = None, keeps: bool = True) -> None:
         """Put the hook on the boundary `module`. It stays between steps: a hook that comes and goes would make
         torch.compile compile anew each time. `head`: the same module, where its logits can be deferred. `keeps`: see
@@ -201,7 +206,7 @@ class Tape:
             recording.see_loss(loss)
             return loss
 
-        head = None if self._head is None or self._head.off else self._head
+        head = self.head
         recording.calls = None if head is None else []
         with self._session(lambda z: cross(z)[1], on_loss, None if head is None else partial(defer, head), of_trl):
             yield recording
@@ -237,17 +242,14 @@ class Tape:
             ratio = replay.ratio
             return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
 
-        def cross(z: Tensor, index: int) -> Tensor:
+        def on_output(z: Tensor) -> Tensor:
             if cotangents is not None:
-                z.register_hook(partial(swap, index))
+                z.register_hook(partial(swap, replayed.crossings))
+            replayed.crossings += 1
             return z
 
-        def on_output(z: Tensor) -> Tensor:
-            replayed.crossings += 1
-            return cross(z, replayed.crossings - 1)
-
         def defer(head: FusedHead, calls: Iterator[HeadCall], hidden: Tensor) -> DeferredLogits:
-            return DeferredLogits.of(ReplayedPass(head, hidden, next(calls, HeadCall()), waiting, cross, replay))
+            return DeferredLogits.of(ReplayedPass(head, hidden, next(calls, HeadCall()), waiting, replay))
 
         def on_loss(loss: Tensor) -> Tensor:
             replayed.see_loss(loss)

@@ -22,7 +22,7 @@ from hf_fsam.arguments import FSAMArguments, check
 from hf_fsam.boundary import find_boundary
 from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, fused_head
 from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
-from hf_fsam.engines import Ascent, Engine, select_engine
+from hf_fsam.engines import Ascent, Engine, LocalEngine, select_engine
 from hf_fsam.forward_state import RandomState, running_statistics_kept
 from hf_fsam.geometry import Probe
 from hf_fsam.perturbation import Perturbation
@@ -35,6 +35,10 @@ logger = logging.get_logger(__name__)
 _AnyTrainer: Any = object
 
 _COUNTED = ("_metrics", "_stored_metrics", "_total_train_tokens")  # TRL 1.16
+
+
+class _LogitsNeeded(Exception):
+    """A clean pass with deferred logits has to be made again with them."""
 
 
 @dataclass
@@ -197,7 +201,22 @@ class FSAMMixin(_AnyTrainer):
         kept: list | None = None,
     ) -> Recording:
         """A forward and backward pass as the parent's step makes it, recorded; without `backward`, back to the boundary
-        only."""
+        only. Where it turns out to need the logits that the fused head defers, it is made again with them."""
+        try:
+            return self._fsam_record(model, batch, num_items_in_batch, backward, kept)
+        except _LogitsNeeded:
+            batch.random.restore()
+        with self._fsam_uncounted(), running_statistics_kept(model):
+            return self._fsam_record(model, batch, num_items_in_batch, backward, kept)
+
+    def _fsam_record(
+        self,
+        model: nn.Module,
+        batch: _MicroBatch,
+        num_items_in_batch: Tensor | int | None,
+        backward: Callable[[Tensor], None] | None,
+        kept: list | None,
+    ) -> Recording:
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
             self.optimizer.train()
@@ -206,7 +225,7 @@ class FSAMMixin(_AnyTrainer):
         # TRL 1.16 enters this in its own training_step, which the clean pass does not go through.
         offloading = getattr(self, "maybe_activation_offload_context", nullcontext())
         with offloading, self._fsam_tape.record(keep=keep, cut=backward is None, kept=kept) as recording:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self._fsam_deferring():
                 loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
             if self._fsam_splits and self._fsam_checked_model is not self.model and backward is not None:
                 self._fsam_check_boundary(loss, recording)
@@ -215,6 +234,29 @@ class FSAMMixin(_AnyTrainer):
             else:
                 backward(loss)
         return recording
+
+    @contextmanager
+    def _fsam_deferring(self) -> Iterator[None]:
+        """Around a clean pass's loss: turns the fused head off where it is not for this loss.
+
+        Raises:
+            _LogitsNeeded: no gradient has been taken yet, so that the pass can be made again.
+        """
+        head = self._fsam_tape.head
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if head is None:
+                raise
+            if not isinstance(self._fsam_engine, LocalEngine):  # what an engine does in a forward pass may be half done
+                error.add_note("hf_fsam: if the loss cannot take deferred logits, set fsam_fused_head=False.")
+                raise
+            head.turn_off(f"with them deferred, compute_loss raised {type(error).__name__}: {error}")
+            raise _LogitsNeeded from error
+        if head is not None and head.off:
+            raise _LogitsNeeded
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:
         batch = window.waiting.pop(0)

@@ -117,11 +117,17 @@ class Measured(TrainerCallback):
             self.peak = self.memory.peak
 
 
+@torch.no_grad()
+def assert_finite(logits: Any) -> None:
+    assert logits.exp().isfinite().all()
+
+
 def train(
     folder: Path,
     lora: bool = False,
     wide: bool = False,
     untied: bool = False,
+    reads: bool = False,
     measured: bool = False,
     rows: int = 24,
     masked: bool = False,
@@ -137,6 +143,7 @@ def train(
         lora: train adapters.
         wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
         untied: a Llama of six thousand, whose head is a matrix of its own; no cotangent is kept, as of a large model.
+        reads: a metric takes the logits, so that the first clean pass is made twice.
         measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
         resume: a checkpoint.
@@ -147,6 +154,8 @@ def train(
     if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
     model = llama(**WIDE) if wide else llama() if untied else gpt2()
+    if reads:
+        model.register_forward_hook(lambda module, args, output: assert_finite(output.logits))
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
