@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import nn
 
-# The heads of transformers' models for sequence and token classification, multiple choice, question answering and image
-# classification (read in transformers 5.23, 400 classes), in the order in which one wins where a model has two:
-# XLNet's `logits_proj` stands behind its `sequence_summary`.
-_HEADS = ("qa_outputs", "classification_head", "logits_proj", "score", "classifier", "sequence_summary")
+# The heads of transformers' models for sequence and token classification, multiple choice, question answering, image
+# classification and speech recognition by CTC, whose `lm_head` is no output embedding (read in transformers 5.23, 400
+# classes), in the order in which one wins where a model has two: XLNet's `logits_proj` stands behind its
+# `sequence_summary`.
+_HEADS = ("qa_outputs", "classification_head", "logits_proj", "score", "classifier", "sequence_summary", "lm_head")
 
 
 def find_boundary(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:

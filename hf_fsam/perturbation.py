@@ -77,7 +77,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     # Piece by piece: torch 2.13 on the CPU is 1.1 % short on 10⁸ numbers at once.
     pieces = [piece for tensor in tensors for piece in chunks(tensor)]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)))
+    wide = torch.float64 if any(piece.dtype == torch.float64 for piece in pieces) else torch.float32
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, dtype=wide))).float()
 
 
 def _move(theta: Tensor, gradient: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from hf_fsam.perturbation import chunks
 
@@ -109,9 +109,12 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
         found = moment is not None
     except Exception as raised:  # whatever an unknown optimizer raises, it could not be asked
         error = raised
+    if error is not None and isinstance(optimizer, Adam | AdamW | NAdam | RAdam):
+        return  # a subclass with arguments of its own
     if not found:
+        keeps = "keeps none" if error is None else f"could not be asked for its own ({type(error).__name__}: {error})"
         raise ValueError(
-            f"fsam_precondition=True divides by the optimizer's second moment, but {type(optimizer).__name__} keeps "
-            "none (state 'exp_avg_sq' and 'step', group 'betas' and 'eps'). torch.optim's Adam, AdamW, NAdam and RAdam "
+            f"fsam_precondition=True divides by the optimizer's second moment, but {type(optimizer).__name__} {keeps}: "
+            "state 'exp_avg_sq' and 'step', group 'betas' and 'eps'. torch.optim's Adam, AdamW, NAdam and RAdam "
             "do, so do optim='adamw_torch' and 'adamw_torch_fused'. Choose one, or set fsam_precondition=False."
         ) from error

@@ -213,8 +213,9 @@ class Tape:
         recording.nodes.clear()
         if keep and not recording.cotangents:
             raise ValueError(
-                f"the boundary {self.name!r} was never crossed on the way from the loss to the weights, so there is no "
-                "cotangent to keep: name the module that makes the logits with fsam_boundary."
+                f"in this batch the boundary {self.name!r} was never crossed on the way from the loss to the weights, "
+                "so there is no cotangent to keep: name the module that makes the logits with fsam_boundary. (A model "
+                "with other heads for some batches needs one module that all go through, or fsam_variant='sam'.)"
             )
 
     @contextmanager

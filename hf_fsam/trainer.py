@@ -48,6 +48,7 @@ class _MicroBatch:
     inputs: dict[str, Any]
     random: RandomState = field(init=False)
     clean: Recording = field(init=False)
+    seen: dict[str, Tensor] = field(default_factory=dict)  # copies of what the clean pass got, while that is checked
 
 
 @dataclass
@@ -78,10 +79,22 @@ class FSAMMixin(_AnyTrainer):
         ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
             needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
             is not on the way from the weights to the loss.
-        TypeError: at the first step, for a boundary that does not return a tensor.
-        RuntimeError: where a step below computes no loss with `compute_loss`, or two, or where its second pass does
-            not compute the function of the first.
+        TypeError: at the first step, for a boundary that does not return a tensor; for a class that has a Trainer
+            before the mixin.
+        RuntimeError: where a step below computes no loss with `compute_loss`, or two, or changes the batch, or where
+            its second pass does not compute the function of the first; at the second step, where a step above does not
+            come here.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(FSAMMixin)]
+        for base in before:
+            if issubclass(base, Trainer) and not issubclass(base, FSAMMixin):
+                raise TypeError(
+                    f"{cls.__name__}: {base.__name__} stands before FSAMMixin, whose step it would never reach: put "
+                    f"FSAMMixin first, class {cls.__name__}(FSAMMixin, {base.__name__})."
+                )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,7 +110,7 @@ class FSAMMixin(_AnyTrainer):
         self._fsam_probes: list[Probe] = []
         self._fsam_window: _Window | None = None
         self._fsam_micro_step = 0
-        self._fsam_training = False
+        self._fsam_training = self._fsam_entered = self._fsam_checked_inputs = False
         self._fsam_checked_model: nn.Module | None = None
         self._fsam_fused: tuple[nn.Module, FusedHead | None] | None = None
         if self._fsam_active:
@@ -132,6 +145,7 @@ class FSAMMixin(_AnyTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The parent's step with its gradient split. Returns the clean loss ℓ(θ), shape (), in the parent's scale."""
+        self._fsam_entered = True
         if not (self._fsam_active and self._fsam_due):
             return super().training_step(model, inputs, num_items_in_batch)
         with self._fsam_tidied():
@@ -152,9 +166,10 @@ class FSAMMixin(_AnyTrainer):
                 running_statistics_kept(model),
                 self._fsam_uncounted(),
                 self._fsam_tape.replay(batch.clean, cotangents) as replayed,
-                self._fsam_loss_seen(),
+                self._fsam_loss_seen(batch),
             ):
                 loss = super().training_step(model, inputs, num_items_in_batch)
+            self._fsam_checked_inputs = True
             self._fsam_report(window, batch.clean, replayed, moved or replayed)
             return loss
 
@@ -168,6 +183,11 @@ class FSAMMixin(_AnyTrainer):
         along = None
         if self.args.fsam_ascent_direction == "momentum":
             along = self._fsam_engine.momentum(model, self.optimizer)
+            if along is None and self.state.global_step > 1:
+                logger.warning_once(
+                    "fsam_ascent_direction='momentum': the optimizer has stepped and has none, as SGD without momentum "
+                    "never has. The ascent is along the gradient, and a step takes two passes."
+                )
         passes: AbstractContextManager[Ascent]
         if along is None:
             passes = self._fsam_engine.ascent(model, average=scope != "rank", passes=len(batches))
@@ -221,6 +241,8 @@ class FSAMMixin(_AnyTrainer):
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
             self.optimizer.train()
         inputs = self._prepare_inputs(batch.inputs)
+        if not self._fsam_checked_inputs:
+            batch.seen = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
         keep = backward is None or self.args.fsam_variant == "functional"
         # TRL 1.16 enters this in its own training_step, which the clean pass does not go through.
         offloading = getattr(self, "maybe_activation_offload_context", nullcontext())
@@ -291,14 +313,22 @@ class FSAMMixin(_AnyTrainer):
             self.__dict__.update(counted)
 
     @contextmanager
-    def _fsam_loss_seen(self) -> Iterator[None]:
+    def _fsam_loss_seen(self, batch: _MicroBatch) -> Iterator[None]:
         """Whatever `compute_loss` is, the parent's, a subclass's or one set on the instance: its loss goes past the
-        tape while the parent's step runs."""
+        tape while the parent's step runs, and it is given what it was given in the clean pass."""
         compute_loss, attributes = self.compute_loss, self.__dict__
         own = attributes.get("compute_loss")
 
         @functools.wraps(compute_loss)
         def seen(*args: Any, **kwargs: Any) -> Any:
+            inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+            for name, value in batch.seen.items():
+                if name not in inputs or not _alike(inputs[name], value):
+                    raise RuntimeError(
+                        f"the second pass got another {name!r} than the first: either the training_step below "
+                        "FSAMMixin changes the batch, or compute_loss changes it in place. Do it in the data collator, "
+                        "or in compute_loss on a copy, or set fsam_variant='none'."
+                    )
             result = compute_loss(*args, **kwargs)
             if isinstance(result, tuple):
                 return (self._fsam_tape.see_loss(result[0]), *result[1:])
@@ -317,6 +347,8 @@ class FSAMMixin(_AnyTrainer):
         """The boundary's hook is on inside; nothing of the step outlives an exception."""
         if self._fsam_splits and not self._fsam_tape.attached:
             name, boundary = find_boundary(self.model, self.args.fsam_boundary)
+            if self.args.torch_compile:  # code that was compiled without the hook would pass it by (torch 2.13)
+                torch.compiler.reset()
             self._fsam_tape.attach(name, boundary, self._fsam_head(boundary), self._fsam_engine.keeps)
         if self._fsam_micro_step == 0 or self._fsam_batches is None:  # driven by hand, each call is a step
             self._fsam_means.count_step()
@@ -366,6 +398,7 @@ class FSAMMixin(_AnyTrainer):
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError("train_dataset is empty: there is nothing to train on.")
         self._fsam_training = True
+        self._fsam_entered = self._fsam_checked_inputs = False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
                 callback.trainer = self
@@ -378,6 +411,11 @@ class FSAMMixin(_AnyTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's look ahead: it fetches all micro-batches of an optimizer step before it trains on the first."""
+        if self._fsam_batches and self._fsam_active and not self._fsam_entered:
+            raise RuntimeError(
+                f"the training_step of {type(self).__name__} does not call FSAMMixin's, so that it trains plainly. Put "
+                "FSAMMixin before the class that has it: class MyFSAMTrainer(FSAMMixin, MyTrainer)."
+            )
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         for probe in self._fsam_probes:
             probe.see(batches)
@@ -399,8 +437,9 @@ class FSAMMixin(_AnyTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._fsam_active and self.args.fsam_precondition and not isinstance(optimizer, AcceleratedOptimizer):
-            check_keeps_second_moment(optimizer)
+        made = self.optimizer  # also where an override returns nothing
+        if self._fsam_active and self.args.fsam_precondition and not isinstance(made, AcceleratedOptimizer):
+            check_keeps_second_moment(made)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -446,6 +485,11 @@ class FSAMSettings(TrainerCallback, ExportableState):
                 logger.warning(
                     f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}."
                 )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """With NaN where NaN is."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _settings(args: FSAMArguments) -> dict[str, Any]:

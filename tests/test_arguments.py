@@ -165,6 +165,14 @@ class _OwnAdam(torch.optim.Adam):
     pass
 
 
+class _NamedAdam(torch.optim.AdamW):
+    """With arguments that nobody else can know."""
+
+    def __init__(self, params, name: str, **kwargs) -> None:
+        self.name = name
+        super().__init__(params, **kwargs)
+
+
 class _Lion(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.99)):
         super().__init__(params, {"lr": lr, "betas": betas})
@@ -192,6 +200,7 @@ KEEPS = {
     "NAdam": torch.optim.NAdam,
     "RAdam": torch.optim.RAdam,
     "a user's": _OwnAdam,
+    "with its own arguments": lambda params: _NamedAdam(params, "mine"),
     "fused": lambda params: torch.optim.AdamW(params, fused=True),
     "amsgrad": lambda params: torch.optim.AdamW(params, amsgrad=True),
 }

@@ -27,6 +27,9 @@ TINY_BART = {
 TINY_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
+TINY_WAV2VEC2 = {"conv_dim": [4], "conv_stride": [4], "conv_kernel": [4], "num_conv_pos_embeddings": 4}
+TINY_WAV2VEC2 |= {"num_conv_pos_embedding_groups": 2}
+
 FOUND = [
     ("Llama", "CausalLM", TINY, "lm_head"),
     ("GPT2", "LMHead", {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20}, "lm_head"),
@@ -55,6 +58,7 @@ FOUND = [
     ("ViT", "ImageClassification", TINY_VIT | {"image_size": 8, "patch_size": 4}, "classifier"),
     ("Swin", "ImageClassification", {"embed_dim": 8, "depths": [1], "num_heads": [2], "image_size": 8}, "classifier"),
     ("ConvNext", "ImageClassification", {"hidden_sizes": [4] * 4, "depths": [1] * 4}, "classifier"),
+    ("Wav2Vec2", "CTC", TINY | TINY_WAV2VEC2, "lm_head"),
     ("ResNet", "ImageClassification", {"embedding_size": 4, "hidden_sizes": [4], "depths": [1]}, "classifier"),
 ]
 

@@ -60,6 +60,14 @@ def test_compiled_models_train_alike_and_compile_once(tmp_path: Path, variant: s
     assert graphs[-1] == graphs[1], f"compiled anew: {graphs}"
 
 
+def test_a_model_compiled_for_a_plain_training_before(tmp_path: Path) -> None:
+    """torch does not look whether a hook has come since: what was compiled without one would pass it by."""
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "fsam_rho": 0.3}
+    torch._dynamo.reset()
+    train(tmp_path, fsam_variant="none", **settings)
+    assert distance(train(tmp_path, **settings), train(tmp_path, fsam_rho=0.3)) < 1e-5
+
+
 def test_a_callback_may_copy_and_pickle_the_model(tmp_path: Path) -> None:
     """As one that keeps a moving average does; what it takes away has nothing of this package in it."""
     taken: list[nn.Module] = []

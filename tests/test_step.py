@@ -554,6 +554,74 @@ def test_a_training_step_that_never_computes_the_loss_is_an_error_not_a_silent_s
     assert same_bits(weights_of(trainer.model), before)
 
 
+class _Noisy(Trainer):
+    """Changes the batch in its own step, past the clean pass."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        noisy = torch.where(torch.rand(inputs["input_ids"].shape) < 0.3, 5, inputs["input_ids"])
+        return super().training_step(model, {**inputs, "input_ids": noisy}, num_items_in_batch)
+
+
+class _InPlace(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs["input_ids"].add_(1).remainder_(40)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("parent", [_Noisy, _InPlace])
+@pytest.mark.parametrize("variant", ["sam", "functional"])
+def test_a_batch_that_the_second_pass_sees_changed_is_an_error(
+    tmp_path: Path, parent: type[Trainer], variant: str
+) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=type("Over", (FSAMMixin, parent), {}), fsam_variant=variant)
+    with pytest.raises(RuntimeError, match="the second pass got another 'input_ids' than the first"):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), weights_of(llama()))
+
+
+def test_a_step_that_never_comes_to_the_mixin_is_an_error_not_a_plain_training(tmp_path: Path) -> None:
+    class Own(FSAMTrainer):
+        """The swap of the base class in a script with a step of its own."""
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    with pytest.raises(RuntimeError, match="the training_step of Own does not call FSAMMixin's"):
+        train(tmp_path, trainer_class=Own)
+    train(tmp_path, trainer_class=Own, fsam_variant="none")
+    with pytest.raises(TypeError, match=r"put FSAMMixin first, class Wrong\(FSAMMixin, Trainer\)"):
+        type("Wrong", (Trainer, FSAMMixin), {})
+
+
+def test_weights_in_double_precision_train_as_single_ones(tmp_path: Path) -> None:
+    settings = {"fsam_rho": 0.3, "optim": "sgd"}
+    double = train(tmp_path, model=llama().double(), **settings)
+    assert {weight.dtype for weight in double.values()} == {torch.float64}
+    single = train(tmp_path, **settings)
+    assert distance(double, single) < 1e-5
+    assert distance(train(tmp_path, **(settings | {"fsam_rho": 0.0})), single) > 1e-3
+
+
+def test_a_momentum_that_never_comes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, optim="sgd", optim_args="momentum=0.9", fsam_ascent_direction="momentum")
+    assert "two passes" not in caplog.text
+    train(tmp_path, optim="sgd", fsam_ascent_direction="momentum")
+    assert caplog.text.count("the optimizer has stepped and has none") == 1
+
+
+def test_an_optimizer_made_but_not_returned_is_found(tmp_path: Path) -> None:
+    class Forgets(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+    over = type("Over", (FSAMMixin, Forgets), {})
+    trainer = make_trainer(tmp_path, trainer_class=over, fsam_rho=0.1, fsam_precondition=True)
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
+
+
 def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path) -> None:
     """Autocast keeps the casts of weights until its outermost region ends: without care, the second pass would run
     on the casts of the first."""
