@@ -108,6 +108,7 @@ class FusedHead:
         self.module, self._keeps, self._as_output = module, keeps, as_output
         self._shelf = Shelf()
         self.off = False
+        self.proven = False  # a loss has taken them deferred: what it raises later is not for that
 
     @contextmanager
     def deferring(self, call: Callable[[Tensor], Any]) -> Iterator[None]:

@@ -270,15 +270,17 @@ class FSAMMixin(_AnyTrainer):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if head is None:
+            if head is None or head.proven:
                 raise
             if not isinstance(self._fsam_engine, LocalEngine):  # what an engine does in a forward pass may be half done
                 error.add_note("hf_fsam: if the loss cannot take deferred logits, set fsam_fused_head=False.")
                 raise
             head.turn_off(f"with them deferred, compute_loss raised {type(error).__name__}: {error}")
             raise _LogitsNeeded from error
-        if head is not None and head.off:
-            raise _LogitsNeeded
+        if head is not None:
+            if head.off:
+                raise _LogitsNeeded
+            head.proven = True
 
     def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:
         batch = window.waiting.pop(0)

@@ -218,11 +218,12 @@ def test_the_base_model_stays_under_adapters(engine: str, trained: Any) -> None:
 
 def test_the_reference_tells_the_cases_apart() -> None:
     """Each two end further apart than the tolerance, so that none can stand in for another."""
-    others = ("lora", "untied", "smoothed")  # other models
+    others = ("lora", "untied", "reads_untied", "smoothed")  # other models
     ends = {name: reference_weights(case)[1] for name, case in (MATRIX | FEATURES | RANK).items() if name not in others}
     # With one micro-batch in the window, both scopes are the same.
     alike = {frozenset((f"{v}-accumulate1-micro_batch", f"{v}-accumulate1-optimizer_step")) for v in VARIANTS}
-    alike.add(frozenset(("functional-accumulate2-micro_batch", "logits")))
+    in_memory = ("functional-accumulate2-micro_batch", "logits", "reads")
+    alike |= {frozenset((one, other)) for one in in_memory for other in in_memory}
     # The gradient's norm is about 1, and 1 is the Trainer's limit.
     alike |= {
         frozenset(("preconditioned-accumulate1-" + scope, "checkpointed"))

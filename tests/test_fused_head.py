@@ -632,6 +632,18 @@ def test_an_error_in_the_loss_stays_what_it_is(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(AttributeError, match="no_such_output") as caught:
         train(tmp_path, trainer={"compute_loss_func": wrong})
     assert caught.value.__context__ is None
+    # Nor is one tried again that comes when the head has been used.
+    calls = 0
+
+    def later(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise ValueError("mine")
+        return F.cross_entropy(*shifted(outputs.logits, labels))
+
+    with pytest.raises(ValueError, match="mine"):
+        train(tmp_path, trainer={"compute_loss_func": later})
     # An engine that gathers weights for a forward pass may be in the middle of it.
     monkeypatch.setattr("hf_fsam.trainer.LocalEngine", type("Other", (), {}))
     with pytest.raises(AttributeError) as caught:
