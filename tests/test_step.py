@@ -579,6 +579,17 @@ def test_a_batch_that_the_second_pass_sees_changed_is_an_error(
     assert same_bits(weights_of(trainer.model), weights_of(llama()))
 
 
+def test_a_batch_may_hold_what_is_not_a_number(tmp_path: Path) -> None:
+    class Ignores(_Failing):
+        def forward(self, input_ids: Tensor, labels: Tensor, gaps: Tensor) -> dict[str, Tensor]:
+            return super().forward(input_ids, labels)
+
+    rows = [{**row, "gaps": torch.tensor([0.0, float("nan")])} for row in sentences()]
+    trainer = make_trainer(tmp_path, Ignores(ValueError(), "", 0), trainer={"train_dataset": rows})
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 def test_a_step_that_never_comes_to_the_mixin_is_an_error_not_a_plain_training(tmp_path: Path) -> None:
     class Own(FSAMTrainer):
         """The swap of the base class in a script with a step of its own."""
