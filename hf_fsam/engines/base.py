@@ -1,7 +1,7 @@
 """What the Trainer's step asks of an engine."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,7 +35,19 @@ class Ascent:
 
 
 class Engine(Protocol):
-    keeps: bool  # a weight that was detached in a clean pass stays at θ while the weights are at θ+ε
+    """How one way of holding the weights is ascended, perturbed and restored.
+
+    Attributes:
+        keeps: a weight that was detached in a clean pass stays at θ while the weights are at θ+ε.
+        forward_can_be_retried: a forward pass of the ascent that raised leaves nothing half done and has exchanged
+            nothing with another process, so that it can be made again. Not where weights are gathered on the way.
+        gradients_whole: a plain backward pass leaves this process's whole gradients in `.grad`, and nobody else sees
+            them.
+    """
+
+    keeps: bool
+    forward_can_be_retried: bool
+    gradients_whole: bool
 
     def ascent(self, model: nn.Module, *, average: bool, passes: int) -> AbstractContextManager[Ascent]:
         """The passes inside accumulate into the ascent, and leave the gradients of the training as they were.
@@ -69,13 +81,61 @@ class Engine(Protocol):
         """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""
 
     def restore(self) -> None:
-        """The weights that this process owns are at θ after this, whether they were before or not.
+        """The weights that this process owns are at θ after this, whether they were before or not, and whatever else a
+        step changes for its duration is as it was.
 
         No communication: an exception may have struck this process alone.
         """
 
     def settle(self) -> None:
         """All weights are at θ after this. All processes call it together, before the weights are used again."""
+
+
+class Cleanup:
+    """What a step has to take back, until it has.
+
+    A `finally` in a generator does not do: Ctrl-C on the way into its context manager's exit leaves it waiting for as
+    long as the traceback is kept, as in a notebook, and it would run in the middle of some later step.
+    """
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], object]] = []
+
+    @contextmanager
+    def after(self, undo: Callable[[], object]) -> Iterator[None]:
+        """`undo` is called once, on the way out or by :meth:`run`, whichever comes first. It has to bear that there is
+        nothing to take back yet, and, where it was interrupted itself, to be called again."""
+
+        def due() -> None:
+            undo()
+
+        self._due.append(due)
+        try:
+            yield
+        finally:
+            if due in self._due:
+                due()
+                self._due.remove(due)
+
+    @contextmanager
+    def replaced(self, owner: Any, name: str, value: Any) -> Iterator[None]:
+        """`owner.name` is `value` inside. An attribute of the class shows again afterwards, one of its own returns."""
+        had, own = name in vars(owner), vars(owner).get(name)
+
+        def undo() -> None:
+            if had:
+                setattr(owner, name, own)
+            elif name in vars(owner):
+                delattr(owner, name)
+
+        with self.after(undo):
+            setattr(owner, name, value)
+            yield
+
+    def run(self) -> None:
+        while self._due:
+            self._due[-1]()
+            self._due.pop()
 
 
 def perturb_shards(
