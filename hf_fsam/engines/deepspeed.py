@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Cleanup, Engine, perturb_shards
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Engine, perturb_shards
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import SecondMoment, precondition

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines.base import Ascent, Bucket, Cleanup
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.engines.base import Ascent, Bucket
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
 from hf_fsam.second_moment import check_keeps_second_moment, momenta, precondition, second_moments
 
