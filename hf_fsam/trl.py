@@ -123,30 +123,27 @@ class Counters:
         }
 
     def restore(self) -> None:
-        for name, mark in self._stood.items():
-            self._attributes[name] = _back_to(self._attributes[name], mark)
+        self._attributes.update({name: _back_to(mark) for name, mark in self._stood.items()})
 
 
-def _mark(counted: Any) -> Any:
+def _mark(counted: Any) -> tuple[Any, Any]:
+    """What it is, and how it stands. Lists are long: their length is enough."""
     if isinstance(counted, dict):
-        return {key: _mark(value) for key, value in counted.items()}
+        return counted, {key: _mark(value) for key, value in counted.items()}
     if isinstance(counted, list):
-        return len(counted)
-    return counted.clone() if isinstance(counted, Tensor) else counted
+        return counted, len(counted)
+    return counted.clone() if isinstance(counted, Tensor) else counted, None
 
 
-def _back_to(counted: Any, mark: Any) -> Any:
+def _back_to(mark: tuple[Any, Any]) -> Any:
+    counted, stood = mark
     if isinstance(counted, dict):
-        for key in list(counted):
-            if key in mark:
-                counted[key] = _back_to(counted[key], mark[key])
-            else:
-                del counted[key]
-        return counted
-    if isinstance(counted, list):
-        del counted[mark:]
-        return counted
-    return mark
+        for key in counted.keys() - stood.keys():
+            del counted[key]
+        counted.update({key: _back_to(value) for key, value in stood.items()})
+    elif isinstance(counted, list):
+        del counted[stood:]
+    return counted
 
 
 def intercept(call: Callable[[LogProbabilities], tuple]) -> Callable[[], None]:
