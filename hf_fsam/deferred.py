@@ -553,7 +553,7 @@ class DeferredLogits(Tensor):
                 given.append((tensor, tensor._version))
             return tensor
 
-        name = getattr(function, "__name__", str(function))
+        name = _name(function)
         args, kwargs = tree_map_only(cls, value, (args, kwargs))
         result = function(*args, **kwargs)
         if any(tensor._version != version for tensor, version in given):
@@ -574,6 +574,11 @@ class DeferredLogits(Tensor):
         name = str(function)
         args, kwargs = tree_map_only(cls, lambda z: z.in_memory(f"{name} needs them"), (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def _name(function: Any) -> str:
+    name = getattr(function, "__name__", str(function))
+    return getattr(function.__self__, "__name__", name) if name in ("__get__", "__set__") else name
 
 
 def _past_torch_function(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -625,6 +630,10 @@ def _same(z: DeferredLogits) -> DeferredLogits:
 
 def _detach(z: DeferredLogits) -> DeferredLogits:
     return _past_torch_function(Tensor.detach, z)
+
+
+def _clone(z: DeferredLogits, **kwargs: Any) -> DeferredLogits:
+    return z._derived(torch.clone)
 
 
 def _to(z: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
@@ -753,6 +762,10 @@ def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def _getters(*names: str) -> set[Any]:
+    return {getattr(Tensor, name).__get__ for name in names}
+
+
 _TIMES = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
 _DEFERRED: dict[Any, Callable] = {
     **dict.fromkeys(_TIMES, _times),
@@ -761,8 +774,10 @@ _DEFERRED: dict[Any, Callable] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _view),
     **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
     **dict.fromkeys((Tensor.detach, torch.detach), _detach),
+    **dict.fromkeys((Tensor.clone, torch.clone), _clone),
     **dict.fromkeys((Tensor.logsumexp, torch.logsumexp), _log_sum_exp),
     Tensor.contiguous: _same,
+    **dict.fromkeys(_getters("_base"), lambda z, *_: None),  # FSDP2 warns of views
     Tensor.float: lambda z: _to(z, torch.float32),
     Tensor.to: _to,
     Tensor.__getitem__: _getitem,
@@ -772,12 +787,8 @@ _DEFERRED: dict[Any, Callable] = {
 }
 # What is asked of the tensor and not of its values.
 _METADATA = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad")
-    ),
-    *(getattr(Tensor, name).__get__ for name in ("grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse")),
-    *(getattr(Tensor, name).__get__ for name in ("_backward_hooks", "_version", "itemsize", "is_nested")),
+    *_getters("shape", "dtype", "device", "layout", "ndim", "itemsize", "is_cuda", "is_cpu", "is_meta", "is_sparse"),
+    *_getters("requires_grad", "grad", "grad_fn", "is_leaf", "is_nested", "_backward_hooks", "_version"),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.get_device),

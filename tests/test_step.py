@@ -487,6 +487,63 @@ def test_an_ascent_gradient_that_is_not_finite_skips_the_perturbation_and_is_cou
     assert distance(weights_of(trainer.model), weights_of(reference.model)) < 1e-6
 
 
+@pytest.mark.parametrize("means", [True, False])
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_both_backward_passes_have_one_scale(tmp_path: Path, scope: str, means: bool) -> None:
+    """A loss that is a mean is divided by the micro-batches of the window: in float16, a scale that suits the second
+    pass would overflow in a clean one that is not."""
+
+    class Watching(FSAMTrainer):
+        loss_is_scaled_for_ga = not means
+
+        def _fsam_report(self, split):
+            scales.append((float(split.batch.clean.scale), float(split.second.scale)))
+            super()._fsam_report(split)
+
+    scales: list[tuple[float, float]] = []
+    settings = {"gradient_accumulation_steps": 3, "fsam_ascent_scope": scope, "max_steps": 2}
+    make_trainer(tmp_path, trainer_class=Watching, **settings).train()
+    assert len(scales) == 6
+    for scale in scales:
+        assert scale == pytest.approx((1 / 3, 1 / 3) if means else (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fsam_fused_head": False},
+        {"fsam_variant": "sam"},
+        {"fsam_variant": "logit"},
+        {"fsam_ascent_direction": "momentum"},
+        {"fsam_ascent_scope": "optimizer_step", "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_a_second_pass_that_is_not_finite_shows_in_the_log(tmp_path: Path, settings: dict) -> None:
+    """Its gradient goes to the optimizer, as the plain Trainer's does."""
+
+    class Breaks(FSAMTrainer):
+        at = 2
+
+        def compute_loss(self, model, *args, **kwargs):
+            struck = self.fsam_pass == "second" and self.state.global_step == self.at
+            norm = self.model.model.norm
+            handle = norm.register_forward_hook(lambda module, args, output: output * float("nan")) if struck else None
+            try:
+                return super().compute_loss(model, *args, **kwargs)
+            finally:
+                if handle is not None:
+                    handle.remove()
+
+    trainer = make_trainer(tmp_path, trainer_class=Breaks, logging_steps=1, max_steps=4, **settings)
+    trainer.train()
+    logs = trainer.state.log_history[:4]
+    assert [entry["fsam/not_finite"] > 0 for entry in logs[:3]] == [False, False, True]
+    assert [entry["fsam/skipped"] for entry in logs[:3]] == [0, 0, 0]
+    assert not all(torch.isfinite(tensor).all() for tensor in weights_of(trainer.model).values())
+
+
 def test_a_batch_without_any_label_changes_nothing_and_harms_nothing(tmp_path: Path) -> None:
     rows = sentences(8)
     for row in rows[2:4]:
