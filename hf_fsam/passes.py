@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.deferred import CleanCall, DeferredLogits, FusedHead, KeptHead, SecondCall, call_head, kept_head
 from hf_fsam.head import Statistic
-from hf_fsam.trl import LogProbabilities, intercept
+from hf_fsam.trl import LogProbabilities, intercepted
 
 
 @dataclass
@@ -397,23 +397,18 @@ class Boundary:
         if isinstance(one_pass, CleanPass):
             one_pass.fused = self.head is not None
         head = self._head if one_pass.fused else None
-        end_interception = [lambda: None]
+        log_probabilities = partial(one_pass.log_probabilities, detached_weights_stay=self._detached_weights_stay)
 
         def undo() -> None:
             self._pass = None
             if head is not None:
                 head.undefer()
-            end_interception[0]()
 
-        with self._cleanup.after(undo):
+        of_trl = nullcontext() if self.module is None else intercepted(log_probabilities, self._cleanup)
+        with self._cleanup.after(undo), of_trl:
             self._pass = one_pass
             if head is not None:
                 head.defer(partial(one_pass.head, head))
-            if self.module is not None:
-                log_probabilities = partial(
-                    one_pass.log_probabilities, detached_weights_stay=self._detached_weights_stay
-                )
-                end_interception[0] = intercept(log_probabilities)
             yield
         one_pass.finish(self.name)
 

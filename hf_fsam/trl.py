@@ -6,13 +6,15 @@ entropy and three statistics without a gradient; it saves log Σ exp z as its fi
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.deferred import edge, replayed_statistic
 from hf_fsam.head import Squash, Statistic, compute_dtype
 
@@ -146,12 +148,14 @@ def _back_to(mark: tuple[Any, Any]) -> Any:
     return counted
 
 
-def intercept(call: Callable[[LogProbabilities], tuple]) -> Callable[[], None]:
-    """From now on, a fused head of TRL's that has a gradient to compute goes through `call`. Returns what ends that."""
+@contextmanager
+def intercepted(call: Callable[[LogProbabilities], tuple], cleanup: Cleanup) -> Iterator[None]:
+    """Inside, a fused head of TRL's that has a gradient to compute goes through `call`."""
     utils: Any = sys.modules.get(_MODULE)
     function: Any = getattr(utils, _NAME, None)
     if function is None:
-        return lambda: None
+        yield
+        return
 
     class Intercepted:
         @staticmethod
@@ -161,12 +165,8 @@ def intercept(call: Callable[[LogProbabilities], tuple]) -> Callable[[], None]:
                 return function.apply(hidden, weight, bias, *rest)
             return call(LogProbabilities(function.apply, hidden, weight, bias, rest))
 
-    def end() -> None:
-        if getattr(utils, _NAME) is Intercepted:
-            setattr(utils, _NAME, function)
-
-    setattr(utils, _NAME, Intercepted)
-    return end
+    with cleanup.replaced(utils, _NAME, Intercepted):
+        yield
 
 
 @torch.no_grad()
