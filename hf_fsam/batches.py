@@ -15,8 +15,6 @@ _UNCHANGEABLE = (str, bytes, Number, torch.dtype, torch.device, type(None))
 def copied(batch: Any, name: str = "") -> Any:
     """`batch` with its tensors, arrays and containers copied, and what else is in it, a cache of keys and values say.
 
-    Copying a batch takes no longer than reading it once.
-
     name: of this part of it, for an error.
 
     Raises:

@@ -216,6 +216,8 @@ class FSAMMixin(_AnyTrainer):
         except BaseException:
             self._fsam_drop()
             raise
+        finally:
+            self._fsam_pass = None
         if whole:
             self._fsam_report(split)
         self._fsam_micro_step += 1
@@ -236,8 +238,6 @@ class FSAMMixin(_AnyTrainer):
             except BaseException:
                 split.raised = True
                 raise
-            finally:
-                self._fsam_pass = None
 
         with self._fsam_cleanup.replaced(self, "compute_loss", split_loss):
             yield
