@@ -37,13 +37,13 @@ from hf_fsam.trainer import _MicroBatch, _Window
 class QuarterBatchTrainer(FSAMTrainer):
     """Ascends along the gradient of a quarter of the micro-batch; the clean forward pass takes all of it."""
 
-    def _fsam_ascend(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> _Window:
+    def _fsam_ascend(self, split: Any, loss_of: Any, model: Any, inputs: dict[str, Any]) -> _Window:
         quarter = {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
-        window = super()._fsam_ascend(model, quarter, num_items_in_batch)
-        batch = _MicroBatch(inputs)
+        window = super()._fsam_ascend(split, loss_of, model, quarter)
+        batch = _MicroBatch(split.fetched, inputs)
         batch.random = window.waiting[0].random
         batch.random.restore()
-        batch.clean = self._fsam_pass(self.accelerator.unwrap_model(model), batch, num_items_in_batch)
+        batch.clean = self._fsam_clean_pass(loss_of, self.accelerator.unwrap_model(model), batch)
         window.waiting, window.of_gradient = [batch], False
         return window
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hf_fsam.tape import Tape
-
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.passes import Boundary, CleanPass
 
 FUNCTIONAL = {"fsam_variant": "functional", "fsam_precondition": False}
 
@@ -37,14 +37,13 @@ class FusedPlainTrainer(FSAMTrainer):
     """The plain step, its loss through the fused head."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        tape = Tape()
-        name, module = "lm_head", self.model.lm_head
-        tape.attach(name, module, self._fsam_head(module))
+        boundary = Boundary(Cleanup())
+        boundary.attach("lm_head", self.model.lm_head, self._fsam_head(self.model.lm_head))
         try:
-            with tape.record(keep=False):
+            with boundary.running(CleanPass(keep=False)):
                 return super().compute_loss(*args, **kwargs)
         finally:
-            tape.detach()
+            boundary.detach()
 
 
 def trl_loss(trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -363,7 +364,7 @@ class Boundary:
         self.name = ""
         self.module: nn.Module | None = None
         self._head: FusedHead | None = None
-        self._detached_weights_stay = True
+        self._detached_weights_stay, self._own_forward = True, False
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._pass: CleanPass | SecondPass | None = None
 
@@ -373,13 +374,27 @@ class Boundary:
         return None if self._head is None or self._head.off else self._head
 
     def attach(
-        self, name: str, module: nn.Module, head: FusedHead | None = None, detached_weights_stay: bool = True
+        self,
+        name: str,
+        module: nn.Module,
+        head: FusedHead | None = None,
+        detached_weights_stay: bool = True,
+        compiled: bool = False,
     ) -> None:
         """Put the hook on the boundary `module`. It stays between steps: a hook that comes and goes would make
-        torch.compile compile anew each time. `head`: the same module, where its logits can be deferred.
-        `detached_weights_stay`: see :func:`hf_fsam.deferred.kept_head`."""
+        torch.compile compile anew each time.
+
+        Args:
+            head: the same module, where its logits can be deferred.
+            detached_weights_stay: see :func:`hf_fsam.deferred.kept_head`.
+            compiled: torch.compile runs the model. What it has compiled for a model of the class without the hook would
+                pass the hook by: it does not look at hooks (torch 2.13), but whether `forward` is the class's it does.
+        """
         self.name, self.module, self._head = name, module, head
         self._detached_weights_stay = detached_weights_stay
+        self._own_forward = compiled and "forward" not in module.__dict__
+        if self._own_forward:
+            module.__dict__["forward"] = MethodType(type(module).forward, module)
         self._handle = module.register_forward_hook(_Hook(self._see_output))
 
     @property
@@ -389,6 +404,8 @@ class Boundary:
     def detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
+        if self.module is not None and self._own_forward:
+            self.module.__dict__.pop("forward", None)
         self._handle = self.module = None
 
     @contextmanager

@@ -446,7 +446,7 @@ class FSAMMixin(_AnyTrainer):
         boundary.detach()
         name, module = find_boundary(self.model, self.args.fsam_boundary)
         head = self._fsam_head(module)
-        boundary.attach(name, module, head, self._fsam_engine.keeps)
+        boundary.attach(name, module, head, self._fsam_engine.keeps, compiled=bool(self.args.torch_compile))
         self._fsam_attached_to = self.model
 
     def _fsam_detach(self) -> None:
