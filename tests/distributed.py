@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +45,39 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3_offload_all": zero(3, offload_optimizer=CPU, offload_param=CPU),
     "fsdp2": FSDP2,
 }
+
+
+class Shift(nn.Module):
+    """Adds its weight to the rows whose turn it is; where there are none, the weight is not in the graph."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 0.1))
+        self.turn: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.weight * self.turn[:, None, None] if self.turn.any() else hidden
+
+
+def gated(model: nn.Module) -> nn.Module:
+    """Some rows of :func:`tests.toys.sentences` go through a weight more, as tokens do through an expert: in the first
+    six micro-batches of two processes both use it, or one of them."""
+    transformer: Any = model.transformer
+    transformer.ln_f = nn.Sequential(Shift(transformer.ln_f.weight.numel()), transformer.ln_f)
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        module.transformer.ln_f[0].turn = kwargs["input_ids"][:, 0] > 20
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    return model
+
+
+def without_labels(rows: list[dict[str, Tensor]], which: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The rows, those among them with nothing to learn from."""
+    return [
+        row | {"labels": torch.full_like(row["labels"], -100)} if index in which else row
+        for index, row in enumerate(rows)
+    ]
 
 
 class Trained(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -22,6 +24,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from benchmarks.collectives import Collectives
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import head, perturbation
+from tests.distributed import gated, without_labels
 from tests.toys import WIDE, adapted, gpt2, llama, make_trainer, sentences
 
 KEPT = head._KEPT["cpu"]
@@ -127,10 +130,13 @@ def train(
     lora: bool = False,
     wide: bool = False,
     untied: bool = False,
+    sometimes: bool = False,
     reads: bool = False,
     measured: bool = False,
     rows: int = 24,
     masked: bool = False,
+    unlabelled: Sequence[int] = (),
+    ddp: dict[str, Any] | None = None,
     resume: str | None = None,
     save_to: str | None = None,
     evaluated: bool = False,
@@ -143,9 +149,12 @@ def train(
         lora: train adapters.
         wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
         untied: a Llama of six thousand, whose head is a matrix of its own; no cotangent is kept, as of a large model.
+        sometimes: GPT-2 with a weight that not every row uses, :func:`tests.distributed.gated`.
         reads: a metric takes the logits, so that the first clean pass is made twice.
         measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
+        unlabelled: which rows have no label.
+        ddp: arguments of Accelerate's DistributedDataParallelKwargs, beside the Trainer's own.
         resume: a checkpoint.
         save_to: where the model is saved at the end.
         evaluated: find out the loss on four rows, before that.
@@ -156,13 +165,19 @@ def train(
     model = llama(**WIDE) if wide else llama() if untied else gpt2()
     if reads:
         model.register_forward_hook(lambda module, args, output: assert_finite(output.logits))
+    if sometimes:
+        gated(model)
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
         train_sampling_strategy="sequential",
-        trainer={"train_dataset": sentences(rows, masked=masked)},
+        trainer={"train_dataset": without_labels(sentences(rows, masked=masked), unlabelled)},
         **settings,
     )
+    for name, value in (ddp or {}).items():
+        setattr(
+            trainer.accelerator.ddp_handler, name, DDPCommunicationHookType(value) if name == "comm_hook" else value
+        )
     head._KEPT["cpu"] = 0 if untied else KEPT
     if struck is not None:
         strike(trainer, **struck)

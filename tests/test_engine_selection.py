@@ -1,12 +1,16 @@
 """Which engine a run gets, and what would be silently wrong: refused by name, before training."""
 
 import gc
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
+from hf_fsam.engines import select_engine
 from hf_fsam.engines.base import Cleanup
 from hf_fsam.engines.deepspeed import (
     FlatDeepSpeedEngine,
@@ -20,6 +24,7 @@ from hf_fsam.engines.deepspeed import (
 from hf_fsam.engines.fsdp import FSDPEngine, select_fsdp_engine
 from hf_fsam.engines.local import LocalEngine
 from tests.distributed import zero
+from tests.toys import make_trainer
 
 ARGUMENTS: dict[str, Any] = {
     "fsam_ascent_scope": "micro_batch",
@@ -164,6 +169,19 @@ ENGINES += [ShardedDeepSpeedEngine, FSDPEngine]
 @pytest.mark.parametrize("engine", ENGINES)
 def test_only_where_a_pass_has_no_side_effects_is_it_made_again(engine: Any) -> None:
     assert engine.forward_can_be_retried == engine.gradients_whole == (engine is LocalEngine)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(DistributedType.MULTI_CPU, True), (DistributedType.NO, False)])
+def test_a_static_graph_is_refused_where_ddp_would_follow_it(
+    kind: DistributedType, refused: bool, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, fsam_variant="none", ddp_static_graph=True)
+    trainer.accelerator.state.distributed_type = kind
+    try:
+        with pytest.raises(ValueError, match="ddp_static_graph=True") if refused else nullcontext():
+            select_engine(trainer)
+    finally:
+        trainer.accelerator.state.distributed_type = DistributedType.NO
 
 
 # What an interrupted step leaves --------------------------------------------------------------------------------------

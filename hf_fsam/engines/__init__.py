@@ -44,6 +44,11 @@ def select_engine(trainer: "Trainer") -> Engine:
         ),
         "tensor, context and sequence parallelism (parallelism_config)": parallelism is not None
         and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
+        "ddp_static_graph=True (or Accelerate's static_graph), with which DDP takes the first pass that it sees for "
+        "the training's: leave it out,": (
+            accelerator.distributed_type.value.startswith("MULTI")
+            and bool(getattr(accelerator.ddp_handler, "static_graph", False))
+        ),
         f"optim={optim!r}, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
         f"torch_compile_mode={args.torch_compile_mode!r}, whose CUDA graphs hold on to the place of the weights": (
             args.torch_compile_mode in ("reduce-overhead", "max-autotune")

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_fsam.cleanup import Cleanup
@@ -63,8 +64,13 @@ class LocalEngine:
                 "in the backward pass: they would act on the ascent's gradient too. Remove them, or set "
                 "fsam_variant='none'."
             )
-        # The forward passes, too, have to stay out of DDP's reducer, which would take them for the training's.
-        with self.accelerator.no_sync(model):
+        ddp = next((each for each in model.modules() if isinstance(each, DistributedDataParallel)), None)
+        if ddp is None:
+            yield model
+            return
+        # The forward passes, too, have to stay out of DDP's reducer, which would take them for the training's. This is
+        # what `no_sync` sets.
+        with self._cleanup.replaced(ddp, "require_backward_grad_sync", False):
             yield model
 
     def _average(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
@@ -76,7 +82,11 @@ class LocalEngine:
 
     def momentum(self, model: nn.Module, optimizer: Optimizer) -> Ascent | None:
         weights, averages = momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
-        return Ascent(self.accelerator.unwrap_model(model), self._backward, weights, averages) if weights else None
+        if not weights:
+            return None
+        # Compiled or not, but for one process: Accelerate 1.15 would take DDP out of the compiled model for good.
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=self.accelerator.num_processes == 1)
+        return Ascent(inner, self._backward, weights, averages)
 
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()
