@@ -6,8 +6,8 @@ log-sum-exp: those are computed from the final hidden states (`hf_fsam.head`). W
 with its values, which are computed then; the log says so once, and from the next pass on the head makes its logits
 itself.
 
-In the backward pass a cross entropy leaves its share of the gradient with the call of the head, and sends None to the
-logits; what was done with their values sends their cotangent, as in any graph. :class:`_Head`, the node that stands for
+In the backward pass a cross entropy leaves its share of the gradient with the call of the head, and sends the logits
+what says nothing; what was done with their values sends their cotangent, as in any graph. :class:`_Head`, the node that stands for
 the head, hands on the sum of both.
 """
 
@@ -205,7 +205,6 @@ class Call(Protocol):
     shape: torch.Size  # (..., v)
     dtype: torch.dtype
     device: torch.device
-    nothing: Tensor  # one zero, of which a gradient is made that says nothing
 
     def cross_entropy(
         self, z: "DeferredLogits", targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
@@ -218,6 +217,15 @@ class Call(Protocol):
 
     def values(self, why: str) -> Tensor:
         """a = h Wᵀ + b, (..., v), without a gradient; the same memory at each call."""
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """A gradient for deferred logits that says nothing: zeros in the memory of one. In its place, some functions of
+        others would make zeros in memory of None."""
+
+    def nothing_once(self, like: Tensor) -> Tensor | None:
+        """The same, and None from the second time on: the sum of two would be in memory, too."""
+
+    def says_nothing(self, cotangent: Tensor | None) -> bool: ...
 
     def gradients(self, cotangent: Tensor | None) -> Gradients:
         """Jᵀu of this call, when a backward pass comes here. u: `cotangent` (..., v), and what came to statistics."""
@@ -235,7 +243,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_create_graph()
-        gradients = ctx.call.gradients(None if _says_nothing(cotangent, ctx.call) else cotangent)
+        gradients = ctx.call.gradients(None if ctx.call.says_nothing(cotangent) else cotangent)
         given = zip(gradients, ctx.shapes, ctx.needs_input_grad[1:], strict=True)
         return (None, *(g.view(shape) if needed and g is not None else None for g, shape, needed in given))
 
@@ -250,10 +258,6 @@ def _refuse_create_graph() -> None:
         raise LogitsNeeded("depends on a gradient that it has taken with create_graph=True, as a gradient penalty does")
 
 
-def _says_nothing(cotangent: Tensor | None, call: Call) -> bool:
-    return cotangent is None or cotangent.untyped_storage().data_ptr() == call.nothing.untyped_storage().data_ptr()
-
-
 class _Call:
     """
     Args:
@@ -266,8 +270,25 @@ class _Call:
         self._hidden = hidden.detach().flatten(0, -2)  # (n, d)
         self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
         self.dtype, self.device = compute_dtype(hidden), hidden.device
-        self.nothing = torch.zeros((), dtype=self.dtype, device=self.device)
         self._values: Tensor | None = None
+        self._nothing: dict[torch.dtype, Tensor] = {}
+        self._said = False
+
+    def nothing(self, like: Tensor) -> Tensor:
+        zero = self._nothing.setdefault(like.dtype, torch.zeros((), dtype=like.dtype, device=like.device))
+        return zero.expand(like.shape)
+
+    def nothing_once(self, like: Tensor) -> Tensor | None:
+        if self._said:
+            return None
+        self._said = True
+        return self.nothing(like)
+
+    def says_nothing(self, cotangent: Tensor | None) -> bool:
+        if cotangent is None:
+            return True
+        memory = cotangent.untyped_storage().data_ptr()
+        return any(each.untyped_storage().data_ptr() == memory for each in self._nothing.values())
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # a metric may read them in inference mode first
@@ -413,18 +434,18 @@ class SecondCall(_Call):
 
 class _Taken(torch.autograd.Function):
     """A statistic of deferred logits, as the loss is given it. Its backward pass tells `came_back` of ∂loss/∂value, and
-    sends None on to the logits."""
+    sends on to the logits what says nothing."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, statistic: Statistic, came_back: Callable[[Tensor], None]) -> Tensor:
-        ctx.came_back = came_back
+    def forward(ctx: Any, z: "DeferredLogits", statistic: Statistic, came_back: Callable[[Tensor], None]) -> Tensor:
+        ctx.z, ctx.came_back = z, came_back
         return statistic.value.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         _refuse_create_graph()
         ctx.came_back(upstream)
-        return None, None, None
+        return ctx.z.call.nothing_once(ctx.z), None, None
 
 
 def _scattered(gradients: Gradients, statistic: Statistic, hidden: Tensor) -> Gradients:
@@ -566,11 +587,8 @@ class DeferredLogits(Tensor):
     ) -> Any:
         """For code below Python: autograd's own, TorchScript's."""
         z = args[0] if args else None
-        if isinstance(z, cls):
-            if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-                return cls._new(z.call, z.rows, z.squash, z.dtype, z.whole)
-            if function is torch.ops.aten.zeros_like.default:  # for a backward pass to which None came back
-                return z.call.nothing.expand(z.shape)
+        if isinstance(z, cls) and function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls._new(z.call, z.rows, z.squash, z.dtype, z.whole)
         name = str(function)
         args, kwargs = tree_map_only(cls, lambda z: z.in_memory(f"{name} needs them"), (args, kwargs or {}))
         return function(*args, **kwargs)
@@ -600,8 +618,10 @@ class _Derived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if cotangent is None or _says_nothing(cotangent, ctx.z.call):
+        if cotangent is None:
             return None, None, None
+        if ctx.z.call.says_nothing(cotangent):
+            return ctx.z.call.nothing(ctx.z), None, None
         _refuse_create_graph()
         values = ctx.z.in_memory("a gradient came back to them").detach().requires_grad_()
         with torch.enable_grad():

@@ -1,6 +1,7 @@
 """What each process of a distributed test runs: `distributed_worker.py FOLDER` trains what FOLDER/cases.json says."""
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -81,13 +82,19 @@ def whole(model: nn.Module, deepspeed: bool) -> tuple[dict[str, Tensor], dict[st
 
 def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
     """In the second pass of `step` (from 0), on one process or on all: "kill" and "terminate" send that signal,
-    "hang" waits for ever, "raise" raises between forward and backward."""
+    "hang" waits for ever, "raise" raises between forward and backward. "write" changes the logits in place in the clean
+    pass before."""
     compute_loss, calls = trainer.compute_loss, 0
 
     def struck(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2 * step + 2 and rank in (None, trainer.args.process_index):
+        if kind == "write":
+            if calls == 2 * step + 1 and rank in (None, trainer.args.process_index):
+                loss, outputs = compute_loss(*args, return_outputs=True, **kwargs)
+                outputs.logits[..., 0] = 0.0
+                return loss
+        elif calls == 2 * step + 2 and rank in (None, trainer.args.process_index):
             if kind == "raise":
                 compute_loss(*args, **kwargs)
                 raise RuntimeError("struck in the second pass")
@@ -131,7 +138,7 @@ def train(
     wide: bool = False,
     untied: bool = False,
     sometimes: bool = False,
-    reads: bool = False,
+    reads: bool | str = False,
     measured: bool = False,
     rows: int = 24,
     masked: bool = False,
@@ -150,7 +157,7 @@ def train(
         wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
         untied: a Llama of six thousand, whose head is a matrix of its own; no cotangent is kept, as of a large model.
         sometimes: GPT-2 with a weight that not every row uses, :func:`tests.distributed.gated`.
-        reads: a metric takes the logits, so that the first clean pass is made twice.
+        reads: a metric takes the logits; "one": on the first process alone, and not before its fifth pass.
         measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
         unlabelled: which rows have no label.
@@ -164,7 +171,13 @@ def train(
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
     model = llama(**WIDE) if wide else llama() if untied else gpt2()
     if reads:
-        model.register_forward_hook(lambda module, args, output: assert_finite(output.logits))
+        passes = itertools.count()
+
+        def read(module: nn.Module, args: Any, output: Any) -> None:
+            if reads != "one" or (PartialState().is_main_process and next(passes) >= 4):
+                assert_finite(output.logits)
+
+        model.register_forward_hook(read)
     if sometimes:
         gated(model)
     trainer = make_trainer(

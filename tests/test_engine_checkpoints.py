@@ -95,6 +95,15 @@ def test_one_process_that_raises_takes_the_run_down(engine: str, tmp_path: Path)
     assert time.monotonic() - began < 120  # the group's own limit is half an hour
 
 
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_one_process_that_would_need_another_forward_pass_says_what_helps(engine: str, tmp_path: Path) -> None:
+    """In which the weights would be gathered from processes that make none."""
+    struck = {"struck": {"kind": "write", "step": 1, "rank": 1}}
+    with pytest.raises(AssertionError, match=r"changes the logits in place .*set fsam_fused_head=False"):
+        train_distributed(tmp_path / "run", PROCESSES, settings_of(engine) | struck)
+    train_distributed(tmp_path / "cured", PROCESSES, settings_of(engine) | struck | {"fsam_fused_head": False})
+
+
 # Below stage 3 DeepSpeed waits in groups of its own, which have torch's limit.
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "zero3_offload", "zero3_offload_all", "fsdp2"])

@@ -499,6 +499,37 @@ def test_it_answers_as_a_tensor_does() -> None:
         _ = z.no_such_thing
 
 
+class _PassedOn(torch.autograd.Function):
+    """What DeepSpeed puts on the output of every module, to be told when its backward pass begins."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        assert gradient.untyped_storage().nbytes() <= 8  # of logits that nobody reads, no gradient is in memory
+        return gradient
+
+
+def test_an_engine_may_follow_the_logits_through_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    linear, hidden = nn.Linear(4, 7), torch.randn(2, 5, 4, requires_grad=True)
+    fused, crossing, targets = deferred.FusedHead(linear), Crossing(), torch.randint(7, (10,))
+
+    def loss_of(z: Tensor) -> Tensor:
+        z = _PassedOn.apply(_PassedOn.apply(z).float() * 2)
+        return F.cross_entropy(z.view(-1, 7), targets) + z.logsumexp(-1).square().mean()
+
+    call = deferred.CleanCall(fused, hidden, fused.keep(), crossing, CleanPass())
+    found = torch.autograd.grad(loss_of(deferred.call_head(call, hidden, linear.weight, linear.bias)), hidden)
+    z = 2 * linear(hidden)
+    wanted = F.cross_entropy(z.view(-1, 7), targets) + z.logsumexp(-1).square().mean()
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, hidden))
+    assert not fused.off
+    assert not crossing.cotangents
+
+
 # Losses that change what they are given -------------------------------------------------------------------------------
 
 

@@ -62,9 +62,6 @@ class Engine(Protocol):
             ValueError: the optimizer keeps none.
         """
 
-    def as_output(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        """`tensor` as if `module` had put it out, for an engine that follows modules through a backward pass."""
-
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` in the loss scaler's units."""
 

@@ -190,9 +190,6 @@ class _ShardingEngine:
     def scale(self, loss: Tensor) -> Tensor:
         return loss * self._engine.optimizer.loss_scale
 
-    def as_output(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor
-
     @contextmanager
     def ascent(self, model: Any, *, average: bool, passes: int) -> Iterator[Ascent]:
         if not average:
@@ -458,9 +455,6 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
 
     def _release(self, model: Any) -> None:
         model.optimizer.backward_epilogue()
-
-    def as_output(self, module: Any, tensor: Tensor) -> Tensor:
-        return module.pre_bwd_fn.apply(tensor)  # DeepSpeed's own hook on a module's output (0.19.8)
 
     def _have_gathered_anew(self) -> None:
         """What has been written into the shards is what the next pass computes with."""

@@ -91,9 +91,6 @@ class LocalEngine:
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()
 
-    def as_output(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor
-
     def scale(self, loss: Tensor) -> Tensor:
         scaler = self.accelerator.scaler
         return loss if scaler is None else scaler.scale(loss)
