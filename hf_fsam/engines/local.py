@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hf_fsam.engines.base import Ascent, Bucket
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
-from hf_fsam.second_moment import check_keeps_second_moment, momenta, precondition, second_moments
+from hf_fsam.second_moment import check_keeps_second_moment, has_stepped, momenta, precondition, second_moments
 
 _REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
@@ -23,6 +23,7 @@ class LocalEngine:
         self.accelerator = accelerator
         self._exchange = Exchange()
         self._asked: Optimizer | None = None
+        self._seen_stepping: Optimizer | None = None
 
     @contextmanager
     def ascent(self, model: nn.Module, *, average: bool, passes: int) -> Iterator[Ascent]:
@@ -71,8 +72,15 @@ class LocalEngine:
             gradient.copy_(mean.view_as(gradient))
 
     def momentum(self, model: nn.Module, optimizer: Optimizer) -> Ascent | None:
-        weights, averages = momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
+        weights, averages = self._momenta(model, optimizer)
         return Ascent(self.accelerator.unwrap_model(model), self._backward, weights, averages) if weights else None
+
+    def _momenta(self, model: nn.Module, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        if optimizer is not self._seen_stepping:  # once it has stepped, nobody has to ask again
+            if not has_stepped(optimizer):
+                return [], []
+            self._seen_stepping = optimizer
+        return momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
 
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()
