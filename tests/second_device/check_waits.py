@@ -3,7 +3,7 @@
 Run by tests/test_second_device.py, or by hand: python -m pytest tests/second_device/check_waits.py
 """
 
-from tests.second_device.device import host_waits  # before transformers
+from tests.second_device.device import Wait, host_waits  # before transformers
 
 # isort: split
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tests.test_trl import FSAMSFTConfig, FSAMSFTTrainer, conversations, tokenizer
 from tests.toys import llama, make_trainer, sentences
 
 FUNCTIONAL: dict[str, Any] = {"fsam_variant": "functional"}
@@ -64,21 +65,24 @@ class Waiting(TrainerCallback):
             self.counting.__exit__(None, None, None)
 
 
-def waits(folder: str | Path, **settings: Any) -> Counter:
+def waits_of(trainer: Trainer) -> Counter[Wait]:
+    trainer.add_callback(callback := Waiting())
+    trainer.train()
+    return callback.waits
+
+
+def waits(folder: str | Path, **settings: Any) -> Counter[Wait]:
     # transformers' models look from the host whether sequences are packed or padded, once a forward pass, unless they
     # are given a mask and multiply it in.
     model = llama(attn_implementation="eager")
     rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in sentences()]
     # A log reads what was gathered.
     quiet = {"use_cpu": False, "logging_strategy": "no"}
-    trainer = make_trainer(folder, model, **({"trainer": {"train_dataset": rows}} | quiet | settings))
-    trainer.add_callback(callback := Waiting())
-    trainer.train()
-    return callback.waits
+    return waits_of(make_trainer(folder, model, **({"trainer": {"train_dataset": rows}} | quiet | settings)))
 
 
 @cache
-def of_the_plain_trainer(settings: str) -> Counter:
+def of_the_plain_trainer(settings: str) -> Counter[Wait]:
     with TemporaryDirectory() as folder:
         return waits(folder, trainer_class=Trainer, arguments_class=TrainingArguments, **json.loads(settings))
 
@@ -91,4 +95,22 @@ def test_no_step_waits_more_often_than_a_plain_one(case: str, tmp_path: Path) ->
     found = waits(tmp_path, **CASES[case])
     assert plain  # it copies its batches and looks at its loss
     more = Counter(wait.inner for wait in found.elements()) - Counter(wait.inner for wait in plain.elements())
-    assert not more, [(wait, count) for wait, count in found.items() if wait.inner in more]
+    assert not more, "\n".join(f"{wait.inner}, from {wait.own}" for wait in found if wait.inner in more)
+
+
+@pytest.mark.parametrize(
+    "settings", [FUNCTIONAL, PRECONDITIONED | WINDOW, MOMENTUM], ids=["functional", "window", "momentum"]
+)
+def test_trl_s_fused_head_waits_for_itself_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    """TRL 1.16 reads its metrics in `compute_loss`, so in either pass; the package does nothing of the kind."""
+    arguments = {"use_cpu": False, "logging_strategy": "no", "max_steps": 6, "report_to": "none", "save_strategy": "no"}
+    found = waits_of(
+        FSAMSFTTrainer(
+            llama(),
+            FSAMSFTConfig(str(tmp_path), bf16=False, per_device_train_batch_size=2, **arguments, **settings),
+            train_dataset=conversations(),
+            processing_class=tokenizer(),
+        )
+    )
+    assert any("trl" in wait.inner for wait in found)
+    assert not [wait for wait in found if "/hf_fsam/" in wait.inner]
