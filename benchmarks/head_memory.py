@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from hf_fsam.tape import Tape
+
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
-from hf_fsam.tape import Tape
 
 FUNCTIONAL = {"fsam_variant": "functional", "fsam_precondition": False}
 

@@ -1,15 +1,20 @@
-"""Logits that are not made until the loss says what it needs of them, which most often is nothing that takes them all.
+"""Logits that are not computed until the loss asks for them, which most losses never do.
 
-A model's own forward pass and its own loss run as they are. Only its head's output is a :class:`DeferredLogits`, which
-goes through scaling, capping, slicing and flattening, and meets a cross entropy or a log-sum-exp: those are computed
-from the final hidden states (`hf_fsam.head`). Where a clean pass does anything else with it, that pass is made again,
-and all later ones are made, with the logits in memory.
+A model's own forward pass and its own loss run as they are. Only its head's output is a :class:`DeferredLogits`, a
+tensor without values, which goes through scaling, capping, slicing and flattening, and meets a cross entropy or a
+log-sum-exp: those are computed from the final hidden states (`hf_fsam.head`). Whatever else is done with it is done
+with its values, which are computed then; the log says so once, and from the next pass on the head makes its logits
+itself.
+
+In the backward pass a cross entropy leaves its share of the gradient with the call of the head, and sends None to the
+logits; what was done with their values sends their cotangent, as in any graph. :class:`_Head`, the node that stands for
+the head, hands on the sum of both.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,52 +23,36 @@ from torch.utils._pytree import tree_map_only
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from hf_fsam.head import CrossEntropySum, Edge, LogSumExp, Replayed, Squash, Statistic, compute_dtype, room
+from hf_fsam.head import (
+    Gradients,
+    Squash,
+    Statistic,
+    compute_dtype,
+    cross_entropy_sum,
+    dense_vjp,
+    dot,
+    log_sum_exp,
+    room,
+    vjp,
+)
+
+if TYPE_CHECKING:
+    from hf_fsam.passes import CleanPass, Crossing, SecondPass
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class Use:
-    """What a loss took of one call of the head: a statistic of some of its tokens.
+class LogitsNeeded(RuntimeError):
+    """The loss does with deferred logits what only logits in memory allow."""
 
-    Attributes:
-        index: of the crossing of the boundary.
-        rows: of which tokens, (n,).
-    """
-
-    index: int
-    rows: Tensor
-    statistic: Statistic
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the loss {what}, which takes logits in memory: set fsam_fused_head=False")
 
 
-@dataclass
-class HeadCall:
-    """One call of the head in a clean pass."""
-
-    uses: list[Use] = field(default_factory=list)
+# ---- The head ----
 
 
-@dataclass
-class KeptHead:
-    """The head's weights as they are in the passes of a window, for later."""
-
-    weight: Any
-    bias: Tensor | None
-    cotangents: "Shelf | None" = None
-
-
-def weights_for_later(weight: Tensor, bias: Tensor | None, keeps: bool) -> tuple[Any, Tensor | None]:
-    """W and b as they are now.
-
-    keeps: a weight that is detached now stays as it is while the weights are at θ+ε. Where it does not, because weights
-    are moved in place or gathered for a moment only, they are copied.
-    """
-    detached = (weight.detach(), None if bias is None else bias.detach())
-    return detached if keeps else tuple(None if each is None else each.clone() for each in detached)  # type: ignore
-
-
-class Shelf:
+class CotangentCache:
     """Memory for some cotangents of a window. It stays from window to window: new memory costs a CPU more than what is
     written there."""
 
@@ -90,441 +79,654 @@ class Shelf:
         return memory[start : self._taken].view(some, vocabulary)
 
 
+@dataclass
+class KeptHead:
+    """The head's weights as they are in the clean passes of a window, for the second passes."""
+
+    weight: Tensor
+    bias: Tensor | None
+    cotangents: CotangentCache | None = None
+
+
+def kept_head(
+    weight: Tensor, bias: Tensor | None, detached_weights_stay: bool, cotangents: CotangentCache | None = None
+) -> KeptHead:
+    """W and b as they are now.
+
+    detached_weights_stay: a weight that is detached now stays as it is while the weights are at θ+ε. Where it does not,
+    because weights are moved in place or gathered for a moment only, they are copied.
+    """
+
+    def now(each: Tensor) -> Tensor:
+        return each.detach() if detached_weights_stay else each.detach().clone()
+
+    return KeptHead(now(weight), None if bias is None else now(bias), cotangents)
+
+
+class _DeferringForward:
+    """Stands in the place of a head's `forward`."""
+
+    def __init__(self, module: nn.Linear, call: Callable[[Tensor], Tensor]) -> None:
+        self.module, self.call = module, call
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        module = self.module
+        needed = hidden.requires_grad or module.weight.requires_grad
+        return self.call(hidden) if needed and torch.is_grad_enabled() else type(module).forward(module, hidden)
+
+
 class FusedHead:
     """The head of a language model while its logits are deferred.
 
     Args:
         module: the head.
-        keeps: see :func:`weights_for_later`.
-        as_output: what to do to a tensor that takes the place of the module's output, (module, tensor).
+        detached_weights_stay: see :func:`kept_head`.
     """
 
-    def __init__(
-        self,
-        module: nn.Linear,
-        keeps: bool = True,
-        as_output: Callable[[nn.Module, Tensor], Tensor] = lambda module, tensor: tensor,
-    ) -> None:
-        self.module, self._keeps, self._as_output = module, keeps, as_output
-        self._shelf = Shelf()
+    def __init__(self, module: nn.Linear, detached_weights_stay: bool = True) -> None:
+        self.module, self._detached_weights_stay = module, detached_weights_stay
+        self._cache = CotangentCache()
         self.off = False
-        self.proven = False  # a loss has taken them deferred: what it raises later is not for that
 
-    @contextmanager
-    def deferring(self, call: Callable[[Tensor], Any]) -> Iterator[None]:
-        """Inside, `call` of the final hidden states (..., d) is what the head returns."""
-        plain = self.module.forward
+    def defer(self, call: Callable[[Tensor], Tensor]) -> None:
+        """From now on, `call` of the final hidden states (..., d) is what the head returns."""
+        self.module.__dict__["forward"] = _DeferringForward(self.module, call)
 
-        def forward(hidden: Tensor) -> Any:
-            needed = hidden.requires_grad or self.module.weight.requires_grad
-            return call(hidden) if needed and torch.is_grad_enabled() else plain(hidden)
-
-        self.module.__dict__["forward"] = forward
-        try:
-            yield
-        finally:
+    def undefer(self) -> None:
+        if is_deferring(self.module):
             del self.module.__dict__["forward"]
-
-    def as_output(self, tensor: Tensor) -> Tensor:
-        return self._as_output(self.module, tensor)
 
     def keep(self) -> KeptHead:
         """A window begins."""
-        self._shelf.clear()
-        return KeptHead(*weights_for_later(self.module.weight, self.module.bias, self._keeps), self._shelf)
+        self._cache.clear()
+        return kept_head(self.module.weight, self.module.bias, self._detached_weights_stay, self._cache)
 
     def turn_off(self, why: str) -> None:
         if not self.off:
             self.off = True
-            logger.warning(f"The fused head is off, and the logits are in memory: {why}.")
+            logger.warning(f"The fused head is off from the next step on, and the logits are in memory: {why}.")
 
 
-def fused_head(trainer: Any, module: nn.Module) -> FusedHead | None:
-    """The fused head for the boundary `module` of the trainer's model. None, with a line in the log, where it has to be
-    off; without one where `module` is not what makes a language model's logits."""
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    get = getattr(model, "get_output_embeddings", None)
+def is_deferring(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), _DeferringForward)
+
+
+def fused_head(model: nn.Module, module: nn.Module, detached_weights_stay: bool, compiled: bool) -> FusedHead | None:
+    """The fused head for the boundary `module` of `model`. None, with a line in the log, where it has to be off;
+    without one where `module` is not what makes a language model's logits."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    get = getattr(base, "get_output_embeddings", None)
     if get is None or get() is not module:
         return None
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    compiled = compiled or any(getattr(model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl"))
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
     why = {
-        f"the head is {type(module).__name__}, not a plain nn.Linear": not plain,
-        "the head's forward is replaced": "forward" in module.__dict__,
-        "compiled models can't defer them": bool(trainer.args.torch_compile)
-        or any(getattr(trainer.model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl")),
+        f"the head is a {kind}, and not a plain torch.nn.Linear": not plain,
+        "the head's forward is replaced": "forward" in module.__dict__ and not is_deferring(module),
+        "compiled models can't defer them": compiled,
     }
     for reason, holds in why.items():
         if holds:
             logger.warning(f"The fused head is off, and the logits are in memory: {reason}.")
             return None
-    engine = trainer._fsam_engine
-    return FusedHead(module, engine.keeps, engine.as_output)  # type: ignore[arg-type]
+    assert isinstance(module, nn.Linear)
+    return FusedHead(module, detached_weights_stay)
 
 
-def edge(weight: Tensor | None, cut: bool = False) -> Tensor | None:
-    """Where the gradient of `weight` goes in; nowhere if the graph is cut."""
-    return None if weight is None else weight.detach() if cut else Edge.apply(weight)
+class Edge(torch.autograd.Function):
+    """Where the gradient of a weight goes in, in the weight's shape and without its memory: an engine that shards the
+    weights has it gathered now, and may not have when the gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.new_zeros(1).expand(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        if ctx.weight.shape != upstream.shape:
+            # ZeRO-3 has emptied it, and autograd wants the shape of a gradient where it leaves one. The next gathering
+            # puts its own memory there.
+            ctx.weight.data = upstream.new_zeros(1).expand(upstream.shape)
+        return upstream
 
 
-class Source(Protocol):
-    """Where deferred logits come from: one call of the head in one pass."""
+def edge(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else Edge.apply(weight)
 
-    shape: torch.Size
+
+# ---- One call of the head in one pass ----
+
+
+class Call(Protocol):
+    """What deferred logits come from."""
+
+    shape: torch.Size  # (..., v)
     dtype: torch.dtype
     device: torch.device
-    crossed: tuple[Tensor, ...]
+    nothing: Tensor  # one zero, of which a gradient is made that says nothing
 
-    def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor: ...
+    def cross_entropy(
+        self, z: "DeferredLogits", targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
+    ) -> Tensor:
+        """Σ of the tokens' cross entropies, shape (). rows: of the head's tokens, (n,); None for all. targets: (n,).
+        counted: (n,), whether a target counts; None where all do."""
 
-    def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor: ...
+    def log_sum_exp(self, z: "DeferredLogits") -> Tensor:
+        """log Σ exp z of each token, (n,)."""
 
-    def logits(self, why: str) -> Tensor: ...
+    def values(self, why: str) -> Tensor:
+        """a = h Wᵀ + b, (..., v), without a gradient; the same memory at each call."""
+
+    def gradients(self, cotangent: Tensor | None) -> Gradients:
+        """Jᵀu of this call, when a backward pass comes here. u: `cotangent` (..., v), and what came to statistics."""
 
 
-class _Pass:
+class _Head(torch.autograd.Function):
+    """The node of the autograd graph that stands for the head: `call.gradients` is its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.shapes = call, [None if each is None else each.shape for each in (hidden, weight, bias)]
+        return DeferredLogits.of(call)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_create_graph()
+        gradients = ctx.call.gradients(None if _says_nothing(cotangent, ctx.call) else cotangent)
+        given = zip(gradients, ctx.shapes, ctx.needs_input_grad[1:], strict=True)
+        return (None, *(g.view(shape) if needed and g is not None else None for g, shape, needed in given))
+
+
+def call_head(call: Call, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The deferred logits of `call`, (..., v), which depend on `hidden`, `weight` and `bias`."""
+    return _Head.apply(call, hidden, edge(weight), edge(bias))
+
+
+def _refuse_create_graph() -> None:
+    if torch.is_grad_enabled():
+        raise LogitsNeeded("depends on a gradient that it has taken with create_graph=True, as a gradient penalty does")
+
+
+def _says_nothing(cotangent: Tensor | None, call: Call) -> bool:
+    return cotangent is None or cotangent.untyped_storage().data_ptr() == call.nothing.untyped_storage().data_ptr()
+
+
+class _Call:
+    """
+    Args:
+        head: whose call it is.
+        hidden: the final hidden states, (..., d).
+    """
+
     def __init__(self, head: FusedHead, hidden: Tensor) -> None:
-        self._head, self._hidden = head, hidden
+        self._head = head
+        self._hidden = hidden.detach().flatten(0, -2)  # (n, d)
         self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
         self.dtype, self.device = compute_dtype(hidden), hidden.device
-        self.crossed: tuple[Tensor, ...] = ()
+        self.nothing = torch.zeros((), dtype=self.dtype, device=self.device)
+        self._values: Tensor | None = None
 
-    def _rows(self, rows: Tensor) -> Tensor:
-        return self._hidden.flatten(0, -2).index_select(0, rows)
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():  # a metric may read them in inference mode first
+            return F.linear(self._hidden, weight, bias).view(self.shape)
 
 
-class RecordedPass(_Pass):
-    """A call of the head whose cotangents are recorded.
-
-    Args:
-        kept: the head's weights as they are now.
-        call: takes down what the loss uses; None where the cotangents are not for keeping.
-        cross: tells the tape that a tensor crosses the boundary; returns the one to go on with.
-        cut: the graph ends at the boundary.
-    """
+class CleanCall(_Call):
+    """A call of the head at θ, whose cotangents are recorded in `crossing`."""
 
     def __init__(
-        self,
-        head: FusedHead,
-        hidden: Tensor,
-        kept: KeptHead,
-        call: HeadCall | None,
-        cross: Callable[[Tensor], tuple[int, Tensor]],
-        cut: bool,
-    ) -> None:
-        super().__init__(head, hidden.detach() if cut else hidden)
-        self._kept, self._call, self._cross, self._cut = kept, call, cross, cut
-        self._edges = [edge(each, cut) for each in (head.module.weight, head.module.bias)]
-        self.crossed = tuple(each for each in (self._hidden, *self._edges) if each is not None and each.requires_grad)
-
-    def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
-        return self._take(CrossEntropySum, rows, squash, targets, smoothing)
-
-    def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor:
-        return self._take(LogSumExp, rows, squash)
-
-    def _take(self, function: Any, rows: Tensor, *settings: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            # A metric, or a checkpoint that comes back for the gradient when it is too late to defer.
-            self._head.turn_off("they are read where no gradient is recorded")
-        hidden = self._rows(rows)
-        statistic = Statistic(hidden.detach(), self._kept.weight, self._kept.bias, self.dtype, *settings)
-        later = self._call is not None and not self._cut and torch.is_grad_enabled()
-        if function is CrossEntropySum and later and self._kept.cotangents:
-            statistic.kept = self._kept.cotangents.take(len(rows), self._kept.weight, self.dtype)
-        taken = function.apply(hidden, *self._edges, statistic)
-        index, taken = self._cross(taken if self._cut else self._head.as_output(taken))
-        if self._call is not None:
-            self._call.uses.append(Use(index, rows, statistic))
-        return taken
-
-    def logits(self, why: str) -> Tensor:
-        """For the rest of this pass, which will be made again."""
-        self._head.turn_off(why)
-        with torch.enable_grad():
-            return F.linear(self._hidden, self._kept.weight, self._kept.bias)
-
-
-class ReplayedPass(_Pass):
-    """The same call of the head in the second pass: the loss is given what it took in the first, and its gradient is
-    Jᵀu with the recorded u. All of it is made here, in the head's forward pass, where its weights are at hand.
-
-    Args:
-        call: of the clean pass.
-        cotangents: of the clean pass, by crossing; used up.
-        replay: see :class:`Replayed`.
-    """
-
-    def __init__(
-        self,
-        head: FusedHead,
-        hidden: Tensor,
-        call: HeadCall,
-        cotangents: dict[int, Tensor],
-        replay: Any,
+        self, head: FusedHead, hidden: Tensor, kept: KeptHead, crossing: "Crossing", clean: "CleanPass"
     ) -> None:
         super().__init__(head, hidden)
-        self._left: list[tuple[int, Tensor]] = []
+        self._kept, self._crossing, self._pass = kept, crossing, clean
         weight, bias = head.module.weight, head.module.bias
-        edges = edge(weight), edge(bias)
-        for use in call.uses:
-            upstream = cotangents.pop(use.index, None)
-            value = use.statistic.value
-            if upstream is not None:
-                use.statistic.hidden = use.statistic.hidden.to(hidden.device)  # it may have waited on the host
-                now = weight.detach(), None if bias is None else bias.detach()
-                value = Replayed.apply(self._rows(use.rows), *edges, use.statistic, upstream, replay, now)
-                value = head.as_output(value)
-            self._left.append((len(use.rows), value))
-        self.crossed = tuple(value for _, value in self._left)
+        self._needs = hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+        self._arrived = Gradients()
 
-    def cross_entropy_sum(self, rows: Tensor, squash: Squash, targets: Tensor, smoothing: float) -> Tensor:
-        return self._given(rows, "a cross entropy")
+    def cross_entropy(
+        self, z: "DeferredLogits", targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
+    ) -> Tensor:
+        statistic = self._statistic(z, rows)
+        statistic.targets, statistic.counted, statistic.smoothing = targets, counted, smoothing
+        differentiated = torch.is_grad_enabled() and z.requires_grad and not self._pass.cut
+        if differentiated and self._pass.keep and self._kept.cotangents is not None:
+            statistic.kept = self._kept.cotangents.take(len(statistic.hidden), self._kept.weight, self.dtype)
+        # Handed on, not held: autograd takes the memory of a gradient that is nobody else's.
+        gradients = [cross_entropy_sum(statistic, self._needs if differentiated else (False, False, False))]
 
-    def log_sum_exp(self, rows: Tensor, squash: Squash) -> Tensor:
-        return self._given(rows, "a log-sum-exp")
+        def came_back(upstream: Tensor) -> None:
+            upstream = statistic.weighed(upstream)
+            self._note(statistic, upstream)
+            computed = gradients.pop()
+            if computed is not None and statistic.grad_dot_logits is not None:
+                statistic.grad_dot_logits = statistic.grad_dot_logits * upstream
+                self._add(computed.times_(upstream), statistic)
 
-    def _given(self, rows: Tensor, what: str) -> Tensor:
-        count, value = self._left.pop(0) if self._left else (0, rows)
-        if count != len(rows):
+        return _Taken.apply(z, statistic, came_back)
+
+    def log_sum_exp(self, z: "DeferredLogits") -> Tensor:
+        statistic = self._statistic(z, None if z.whole else z.rows.flatten())
+        log_sum_exp(statistic)
+
+        def came_back(upstream: Tensor) -> None:
+            self._note(statistic, upstream)
+            if not self._pass.cut:
+                gradients, statistic.grad_dot_logits = vjp(
+                    statistic, upstream, statistic.hidden, statistic.weight, statistic.bias, self._needs[1:]
+                )
+                self._add(gradients, statistic)
+
+        return _Taken.apply(z, statistic, came_back)
+
+    def _statistic(self, z: "DeferredLogits", rows: Tensor | None) -> Statistic:
+        hidden = self._hidden if rows is None else self._hidden.index_select(0, rows)
+        statistic = Statistic(hidden, self._kept.weight, self._kept.bias, self.dtype, z.squash, rows=rows)
+        self._crossing.statistics.append(statistic)
+        return statistic
+
+    def _note(self, statistic: Statistic, upstream: Tensor) -> None:
+        others = [other for other in self._crossing.statistics if other.upstream is not None]
+        early = self._pass.in_compute_loss
+        if statistic in others or (others and early != bool(self._crossing.early)):
+            raise LogitsNeeded("is differentiated more than once in one pass")
+        statistic.upstream = upstream
+        self._crossing.early += early
+
+    def _add(self, gradients: Gradients, statistic: Statistic) -> None:
+        self._arrived = self._arrived.plus(_scattered(gradients, statistic, self._hidden))
+
+    def values(self, why: str) -> Tensor:
+        self._crossing.read = True
+        self._head.turn_off(why)
+        if self._values is None:
+            self._values = self._linear(self._kept.weight, self._kept.bias)
+        return self._values
+
+    def gradients(self, cotangent: Tensor | None) -> Gradients:
+        total, self._arrived = self._arrived, Gradients()
+        if cotangent is not None:
+            self._pass.came_back(self._crossing, cotangent)
+            if not self._pass.cut:
+                u = cotangent.flatten(0, -2)
+                total = total.plus(dense_vjp(u, self._hidden, self._kept.weight, self._needs[1:]))
+        return total
+
+
+class SecondCall(_Call):
+    """The same call of the head in the second pass: the loss is given what it took in the first, and its gradient is
+    Jᵀu with the recorded u. All of it is computed now, in the head's forward pass, where its weights are at hand."""
+
+    def __init__(self, head: FusedHead, hidden: Tensor, crossing: "Crossing", second: "SecondPass") -> None:
+        super().__init__(head, hidden)
+        self._crossing, self._pass = crossing, second
+        self._left = list(crossing.statistics)
+        self._depends_on_values = bool(crossing.cotangents)
+        weight, bias = head.module.weight, head.module.bias
+        if crossing.read:
+            self._values = self._linear(weight, bias)
+        needs = weight.requires_grad, bias is not None and bias.requires_grad
+        self._gradients = _replayed(crossing, self._hidden, weight, bias, needs, second)
+
+    def cross_entropy(
+        self, z: "DeferredLogits", targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
+    ) -> Tensor:
+        return self._given(z, len(targets), "a cross entropy")
+
+    def log_sum_exp(self, z: "DeferredLogits") -> Tensor:
+        return self._given(z, z.rows.numel(), "a log-sum-exp")
+
+    def _given(self, z: "DeferredLogits", count: int, what: str) -> Tensor:
+        statistic = self._left.pop(0) if self._left else None
+        before = 0 if statistic is None else len(statistic.hidden)
+        if statistic is None or count != before:
             raise RuntimeError(
-                f"the second pass took {what} of {len(rows)} tokens' logits where the first had {count}: both must "
+                f"the second pass took {what} of {count} tokens' logits where the first had {before}: both must "
                 "compute the same function."
             )
-        return value
+        return _Taken.apply(z, statistic, lambda upstream: None)
 
-    def logits(self, why: str) -> Tensor:
-        """Their values, for a metric that the first pass had no part in."""
+    def values(self, why: str) -> Tensor:
         self._head.turn_off(why)
-        message = f"the second pass read the logits ({why}), the first did not: both must compute the same function"
+        if self._values is None:  # a metric that the first pass had no part in
+            weight = self._head.module.weight
+            if type(weight.detach()) is not Tensor or weight.shape[0] != self.shape[-1]:  # sharded, no longer gathered
+                raise RuntimeError(
+                    f"the second pass read the logits ({why}), the first did not: both must compute the same function. "
+                    "Read them in both, or set fsam_fused_head=False."
+                )
+            self._values = self._linear(weight, self._head.module.bias)
+        return self._values
 
-        def refuse(gradient: Tensor) -> None:
-            raise RuntimeError(f"{message}.")
-
-        module, hidden = self._head.module, self._hidden.detach().requires_grad_()
-        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-        if type(weight) is not Tensor or weight.shape[0] != self.shape[-1]:  # sharded, and no longer gathered
-            raise RuntimeError(f"{message}, or set fsam_fused_head=False.")
-        with torch.enable_grad():
-            z = F.linear(hidden, weight, bias)
-        z.register_hook(refuse)
-        return z
+    def gradients(self, cotangent: Tensor | None) -> Gradients:
+        """`cotangent`, the second pass's own, is dropped."""
+        if cotangent is not None and not self._depends_on_values:
+            raise RuntimeError(
+                "the loss of the second pass depends on the logits' values, that of the first did not: both must "
+                "compute the same function."
+            )
+        gradients, self._gradients = self._gradients, Gradients()
+        return gradients.times_(self._pass.ratio(self._crossing.early))
 
 
-@dataclass(repr=False, eq=False)
-class DeferredLogits:
-    """Stands for logits (..., v), and answers to what torch functions ask of a tensor.
+class _Taken(torch.autograd.Function):
+    """A statistic of deferred logits, as the loss is given it. Its backward pass tells `came_back` of ∂loss/∂value, and
+    sends None on to the logits."""
 
-    All of it is in fields, since those who wrap a model look through its output for tensors: DDP, to know which weights
-    a backward pass will not reach, and FSDP, to be told when it begins. They find `crossed`.
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, statistic: Statistic, came_back: Callable[[Tensor], None]) -> Tensor:
+        ctx.came_back = came_back
+        return statistic.value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, None]:
+        _refuse_create_graph()
+        ctx.came_back(upstream)
+        return None, None, None
+
+
+def _scattered(gradients: Gradients, statistic: Statistic, hidden: Tensor) -> Gradients:
+    """The gradient of a statistic's hidden states as that of all of them, `hidden` (n, d)."""
+    if statistic.rows is None or gradients.hidden is None:
+        return gradients
+    total = torch.zeros_like(hidden, dtype=gradients.hidden.dtype).index_add_(0, statistic.rows, gradients.hidden)
+    return Gradients(total, gradients.weight, gradients.bias)
+
+
+def _replayed(
+    crossing: "Crossing",
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool],
+    second: "SecondPass",
+) -> Gradients:
+    """Jᵀu with all that came back to `crossing`, whose cotangents are used up, and the Jacobian of a head at these
+    weights (v, d) and hidden states (n, d). In the loss scale of the pass that recorded u."""
+    total = Gradients()
+    for statistic in crossing.statistics:
+        if statistic.upstream is not None:
+            now = hidden if statistic.rows is None else hidden.index_select(0, statistic.rows)
+            gradients = replayed_statistic(statistic, now, weight, bias, needs, second.see_products)
+            total = total.plus(_scattered(gradients, statistic, hidden))
+    while crossing.cotangents:
+        u = crossing.cotangents.pop().flatten(0, -2)
+        gradients = dense_vjp(u, hidden, weight.detach(), needs)
+        assert gradients.hidden is not None
+        second.see_products(None, dot(gradients.hidden, hidden))
+        total = total.plus(gradients)
+    return total
+
+
+def replayed_statistic(
+    statistic: Statistic,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool],
+    see_products: Callable[[Tensor | None, Tensor], None],
+) -> Gradients:
+    """The same with what came back to one statistic. hidden: its own tokens', (n, d). see_products: is told of ⟨u, a⟩
+    and ⟨u, a'⟩, see :meth:`hf_fsam.passes.SecondPass.see_products`."""
+    upstream = statistic.upstream
+    assert upstream is not None
+    statistic.hidden = statistic.hidden.to(hidden.device, non_blocking=True)  # it may have waited on the host
+    if upstream.ndim:
+        gradients, after = vjp(statistic, upstream, hidden, weight, bias, needs)
+    else:  # one number for all tokens
+        gradients, after = vjp(statistic, None, hidden, weight, bias, needs)
+        gradients, after = gradients.times_(upstream), after * upstream
+    if gradients.bias is not None and bias is not None and statistic.bias is not None:  # ⟨u, b' − b⟩
+        after = after + dot(gradients.bias.to(after.dtype), bias.detach() - statistic.bias)
+    see_products(statistic.grad_dot_logits, after)
+    return gradients
+
+
+# ---- What stands for the logits ----
+
+
+class DeferredLogits(Tensor):
+    """Logits (..., v) without values: a tensor of the right shape, dtype, device and autograd node, whose memory is one
+    NaN, for whoever looks past what is below.
 
     Attributes:
-        source: one call of the head.
+        call: of the head, in one pass.
         rows: of which of its tokens, (...).
         squash: on the way from the head.
-        dtype: in which the logits were asked for.
         whole: `rows` are all tokens in their order and shape.
-        crossed: tensors that the backward pass will come through.
     """
 
-    source: Source
+    call: Call
     rows: Tensor
     squash: Squash
-    dtype: torch.dtype
     whole: bool
-    crossed: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, source: Source) -> "DeferredLogits":
-        leading = source.shape[:-1]
-        rows = torch.arange(leading.numel(), device=source.device).view(leading)
-        return cls(source, rows, Squash(), source.dtype, True, source.crossed)
+    def of(cls, call: Call) -> "DeferredLogits":
+        leading = call.shape[:-1]
+        rows = torch.arange(leading.numel(), device=call.device).view(leading)
+        return cls._new(call, rows, Squash(), call.dtype, True)
 
-    def _with(self, **changes: Any) -> "DeferredLogits":
-        return replace(self, whole=self.whole and "rows" not in changes, **changes)
+    @classmethod
+    def _new(cls, call: Call, rows: Tensor, squash: Squash, dtype: torch.dtype, whole: bool) -> "DeferredLogits":
+        memory = torch.full((), math.nan, dtype=dtype, device=call.device)
+        z = memory.expand(*rows.shape, call.shape[-1]).as_subclass(cls)
+        z.call, z.rows, z.squash, z.whole = call, rows, squash, whole
+        return z
 
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
+    def _derived(self, how: Callable[[Tensor], Tensor], **changes: Any) -> "DeferredLogits":
+        """What `how` would make of the values."""
+        made: dict[str, Any] = {"rows": self.rows, "squash": self.squash, "dtype": self.dtype, "whole": self.whole}
+        made |= changes
+        return _Derived.apply(self, how, lambda: DeferredLogits._new(self.call, **made))
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.rows.shape, self.source.shape[-1]))
-
-    @property
-    def ndim(self) -> int:
-        return self.rows.ndim + 1
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    # ---- What keeps them deferred ----
-
-    def contiguous(self) -> "DeferredLogits":
-        return self
-
-    def float(self) -> "DeferredLogits":
-        return self._with(dtype=torch.float32)
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        (target,) = args if len(args) == 1 and not kwargs else (None,)
-        if isinstance(target, torch.dtype) and target.is_floating_point:
-            return self._with(dtype=target)
-        if isinstance(target, torch.device | str) and torch.device(target) == self.device:
-            return self
-        return self._tensor("to").to(*args, **kwargs)
-
-    def view(self, *shape: Any) -> Any:
-        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        rest = self.rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
-        if len(sizes) > 1 and (sizes[-1] == self.shape[-1] or (sizes[-1] == -1 and rest == _product(sizes[:-1]))):
-            return self._with(rows=self.rows.reshape(sizes[:-1]))
-        return self._tensor("view").view(*shape)
-
-    reshape = view
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, Tensor):
-            if index.dtype == torch.bool and index.ndim < self.ndim:
-                return self._with(rows=self.rows[index])
-        elif not any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,))):
-            # The vocabulary stays whole if its dimension, which alone has no stride, is there as it was.
-            taken = self.rows.contiguous().unsqueeze(-1).expand(self.shape)[index]
-            if taken.ndim > 1 and taken.shape[-1] == self.shape[-1] and taken.stride(-1) == 0:
-                return self._with(rows=taken[..., 0])
-        return self._tensor("indexing")[index]
-
-    def __mul__(self, factor: Any) -> Any:
-        if _number(factor):
-            return self._with(squash=self.squash.scaled(factor))
-        return self._tensor("a product with a tensor") * factor
-
-    __rmul__ = mul = __mul__
-
-    def __truediv__(self, divisor: Any) -> Any:
-        if _number(divisor):
-            return self._with(squash=self.squash.scaled(1 / divisor))
-        return self._tensor("a quotient with a tensor") / divisor
-
-    div = __truediv__
-
-    def tanh(self) -> Any:
-        if self.squash.tanh:
-            return self._tensor("a second tanh").tanh()
-        return self._with(squash=Squash(self.squash.before, 1.0, tanh=True))
-
-    # ---- Where they end ----
-
-    def logsumexp(self, dim: Any, keepdim: bool = False) -> Tensor:
-        if dim not in (-1, self.ndim - 1):
-            return self._tensor("logsumexp over another dimension").logsumexp(dim, keepdim)
-        result = self.source.log_sum_exp(self.rows.flatten(), self.squash).view(self.rows.shape)
-        return result.unsqueeze(-1) if keepdim else result
-
-    def _cross_entropy(
-        self,
-        target: Any,
-        weight: Tensor | None = None,
-        size_average: Any = None,
-        ignore_index: int = -100,
-        reduce: Any = None,
-        reduction: str = "mean",
-        label_smoothing: Any = 0.0,
-    ) -> Tensor:
-        legacy = weight is not None or size_average is not None or reduce is not None
-        if legacy or reduction == "none" or self.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
-            return F.cross_entropy(
-                self._tensor("a cross entropy with weights, without a sum, or of other targets than class numbers"),
-                target,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
-                label_smoothing,
-            )
-        counted = target != ignore_index
-        result = self.source.cross_entropy_sum(self.rows[counted], self.squash, target[counted], label_smoothing)
-        return result / counted.sum() if reduction == "mean" else result
-
-    def _tensor(self, why: str) -> Tensor:
-        """The logits after all."""
-        z = self.source.logits(f"{why} needs them")
-        z = z if self.squash.before == 1.0 else z * self.squash.before
-        if self.squash.tanh:
-            z = z.tanh() * self.squash.after
-        z = z if self.whole else z.flatten(0, -2)[self.rows]
-        return z.to(self.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"DeferredLogits has no attribute {name!r}")
-        return getattr(self._tensor(name), name)
+    def in_memory(self, why: str) -> Tensor:
+        """z, without a gradient. why: it is asked for, for the log."""
+        with torch.inference_mode(False), torch.no_grad():
+            z = self.call.values(why)
+            z = z if self.squash.before == 1.0 else z * self.squash.before
+            if self.squash.tanh:
+                z = z.tanh() * self.squash.after
+            z = z if self.whole else z.flatten(0, -2)[self.rows]
+            return z.to(self.dtype)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        known = _KNOWN.get(function)
-        if known is not None and args and isinstance(args[0], cls):
-            return known(*args, **kwargs)
-        if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
+        if function in _METADATA:
+            return _past_torch_function(function, *args, **kwargs)
+        deferred = _DEFERRED.get(function)
+        if deferred is not None and isinstance(args[0], cls):
+            result = deferred(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if function in _TIMES and len(args) == 2 and _number(args[0]) and not kwargs:
             return args[1] * args[0]
+
+        given: list[tuple[Tensor, int]] = []
+
+        def value(z: DeferredLogits) -> Tensor:
+            tensor = _Values.apply(z, z.in_memory(f"{name} needs them"))
+            if not tensor.is_inference():
+                given.append((tensor, tensor._version))
+            return tensor
+
         name = getattr(function, "__name__", str(function))
-        args, kwargs = tree_map_only(cls, lambda z: z._tensor(name), (args, kwargs))
+        args, kwargs = tree_map_only(cls, value, (args, kwargs))
+        result = function(*args, **kwargs)
+        if any(tensor._version != version for tensor, version in given):
+            raise LogitsNeeded(f"changes the logits in place ({name})")
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """For code below Python: autograd's own, TorchScript's."""
+        z = args[0] if args else None
+        if isinstance(z, cls):
+            if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+                return cls._new(z.call, z.rows, z.squash, z.dtype, z.whole)
+            if function is torch.ops.aten.zeros_like.default:  # for a backward pass to which None came back
+                return z.call.nothing.expand(z.shape)
+        name = str(function)
+        args, kwargs = tree_map_only(cls, lambda z: z.in_memory(f"{name} needs them"), (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
-_KNOWN: dict[Any, Callable] = {
-    F.cross_entropy: DeferredLogits._cross_entropy,
-    torch.logsumexp: DeferredLogits.logsumexp,
-    torch.tanh: DeferredLogits.tanh,
-    F.tanh: DeferredLogits.tanh,
-    torch.mul: DeferredLogits.__mul__,
-    torch.div: DeferredLogits.__truediv__,
-    torch.reshape: DeferredLogits.reshape,
-}
+def _past_torch_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
 
 
-def _as_tensor(name: str) -> Callable:
-    def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self._tensor(name), name)(*args)
+class _Derived(torch.autograd.Function):
+    """Deferred logits made of others. A gradient comes here where code that takes no notice of deferred logits, an
+    autograd.Function of somebody else's, has computed one for them."""
 
-    return method
+    @staticmethod
+    def forward(
+        ctx: Any, z: DeferredLogits, how: Callable[[Tensor], Tensor], make: Callable[[], DeferredLogits]
+    ) -> DeferredLogits:
+        ctx.set_materialize_grads(False)
+        ctx.z, ctx.how = z, how
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if cotangent is None or _says_nothing(cotangent, ctx.z.call):
+            return None, None, None
+        _refuse_create_graph()
+        values = ctx.z.in_memory("a gradient came back to them").detach().requires_grad_()
+        with torch.enable_grad():
+            made = ctx.how(values)
+        return *torch.autograd.grad(made, values, cotangent), None, None
 
 
-# Python looks operators up on the class, past __getattr__.
-for _name in [
-    "add",
-    "radd",
-    "iadd",
-    "sub",
-    "rsub",
-    "isub",
-    "imul",
-    "itruediv",
-    "ipow",
-    "rtruediv",
-    "pow",
-    "rpow",
-    "neg",
-    "abs",
-    "matmul",
-    "rmatmul",
-    "len",
-    "iter",
-    "setitem",
-    "array",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-]:
-    setattr(DeferredLogits, f"__{_name}__", _as_tensor(f"__{_name}__"))
-DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+class _Values(torch.autograd.Function):
+    """Logits in memory in the place of deferred ones."""
+
+    @staticmethod
+    def forward(ctx: Any, z: DeferredLogits, values: Tensor) -> Tensor:
+        return values.detach()  # shares the version by which a change in place is seen
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        return cotangent, None
+
+
+# ---- What keeps them deferred ----
+
+
+def _same(z: DeferredLogits) -> DeferredLogits:
+    return z
+
+
+def _detach(z: DeferredLogits) -> DeferredLogits:
+    return _past_torch_function(Tensor.detach, z)
+
+
+def _to(z: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+    (target,) = args if len(args) == 1 and not kwargs else (None,)
+    if isinstance(target, torch.dtype) and target.is_floating_point:
+        return z if target == z.dtype else z._derived(lambda values: values.to(target), dtype=target)
+    if isinstance(target, torch.device | str) and torch.device(target) == z.device:
+        return z
+    return NotImplemented
+
+
+def _view(z: DeferredLogits, *shape: Any) -> Any:
+    if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+        return NotImplemented
+    sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+    rest = z.rows.numel() if all(size >= 0 for size in sizes[:-1]) else None
+    whole_vocabulary = sizes[-1:] == z.shape[-1:] or (sizes[-1:] == (-1,) and rest == torch.Size(sizes[:-1]).numel())
+    if len(sizes) < 2 or not whole_vocabulary:
+        return NotImplemented
+    return z._derived(lambda values: values.reshape(sizes), rows=z.rows.reshape(sizes[:-1]), whole=False)
+
+
+def _flatten(z: DeferredLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
+    start, end = start_dim % z.ndim, end_dim % z.ndim
+    if end == z.ndim - 1:
+        return NotImplemented
+    return z._derived(lambda values: values.flatten(start, end), rows=z.rows.flatten(start, end), whole=False)
+
+
+def _getitem(z: DeferredLogits, index: Any) -> Any:
+    if isinstance(index, Tensor):
+        if index.dtype != torch.bool or index.ndim >= z.ndim:
+            return NotImplemented
+        rows = z.rows[index]
+    elif any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,))):
+        return NotImplemented
+    else:
+        # The vocabulary stays as it is if its dimension, which alone has no stride, is there in its length.
+        taken = z.rows.contiguous().unsqueeze(-1).expand(z.shape)[index]
+        if taken.ndim < 2 or taken.shape[-1] != z.shape[-1] or taken.stride(-1) != 0:
+            return NotImplemented
+        rows = taken[..., 0]
+    return z._derived(lambda values: values[index], rows=rows, whole=False)
+
+
+def _times(z: DeferredLogits, factor: Any) -> Any:
+    if not _number(factor):
+        return NotImplemented
+    return z._derived(lambda values: values * factor, squash=z.squash.scaled(factor))
+
+
+def _divided(z: DeferredLogits, divisor: Any) -> Any:
+    return _times(z, 1 / divisor) if _number(divisor) else NotImplemented
+
+
+def _tanh(z: DeferredLogits) -> Any:
+    if z.squash.tanh:
+        return NotImplemented
+    return z._derived(torch.tanh, squash=Squash(z.squash.before, 1.0, tanh=True))
+
+
+def _hook(z: DeferredLogits, hook: Callable) -> Any:
+    """Engines put hooks on what a module returns, to be told when its backward pass begins, whatever comes back."""
+    if (getattr(hook, "__module__", None) or "").partition(".")[0] in ("torch", "deepspeed"):
+        return _past_torch_function(Tensor.register_hook, z, hook)
+    raise LogitsNeeded("puts a hook on the logits' gradient")
+
+
+def _retain_grad(z: DeferredLogits) -> Any:
+    raise LogitsNeeded("keeps the logits' gradient")
+
+
+# ---- Where they end ----
+
+
+def _log_sum_exp(z: DeferredLogits, dim: Any, keepdim: bool = False) -> Any:
+    if dim not in (-1, z.ndim - 1):
+        return NotImplemented
+    result = z.call.log_sum_exp(z).view(z.rows.shape)
+    return result.unsqueeze(-1) if keepdim else result
+
+
+def _cross_entropy(
+    z: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: Any = 0.0,
+) -> Any:
+    legacy = weight is not None or size_average is not None or reduce is not None
+    if legacy or reduction == "none" or z.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
+        return NotImplemented
+    counts = target != ignore_index
+    if z.device.type == "cpu":
+        total = z.call.cross_entropy(z, target[counts], None, z.rows[counts], label_smoothing)
+    else:  # to leave out the others, the host would wait for their number
+        rows = None if z.whole else z.rows
+        total = z.call.cross_entropy(z, target.masked_fill(~counts, 0), counts, rows, label_smoothing)
+    return total / counts.sum() if reduction == "mean" else total
 
 
 class DeferringLabelSmoother(LabelSmoother):
@@ -551,5 +753,33 @@ def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def _product(sizes: tuple[int, ...]) -> int:
-    return torch.Size(sizes).numel()
+_TIMES = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
+_DEFERRED: dict[Any, Callable] = {
+    **dict.fromkeys(_TIMES, _times),
+    **dict.fromkeys((Tensor.div, Tensor.__truediv__, torch.div), _divided),
+    **dict.fromkeys((Tensor.tanh, torch.tanh, F.tanh), _tanh),
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _view),
+    **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
+    **dict.fromkeys((Tensor.detach, torch.detach), _detach),
+    **dict.fromkeys((Tensor.logsumexp, torch.logsumexp), _log_sum_exp),
+    Tensor.contiguous: _same,
+    Tensor.float: lambda z: _to(z, torch.float32),
+    Tensor.to: _to,
+    Tensor.__getitem__: _getitem,
+    Tensor.register_hook: _hook,
+    Tensor.retain_grad: _retain_grad,
+    F.cross_entropy: _cross_entropy,
+}
+# What is asked of the tensor and not of its values.
+_METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse")),
+    *(getattr(Tensor, name).__get__ for name in ("_backward_hooks", "_version", "itemsize", "is_nested")),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__),
+    *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.get_device),
+    *(Tensor.requires_grad_, Tensor.is_inference, torch.numel, Tensor.__hash__),
+}

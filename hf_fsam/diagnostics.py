@@ -19,15 +19,19 @@ logger = logging.get_logger(__name__)
 class LoggedMeans:
     """Means over the logging window, kept on the device: the host asks for them only when it logs."""
 
+    _CHANGES = ("sharpness", "functional_sharpness")
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.clear()
 
     def clear(self) -> None:
         self._steps = 0
-        self._rises: dict[str, Tensor] = {}
-        self._rising: dict[str, set[int]] = {}  # the steps that have one
-        self._norm, self._radius, self._perturbed, self._skipped = torch.zeros(4, device=self._device).unbind()
+        self._changes = {name: torch.zeros((), device=self._device) for name in self._CHANGES}
+        self._changed = dict.fromkeys(self._CHANGES, 0)  # in how many steps there was such a change
+        self._last_changed = dict.fromkeys(self._CHANGES, 0)
+        sums = torch.zeros(5, device=self._device).unbind()
+        self._norm, self._radius, self._perturbed, self._skipped, self._not_finite = sums
 
     def add_ascent(self, perturbation: Perturbation, unit: Tensor) -> None:
         """unit: what one unit of the plain gradient measures in the ascent gradient's, shape ()."""
@@ -36,28 +40,41 @@ class LoggedMeans:
         self._radius = self._radius + perturbation.radius
         self._norm = self._norm + torch.where(perturbation.skipped, 0.0, perturbation.gradient_norm / unit)
 
-    def add_rise(self, name: str, rise: Tensor, skipped: Tensor) -> None:
-        """rise: what θ+ε makes of one micro-batch's loss, as it counts in the loss that is logged, shape ()."""
-        rise = torch.where(skipped, 0.0, rise.float())
-        self._rises[name] = self._rises[name] + rise if name in self._rises else rise
-        self._rising.setdefault(name, set()).add(self._steps)
+    def add_second(self, not_finite: Tensor) -> None:
+        """not_finite: the second pass computed what is not a number, where the clean one did not; shape (), bool."""
+        self._not_finite = self._not_finite + not_finite
+
+    def add_change(self, name: str, change: Tensor, skipped: Tensor) -> None:
+        """change: what θ+ε makes of one micro-batch's loss, as it counts in the loss that is logged, shape ()."""
+        change = change.float()
+        self._changes[name] = self._changes[name] + torch.where(skipped | ~change.isfinite(), 0.0, change)
+        if self._last_changed[name] != self._steps:
+            self._last_changed[name] = self._steps
+            self._changed[name] += 1
 
     def count_step(self) -> None:
         """An optimizer step begins."""
         self._steps += 1
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means since the last call, over all processes; empty where there was no step."""
+        """The means since the last call, over all processes; empty where there was no step.
+
+        Processes need not have seen the same changes: one may read the logits of its batches for a metric.
+        """
         if self._steps == 0:
             return {}
-        sums = torch.stack([self._norm, self._radius, self._perturbed, self._skipped, *self._rises.values()])
-        norm, radius, perturbed, skipped, *rises = accelerator.reduce(sums, "mean").tolist()
+        sums = [self._norm, self._radius, self._perturbed, self._skipped, self._not_finite, *self._changes.values()]
+        counts = torch.tensor(list(self._changed.values()), dtype=torch.float32, device=self._device)
+        means = accelerator.reduce(torch.cat([torch.stack(sums), counts]), "mean").tolist()
+        norm, radius, perturbed, skipped, not_finite, *changes = means
         perturbed = perturbed or 1.0
+        by_name = zip(self._CHANGES, changes[: len(self._CHANGES)], changes[len(self._CHANGES) :], strict=True)
         logs = {
-            **{f"fsam/{name}": rise / len(self._rising[name]) for name, rise in zip(self._rises, rises, strict=True)},
+            **{f"fsam/{name}": change / steps for name, change, steps in by_name if steps},
             "fsam/ascent_grad_norm": norm / perturbed,
             "fsam/radius": radius / perturbed,
             "fsam/skipped": skipped,
+            "fsam/not_finite": not_finite,
         }
         self.clear()
         return logs

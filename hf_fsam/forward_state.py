@@ -4,8 +4,7 @@ Both passes of a step must draw the same dropout masks, and a step must leave be
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +53,9 @@ def _which(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # there is but one
 
 
-@contextmanager
-def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """The forward passes inside leave the running statistics of batch and instance norms as they were: they belong to
-    θ+ε, or are counted already."""
+def running_statistics(model: nn.Module) -> Callable[[], None]:
+    """Returns what brings the running statistics of batch and instance norms back to what they are now. Those of a
+    forward pass at θ+ε do not count, and those of a second one at θ are counted already."""
     buffers = [
         buffer
         for module in model.modules()
@@ -65,8 +63,9 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
         for buffer in module.buffers(recurse=False)
     ]
     saved = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for buffer, value in zip(buffers, saved, strict=True):
             buffer.copy_(value)
+
+    return restore

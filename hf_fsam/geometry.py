@@ -1,6 +1,6 @@
 """The geometry of the loss around a trainer's weights, measured on a few fixed batches; the training stays as it was.
 
-Notation of :mod:`hf_fsam.tape`: g = J(θ)ᵀu(θ). To first order in ρ, what SAM adds to g comes on two paths (arXiv
+Notation of :mod:`hf_fsam.passes`: g = J(θ)ᵀu(θ). To first order in ρ, what SAM adds to g comes on two paths (arXiv
 2502.02407, section 3): the logit path J(θ)ᵀ(u(θ+ε) − u(θ)), in which the logits' statistics move, and the functional
 path (J(θ+ε) − J(θ))ᵀu(θ), in which the function's geometry does. Functional-SAM keeps the second alone.
 """
@@ -18,12 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from hf_fsam import batches
 from hf_fsam.boundary import find_boundary
-from hf_fsam.engines.local import LocalEngine, gradients_set_aside
-from hf_fsam.forward_state import RandomState, running_statistics_kept
+from hf_fsam.engines.local import gradients_set_aside
+from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.passes import Boundary, CleanPass, SecondPass
 from hf_fsam.perturbation import Exchange, Perturbation, norm, perturb
 from hf_fsam.second_moment import precondition, second_moments
-from hf_fsam.tape import Recording, Tape
+from hf_fsam.trl import Counters
 
 logger = logging.get_logger(__name__)
 
@@ -37,12 +39,12 @@ class Clean:
     Attributes:
         loss: ℓ(θ), shape ().
         gradients: g, one for each trainable weight, in its shape and dtype.
-        recording: with the cotangents u(θ).
+        recorded: with the cotangents u(θ).
     """
 
     loss: Tensor
     gradients: list[Tensor]
-    recording: Recording
+    recorded: CleanPass
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Probe:
     """
 
     def __init__(self, trainer: Any, count: int) -> None:
-        if type(trainer._fsam_engine) is not LocalEngine:  # subclasses shard
+        if not trainer._fsam_engine.gradients_whole:
             raise ValueError(
                 f"{type(trainer._fsam_engine).__name__} shards weights or gradients, and the geometry is measured in "
                 "one process or under DDP only. Measure there, on a smaller model if need be: set "
@@ -114,11 +116,12 @@ class Probe:
         of the training."""
         before, training = RandomState.capture(self.device), self.model.training
         self.model.train()
+        cleanup = self.trainer._fsam_cleanup
         try:
             with (
-                gradients_set_aside(self.weights),
-                running_statistics_kept(self.model),
-                self.trainer._fsam_uncounted(),
+                gradients_set_aside(self.weights, cleanup),
+                cleanup.after(running_statistics(self.model)),
+                cleanup.after(Counters(self.trainer).restore),
             ):
                 yield
         finally:
@@ -131,18 +134,22 @@ class Probe:
         """ℓ of one batch, a mean over what it holds, shape (); every call draws the same dropout masks."""
         self.random.restore()
         with self.trainer.compute_loss_context_manager():
-            return self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch))
+            return self.trainer.compute_loss(self.model, batches.copied(self.trainer._prepare_inputs(batch)))
 
-    def clean(self, batch: dict[str, Any], tape: Tape) -> Clean:
-        with tape.record(keep=True) as recording:
-            loss = tape.see_loss(self.loss(batch))
+    def clean(self, batch: dict[str, Any], boundary: Boundary) -> Clean:
+        recorded = CleanPass()
+        with boundary.running(recorded):
+            loss = recorded.see_loss(self.loss(batch))
             gradients = self.back_propagate(loss)
-        return Clean(loss.detach(), gradients, recording)
+        return Clean(loss.detach(), gradients, recorded)
 
-    def replayed(self, batch: dict[str, Any], tape: Tape, clean: Recording, cotangents: Recording) -> list[Tensor]:
+    def replayed(
+        self, batch: dict[str, Any], boundary: Boundary, clean: CleanPass, cotangents: CleanPass
+    ) -> list[Tensor]:
         """J at the weights as they are, times the recorded cotangents, which are used up."""
-        with tape.replay(clean, cotangents):
-            return self.back_propagate(tape.see_loss(self.loss(batch)))
+        second = SecondPass(clean, cotangents)
+        with boundary.running(second):
+            return self.back_propagate(second.see_loss(self.loss(batch)))
 
     def back_propagate(self, loss: Tensor) -> list[Tensor]:
         """The gradient of `loss`, zeros where it reaches no weight."""
@@ -162,13 +169,13 @@ class Probe:
         return float(self.trainer._fsam_engine.scale(torch.ones((), device=self.device)))
 
     @contextmanager
-    def tape(self) -> Iterator[Tape]:
-        tape = Tape()
-        tape.attach(self.name, self.boundary)  # without a fused head: the logits themselves cross
+    def hooked(self) -> Iterator[Boundary]:
+        boundary = Boundary(self.trainer._fsam_cleanup)
+        boundary.attach(self.name, self.boundary)  # without a fused head: the logits themselves cross
         try:
-            yield tape
+            yield boundary
         finally:
-            tape.detach()
+            boundary.detach()
 
     # ---- Perturbations ----
 
@@ -210,14 +217,14 @@ class Probe:
 
     def paths(self, batch: dict[str, Any], rho: float) -> Paths:
         """Four passes; up to seven copies of the trainable weights."""
-        with self.tape() as tape:
-            clean = self.clean(batch, tape)
+        with self.hooked() as boundary:
+            clean = self.clean(batch, boundary)
             direction = self.direction(clean.gradients)
             perturbation = self.away(direction, rho)
             with Exchange()(perturbation):
-                moved = self.clean(batch, tape)
-                functional = self.replayed(batch, tape, clean.recording, clean.recording)
-            logit = self.replayed(batch, tape, clean.recording, moved.recording)
+                moved = self.clean(batch, boundary)
+                functional = self.replayed(batch, boundary, clean.recorded, clean.recorded)
+            logit = self.replayed(batch, boundary, clean.recorded, moved.recorded)
         for path in (functional, logit):
             torch._foreach_sub_(path, clean.gradients)
         return Paths(

@@ -1,15 +1,15 @@
-"""A language model's linear head and its loss, a piece at a time: tensors in, tensors out.
+"""A language model's linear head and its loss, a tile at a time: tensors in, tensors out.
 
 The head makes a = h Wᵀ + b of final hidden states h, the model may scale and cap them to logits z, and the loss takes
 of each token's logits nothing but log Σ exp z, the target's logit and their mean. So neither a, z nor the cotangent
-u = ∂loss/∂a has to exist for all tokens at once: u of any piece follows from h, W, the targets and log Σ exp z.
+u = ∂loss/∂a has to exist for all tokens at once: u of any tile follows from h, W, the targets and log Σ exp z.
 
 Shapes: n tokens, width d, vocabulary v.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from packaging.version import Version
@@ -24,8 +24,7 @@ _TILE_ELSEWHERE = 1 << 26
 _KEPT = {"cpu": 1 << 23}
 _KEPT_ELSEWHERE = 1 << 26
 
-# torch.addmm(..., out_dtype=torch.float32) of narrower matrices, on CUDA alone.
-_MIXED_PRODUCTS = Version(torch.__version__) >= Version("2.8")
+_MOST_IN_A_DOT = 1 << 30  # BLAS counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,52 @@ class Squash:
 
 
 @dataclass
+class Gradients:
+    """Sums over tokens, in the :func:`sum_dtype` of what they belong to; None where nobody asked for them.
+
+    Attributes:
+        hidden: ∂/∂h, (n, d).
+        weight: ∂/∂W, (v, d).
+        bias: ∂/∂b, (v,).
+    """
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.hidden, self.weight, self.bias))
+
+    def times_(self, factor: Tensor | float) -> "Gradients":
+        for gradient in self:
+            if gradient is not None:
+                gradient.mul_(factor)
+        return self
+
+    def plus(self, other: "Gradients") -> "Gradients":
+        return Gradients(*(b if a is None else a if b is None else a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(eq=False)
 class Statistic:
-    """What the loss took of the logits of n tokens, and enough to have their cotangent again, piece by piece.
+    """What the loss took of the logits of n tokens, and enough to have their cotangent again, tile by tile.
 
     Attributes:
         hidden: h, (n, d).
         weight, bias: of the head that made the logits.
         dtype: what the head computes in; autocast may narrow its weights.
         squash: between the head and the loss.
+        rows: which of the head's tokens, (n,); None for all of them in order.
         targets: (n,); None where the loss looked at no target.
+        counted: (n,), bool, the tokens whose target counts; None where all do.
         smoothing: of the labels.
         value: what the loss was given: Σ over the tokens of log Σ exp z − (1 − s) z[target] − s mean z, shape (); or
             log Σ exp z of each token, (n,).
         log_sum: log Σ exp z, (n,), in float32 or wider.
         others: what else the caller was given beside `value`, without a gradient.
-        along: ⟨u, h Wᵀ⟩ in the units of the pass that recorded u, shape (); None where the graph was cut.
+        upstream: ∂(scaled loss)/∂value, in its shape; None until the backward pass, and where the loss ignored it.
+        grad_dot_logits: ⟨∂value/∂a, h Wᵀ⟩, times `upstream` from when that is known, shape (); None where it was not
+            computed.
         kept: ∂value/∂a of the first tokens, (some, v).
     """
 
@@ -78,17 +108,23 @@ class Statistic:
     bias: Tensor | None
     dtype: torch.dtype
     squash: Squash
+    rows: Tensor | None = None
     targets: Tensor | None = None
+    counted: Tensor | None = None
     smoothing: float = 0.0
     value: Tensor = field(default_factory=lambda: torch.zeros(()))
     log_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
     others: tuple = ()
-    along: Tensor | None = None
+    upstream: Tensor | None = None
+    grad_dot_logits: Tensor | None = None
     kept: Tensor | None = None
 
-    def see_gradient(self, to_hidden: Tensor) -> None:
-        """to_hidden: uW, the gradient of `hidden`."""
-        self.along = _dot(to_hidden.to(self.wide), self.hidden)
+    def weighed(self, upstream: Tensor) -> Tensor:
+        """`upstream` of a sum over tokens, (); 0 where none of them counts. A loss that divides by their number has ∞
+        there, and what it is multiplied by is 0."""
+        if self.counted is not None:
+            return torch.where(self.counted.any(), upstream, 0.0)
+        return upstream if len(self.hidden) else torch.zeros_like(upstream)
 
     def cotangents(self, columns: slice, upstream: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """u of some columns of the vocabulary, (tokens, columns), in the head's dtype, for some tokens after others.
@@ -100,11 +136,13 @@ class Statistic:
             yield slice(0, known), self.kept[:, columns]
         if known == self.hidden.shape[0]:
             return
-        z = self.squash.apply_(self.product(self.hidden[known:], columns))
+        z = self.squash.apply_(self.product(self.hidden[known:], columns))  # (n − known, columns)
         slope = self.squash.slope(z)
         u = z.sub_(self.log_sum[known:].unsqueeze(-1)).exp_()
         if self.targets is not None:
             self._less_targets(u, self.targets[known:] - columns.start)
+        if self.counted is not None:
+            u.masked_fill_(~self.counted[known:].unsqueeze(-1), 0.0)
         if upstream is not None:
             u.mul_(upstream[known:].unsqueeze(-1))
         yield slice(known, None), _times(u, slope).to(self.dtype)
@@ -114,7 +152,7 @@ class Statistic:
         return torch.promote_types(self.dtype, torch.float32)
 
     def product(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
-        """a of some columns, rounded as the whole would be, in float32 or wider."""
+        """a of some columns, rounded as all of them would be, in float32 or wider."""
         bias = None if self.bias is None else self.bias[columns].to(self.dtype)
         return F.linear(hidden.to(self.dtype), self.weight[columns].to(self.dtype), bias).to(self.wide)
 
@@ -138,6 +176,73 @@ class Statistic:
         p.scatter_add_(-1, place.clamp(0, p.shape[-1] - 1).unsqueeze(-1), less.unsqueeze(-1))
 
 
+def cross_entropy_sum(statistic: Statistic, needs: tuple[bool, bool, bool]) -> Gradients | None:
+    """Fill in `value`, the sum of the tokens' cross entropies, and `log_sum`; and return ∂value/∂(h, W, b), of what
+    `needs` names, None if it names nothing.
+
+    The gradient is taken now, while a token's logits are at hand: what comes back to a sum is one number.
+    """
+    assert statistic.targets is not None
+    hidden, weight, bias = statistic.hidden, statistic.weight, statistic.bias
+    wide, smoothing, device = statistic.wide, statistic.smoothing, statistic.hidden.device
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    to_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if any(needs) else None  # (n, d)
+    to_weight = torch.zeros(weight.shape, dtype=wide, device=device) if needs[1] else None  # (v, d)
+    to_bias = torch.zeros(vocabulary, dtype=wide, device=device) if needs[2] else None  # (v,)
+    total = torch.zeros((), dtype=wide, device=device)
+    log_sum = torch.empty(rows, dtype=wide, device=device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        narrow = replace(statistic, weight=weight.to(statistic.dtype))
+        for tokens in tiles(rows, vocabulary, hidden.shape[1], device):
+            h = hidden[tokens].to(statistic.dtype)
+            z = statistic.squash.apply_(narrow.product(h))  # (tile, v)
+            target = statistic.targets[tokens].unsqueeze(-1)
+            p = torch.softmax(z, -1, out=statistic.place_for(tokens))
+            # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
+            top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()
+            log_sum[tokens] = top.squeeze(-1) + rest
+            # Each token's by itself, from its top: of confident tokens little is left after the subtraction.
+            losses = rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)
+            if smoothing:
+                losses += smoothing * (top - z.mean(-1, keepdim=True)).squeeze(-1)
+            silent = None if statistic.counted is None else ~statistic.counted[tokens]
+            total += (losses if silent is None else losses.masked_fill_(silent, 0.0)).sum()
+            if to_hidden is None:
+                continue
+            p.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=wide))
+            if smoothing:
+                p.sub_(smoothing / vocabulary)
+            if silent is not None:
+                p.masked_fill_(silent.unsqueeze(-1), 0.0)
+            u = _times(p, statistic.squash.slope(z)).to(statistic.dtype)
+            statistic.keep(tokens, u)
+            _add_product(to_hidden[tokens], u, narrow.weight)
+            if to_weight is not None:
+                _add_product(to_weight, u.t(), h)
+            if to_bias is not None:
+                to_bias += u.sum(0, dtype=wide)
+    statistic.log_sum, statistic.value = log_sum, total
+    if to_hidden is None:
+        return None
+    statistic.grad_dot_logits = dot(to_hidden, hidden)
+    return Gradients(
+        to_hidden.to(sum_dtype(hidden)),
+        None if to_weight is None else to_weight.to(sum_dtype(weight)),
+        None if to_bias is None or bias is None else to_bias.to(sum_dtype(bias)),
+    )
+
+
+def log_sum_exp(statistic: Statistic) -> None:
+    """Fill in `value` and `log_sum`, log Σ exp z of each token, (n,)."""
+    hidden = statistic.hidden
+    parts = [torch.zeros(0, dtype=statistic.wide, device=hidden.device)]
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
+        for tokens in tiles(hidden.shape[0], statistic.weight.shape[0], hidden.shape[1], hidden.device):
+            parts.append(statistic.squash.apply_(narrow.product(hidden[tokens])).logsumexp(-1))
+    statistic.log_sum = statistic.value = torch.cat(parts)
+
+
 def vjp(
     statistic: Statistic,
     upstream: Tensor | None,
@@ -145,19 +250,21 @@ def vjp(
     weight: Tensor,
     bias: Tensor | None,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Jᵀu with the cotangent of `statistic` and the Jacobian of a head at `hidden` and `weight`, its own or others.
+) -> tuple[Gradients, Tensor]:
+    """Jᵀu with the cotangent of `statistic` and the Jacobian of a head at `hidden` (n, d) and `weight` (v, d), its own
+    or others.
 
-    Returns ∂/∂h (n, d), ∂/∂W (v, d), ∂/∂b (v,) in the :func:`sum_dtype` of h, W and b, None for what `needs` (W, b)
-    leaves out; and ⟨u, h Wᵀ⟩, shape ().
+    upstream: see :meth:`Statistic.cotangents`. needs: whether W's and b's gradients are asked for.
+
+    Returns the gradients, and ⟨u, h Wᵀ⟩, shape ().
     """
     dtype, wide, weight = statistic.dtype, statistic.wide, weight.detach()
     to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     to_weight = torch.zeros_like(weight, dtype=sum_dtype(weight)) if needs[0] else None
     to_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs[1] else None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         narrow = hidden.to(dtype)
-        for columns in pieces(weight.shape[0], hidden.shape[0], hidden.device):
+        for columns in tiles(weight.shape[0], hidden.shape[0], hidden.shape[1], hidden.device):
             for tokens, u in statistic.cotangents(columns, upstream):
                 _add_product(to_hidden[tokens], u, weight[columns].to(dtype))
                 if to_weight is not None:
@@ -166,152 +273,14 @@ def vjp(
                     to_bias[columns] += u.sum(0, dtype=wide)
     if to_bias is not None and bias is not None:
         to_bias = to_bias.to(sum_dtype(bias))
-    return to_hidden.to(sum_dtype(hidden)), to_weight, to_bias, _dot(to_hidden, hidden)
+    return Gradients(to_hidden.to(sum_dtype(hidden)), to_weight, to_bias), dot(to_hidden, hidden)
 
 
-class Edge(torch.autograd.Function):
-    """Where the gradient of a weight goes in, in the weight's shape and without its memory: an engine that shards the
-    weights has it gathered now, and will not have when the gradient comes."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        return weight.new_empty(1).expand(weight.shape)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        if ctx.weight.shape != upstream.shape:
-            # ZeRO-3 has emptied it, and autograd wants the shape of a gradient where it leaves one. The next gathering
-            # puts its own memory there.
-            ctx.weight.data = upstream.new_empty(1).expand(upstream.shape)
-        return upstream
-
-
-class CrossEntropySum(torch.autograd.Function):
-    """Σ of the tokens' cross entropies, shape (). The gradient is taken in the forward pass, while a token's logits are
-    at hand: what comes back to a sum is one number."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, statistic: Statistic) -> Tensor:
-        ctx.statistic, ctx.gradients = statistic, None
-        wide, needs = statistic.wide, ctx.needs_input_grad[:3]
-        assert statistic.targets is not None
-        rows, vocabulary, smoothing = hidden.shape[0], weight.shape[0], statistic.smoothing
-        to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if any(needs) else None
-        to_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs[1] else None
-        to_bias = torch.zeros(vocabulary, dtype=wide, device=hidden.device) if needs[2] else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        log_sum = torch.empty(rows, dtype=wide, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
-            for tokens in pieces(rows, vocabulary, hidden.device):
-                h = hidden[tokens].to(statistic.dtype)
-                z = statistic.squash.apply_(narrow.product(h))
-                target = statistic.targets[tokens].unsqueeze(-1)
-                p = torch.softmax(z, -1, out=statistic.place_for(tokens))
-                # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
-                top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()
-                log_sum[tokens] = top.squeeze(-1) + rest
-                # Each token's by itself, from its top: of confident tokens little is left after the subtraction.
-                total += (rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)).sum()
-                if smoothing:
-                    total += smoothing * (top - z.mean(-1, keepdim=True)).sum()
-                if to_hidden is None:
-                    continue
-                p.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=wide))
-                if smoothing:
-                    p.sub_(smoothing / vocabulary)
-                u = _times(p, statistic.squash.slope(z)).to(statistic.dtype)
-                statistic.keep(tokens, u)
-                _add_product(to_hidden[tokens], u, narrow.weight)
-                if to_weight is not None:
-                    _add_product(to_weight, u.t(), h)
-                if to_bias is not None:
-                    to_bias += u.sum(0, dtype=wide)
-        statistic.log_sum, statistic.value = log_sum, total
-        if to_hidden is not None:
-            statistic.along = _dot(to_hidden, hidden)
-            gradients = zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
-            ctx.gradients = [None if gradient is None else gradient.to(sum_dtype(of)) for gradient, of in gradients]  # type: ignore[arg-type]
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        ctx.statistic.along = ctx.statistic.along * upstream
-        return (*(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None)
-
-
-class LogSumExp(torch.autograd.Function):
-    """log Σ exp z of each token, (n,)."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, statistic: Statistic) -> Tensor:
-        ctx.statistic = statistic
-        parts = [torch.zeros(0, dtype=statistic.wide, device=hidden.device)]
-        with torch.autocast(hidden.device.type, enabled=False):
-            narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
-            for tokens in pieces(hidden.shape[0], weight.shape[0], hidden.device):
-                parts.append(statistic.squash.apply_(narrow.product(hidden[tokens])).logsumexp(-1))
-        statistic.log_sum = torch.cat(parts)
-        statistic.value = statistic.log_sum
-        return statistic.value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        statistic = ctx.statistic
-        *gradients, statistic.along = vjp(
-            statistic, upstream, statistic.hidden, statistic.weight, statistic.bias, ctx.needs_input_grad[1:3]
-        )
-        return (*gradients, None)
-
-
-class Replayed(torch.autograd.Function):
-    """A statistic of a clean pass in the place of the same of a perturbed one: its value, and Jᵀu with u of the clean
-    pass and J of the head and hidden states given here. What comes back to it, the perturbed pass's own derivative,
-    is dropped.
-
-    All is computed in the forward pass, where an engine that shards the weights has the head gathered.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        statistic: Statistic,
-        upstream: Tensor,
-        replay: Any,
-        values: tuple[Tensor, Tensor | None],
-    ) -> Tensor:
-        """weight, bias: where the gradients go, :class:`Edge`. values: their numbers. replay: told of ⟨u, a'⟩ − ⟨u, a⟩,
-        where the latter is known, with `replay.rises(number)`; asked for `replay.ratio`, which the gradients are
-        multiplied by, in the backward pass."""
-        ctx.replay = replay
-        one = upstream.ndim == 0  # for all tokens
-        needs = ctx.needs_input_grad[1:3]
-        *ctx.gradients, along = vjp(statistic, None if one else upstream, hidden, *values, needs)
-        ctx.upstream = upstream if one else torch.ones_like(along)
-        rise = None
-        if statistic.along is not None:
-            rise = along * ctx.upstream - statistic.along
-            if values[1] is not None and statistic.bias is not None and ctx.gradients[2] is not None:  # ⟨u, b' − b⟩
-                rise = rise + _dot(ctx.gradients[2].to(rise.dtype), values[1] - statistic.bias) * ctx.upstream
-        replay.rises(rise)
-        return statistic.value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        factor = ctx.upstream * ctx.replay.ratio
-        return (
-            *(None if gradient is None else gradient.mul_(factor) for gradient in gradients),
-            None,
-            None,
-            None,
-            None,
-        )
+def dense_vjp(u: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Gradients:
+    """The gradients of :func:`vjp` for a cotangent u that is in memory, (n, v)."""
+    with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+        to_weight = u.t() @ hidden.to(u.dtype) if needs[0] else None
+        return Gradients(u @ weight.to(u.dtype), to_weight, u.sum(0) if needs[1] else None)
 
 
 def sum_dtype(of: Tensor) -> torch.dtype:
@@ -324,10 +293,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, without rounding the product to a's format first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif _MIXED_PRODUCTS and a.device.type == "cuda":
+    elif total.dtype == torch.float32 and _has_mixed_products(a.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@functools.cache
+def _has_mixed_products(device: torch.device) -> bool:
+    """Whether `torch.addmm(..., out_dtype=torch.float32)` takes narrower matrices here: on NVIDIA's devices from Ampere
+    on, since torch 2.8."""
+    if device.type != "cuda" or torch.version.hip is not None or Version(torch.__version__) < Version("2.8"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _times(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -335,8 +313,11 @@ def _times(x: Tensor, factor: Tensor | float) -> Tensor:
     return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.detach().flatten().to(a.dtype))
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ in a's dtype, shape ()."""
+    pairs = zip(a.flatten().split(_MOST_IN_A_DOT), b.detach().flatten().split(_MOST_IN_A_DOT), strict=True)
+    products = [torch.dot(left, right.to(a.dtype)) for left, right in pairs]
+    return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
 def room(device: torch.device) -> int:
@@ -344,9 +325,16 @@ def room(device: torch.device) -> int:
     return _KEPT.get(device.type, _KEPT_ELSEWHERE)
 
 
-def pieces(count: int, across: int, device: torch.device) -> Iterator[slice]:
-    """`count` rows or columns cut so that a piece of them, `across` wide, is a tile."""
+def tiles(count: int, across: int, width: int, device: torch.device) -> Iterator[slice]:
+    """`count` rows or columns cut into slices, each `across` long on the other side.
+
+    For every tile the gradient of that other side, (across, width), is read and written. On an accelerator a tile has
+    at least half of `width` rows: logits and softmax of a tile are then together as large as that gradient, and its
+    matrix products take longer than the reading and writing.
+    """
     step = max(1, _TILE.get(device.type, _TILE_ELSEWHERE) // max(1, across))
+    if device.type not in _TILE:
+        step = max(step, width // 2)
     for start in range(0, count, step):
         yield slice(start, min(count, start + step))
 

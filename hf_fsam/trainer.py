@@ -1,54 +1,75 @@
 """`FSAMTrainer`: the Trainer whose step is split between function and loss."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hf_fsam import batches
 from hf_fsam.arguments import FSAMArguments, check
 from hf_fsam.boundary import find_boundary
-from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, fused_head
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, KeptHead, LogitsNeeded, fused_head
 from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
-from hf_fsam.engines import Ascent, Engine, LocalEngine, select_engine
-from hf_fsam.forward_state import RandomState, running_statistics_kept
+from hf_fsam.engines import Ascent, Engine, select_engine
+from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.geometry import Probe
+from hf_fsam.passes import Boundary, CleanPass, SecondPass, weights_past_boundary
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import check_keeps_second_moment
-from hf_fsam.tape import Recording, Tape, weights_past_boundary
+from hf_fsam.trl import Counters
 
 logger = logging.get_logger(__name__)
 
 # The mixin stands before any Trainer class, whatever that may hold.
 _AnyTrainer: Any = object
 
-_COUNTED = ("_metrics", "_stored_metrics", "_total_train_tokens")  # TRL 1.16
 
-
-class _LogitsNeeded(Exception):
-    """A clean pass with deferred logits has to be made again with them."""
-
-
-@dataclass
+@dataclass(eq=False)
 class _MicroBatch:
-    """One micro-batch between its clean pass and its step: where the random stream stood, and what the pass left."""
+    """One micro-batch between its clean pass and its step.
 
+    Attributes:
+        fetched: as the Trainer fetched it.
+        inputs: as `compute_loss` is to get it.
+        versions: of the tensors in `inputs`.
+        random: where the random stream stood before the clean pass.
+    """
+
+    fetched: dict[str, Any]
     inputs: dict[str, Any]
+    versions: list[int | None] = field(init=False)
     random: RandomState = field(init=False)
-    clean: Recording = field(init=False)
-    seen: dict[str, Tensor] = field(default_factory=dict)  # copies of what the clean pass got, while that is checked
+    clean: CleanPass = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = [batches.version(part) for _, part in batches.parts(self.inputs)]
+
+    def changed(self, inputs: dict[str, Any]) -> str | None:
+        """The name of a part in which `inputs` are not what the clean pass got; None where there is none."""
+        ours, given = dict(batches.parts(self.inputs)), dict(batches.parts(inputs))
+        for (name, part), version in zip(ours.items(), self.versions, strict=True):
+            other = given.get(name, _MISSING)
+            untouched = batches.version(part) == version
+            if not (untouched and (other is part or batches.alike(part, other))):
+                return name
+        return next((name for name in given if name not in ours), None)
+
+
+_MISSING = object()
 
 
 @dataclass
@@ -59,6 +80,27 @@ class _Window:
     perturbation: Perturbation
     of_gradient: bool = True
     reported: bool = False
+
+
+@dataclass
+class _Split:
+    """A split step while the parent's runs.
+
+    Attributes:
+        fetched: the micro-batch that the step was given.
+        num_items: that share a loss, as the Trainer counts them.
+        contexts: what the second pass is inside of.
+        raised: an exception came out of `compute_loss`.
+    """
+
+    fetched: dict[str, Any]
+    num_items: Tensor | int | None
+    contexts: ExitStack
+    raised: bool = False
+    window: _Window | None = None
+    batch: _MicroBatch | None = None
+    moved: CleanPass | SecondPass | None = None
+    second: SecondPass | None = None
 
 
 class FSAMMixin(_AnyTrainer):
@@ -104,19 +146,24 @@ class FSAMMixin(_AnyTrainer):
         self.add_callback(FSAMSettings(**_settings(self.args)))
         if self.args.fsam_diagnostics_steps:
             self.add_callback(FSAMDiagnosticsCallback(every=self.args.fsam_diagnostics_steps))
-        self._fsam_tape = Tape()
+        self._fsam_cleanup = Cleanup()
+        self._fsam_boundary = Boundary(self._fsam_cleanup)
         self._fsam_means = LoggedMeans(self.args.device)
         self._fsam_batches: list | None = None  # what the Trainer fetched for this optimizer step
         self._fsam_probes: list[Probe] = []
         self._fsam_window: _Window | None = None
         self._fsam_micro_step = 0
-        self._fsam_training = self._fsam_entered = self._fsam_checked_inputs = False
+        self._fsam_pass: Literal["clean", "second"] | None = None
+        self._fsam_training = self._fsam_entered = False
         self._fsam_checked_model: nn.Module | None = None
+        self._fsam_attached_to: nn.Module | None = None
         self._fsam_fused: tuple[nn.Module, FusedHead | None] | None = None
         if self._fsam_active:
             _ = self._fsam_engine
             if self._fsam_splits:
                 find_boundary(self.model, self.args.fsam_boundary)
+            if self.args.torch_compile:
+                self._fsam_attach()
         smoother: Any = getattr(self, "label_smoother", None)
         if type(smoother) is LabelSmoother:
             self.label_smoother: Any = DeferringLabelSmoother(**vars(smoother))
@@ -139,47 +186,115 @@ class FSAMMixin(_AnyTrainer):
     def _fsam_splits(self) -> bool:
         return self.args.fsam_variant in ("functional", "logit")
 
+    @property
+    def fsam_pass(self) -> Literal["clean", "second"] | None:
+        """Which pass of a split step `compute_loss` is called in; None outside of one, where the step is the plain
+        Trainer's. A loss that keeps something from step to step (a memory, an average, terms for a log of its own)
+        keeps it where this is not "second".
+
+        Where the fused head turns out to be none for a loss, the first clean pass is made again (see
+        `fsam_fused_head`)."""
+        return self._fsam_pass
+
     # ---- The step ----
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The parent's step with its gradient split. Returns the clean loss ℓ(θ), shape (), in the parent's scale."""
+        """The parent's step with its gradient split: its `compute_loss` runs twice, at θ and at θ+ε. Returns the clean
+        loss ℓ(θ), shape (), in the parent's scale."""
         self._fsam_entered = True
         if not (self._fsam_active and self._fsam_due):
             return super().training_step(model, inputs, num_items_in_batch)
-        with self._fsam_tidied():
-            window = self._fsam_window or self._fsam_ascend(model, inputs, num_items_in_batch)
-            batch = self._fsam_take(window, inputs)
-            weights: AbstractContextManager = self._fsam_engine.perturbed(window.perturbation)
-            cotangents, moved = batch.clean if self._fsam_splits else None, None
-            if self.args.fsam_variant == "logit":
-                batch.random.restore()
-                with weights, running_statistics_kept(model), self._fsam_uncounted():
-                    # Past the wrappers, which would wait for a backward pass of the training.
-                    inner = self.accelerator.unwrap_model(model)
-                    cotangents = moved = self._fsam_pass(inner, batch, num_items_in_batch)
-                weights = nullcontext()
-            batch.random.restore()
-            with (
-                weights,
-                running_statistics_kept(model),
-                self._fsam_uncounted(),
-                self._fsam_tape.replay(batch.clean, cotangents) as replayed,
-                self._fsam_loss_seen(batch),
-            ):
+        self._fsam_begin()
+        try:
+            with ExitStack() as contexts:
+                split = _Split(inputs, num_items_in_batch, contexts)
+                contexts.enter_context(self._fsam_splitting(split))
                 loss = super().training_step(model, inputs, num_items_in_batch)
-            self._fsam_checked_inputs = True
-            self._fsam_report(window, batch.clean, replayed, moved or replayed)
-            return loss
+                whole = self._fsam_is_whole(split)
+        except BaseException:
+            self._fsam_drop()
+            raise
+        if whole:
+            self._fsam_report(split)
+        self._fsam_micro_step += 1
+        if not self._fsam_training:
+            self._fsam_detach()
+        return loss
+
+    @contextmanager
+    def _fsam_splitting(self, split: _Split) -> Iterator[None]:
+        """Whatever `compute_loss` is, the parent's, a subclass's or one set on the instance: inside, each call of it is
+        split. An exception comes out where the parent's step calls it, and can be caught there."""
+        compute_loss = self.compute_loss
+
+        @functools.wraps(compute_loss)
+        def split_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            try:
+                return self._fsam_compute_loss(split, compute_loss, model, inputs, *args, **kwargs)
+            except BaseException:
+                split.raised = True
+                raise
+            finally:
+                self._fsam_pass = None
+
+        with self._fsam_cleanup.replaced(self, "compute_loss", split_loss):
+            yield
+
+    def _fsam_compute_loss(
+        self,
+        split: _Split,
+        compute_loss: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The clean passes, where they are due; the perturbation; and the second pass's loss, which the parent's step
+        back-propagates. Weights return to θ when `split.contexts` end."""
+        if split.second is not None:
+            _ = split.second.see_loss(torch.zeros(()))  # raises: it is the second call
+        loss_of = functools.partial(self._fsam_call, compute_loss, args, kwargs)
+        self._fsam_pass = "clean"
+        split.window = window = self._fsam_window or self._fsam_ascend(split, loss_of, model, inputs)
+        self._fsam_pass = "second"
+        split.batch = batch = self._fsam_take(window, split.fetched, inputs)
+        weights: AbstractContextManager = self._fsam_engine.perturbed(window.perturbation)
+        cotangents = batch.clean if self._fsam_splits else None
+        if self.args.fsam_variant == "logit":
+            batch.random.restore()
+            with weights, self._fsam_uncounted(model):
+                # Past the wrappers, which would wait for a backward pass of the training.
+                inner = self.accelerator.unwrap_model(model)
+                cotangents = split.moved = self._fsam_clean_pass(loss_of, inner, batch)
+            weights = nullcontext()
+        batch.random.restore()
+        split.second = second = SecondPass(batch.clean, cotangents)
+        split.moved = split.moved or second
+        for context in (weights, self._fsam_uncounted(model), self._fsam_boundary.running(second)):
+            split.contexts.enter_context(context)
+        result = compute_loss(model, inputs, *args, **kwargs)
+        if isinstance(result, tuple):
+            return (second.see_loss(result[0]), *result[1:])
+        return second.see_loss(result)
+
+    @contextmanager
+    def _fsam_uncounted(self, model: nn.Module) -> Iterator[None]:
+        """What a pass over a batch counts beside its loss, the clean one has counted."""
+        cleanup = self._fsam_cleanup
+        with cleanup.after(running_statistics(model)), cleanup.after(Counters(self).restore):
+            yield
 
     def _fsam_ascend(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+        self, split: _Split, loss_of: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any]
     ) -> _Window:
-        """Clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
-        scope = self.args.fsam_ascent_scope
-        fetched = (scope == "optimizer_step" and self._fsam_batches) or [inputs]
-        batches = [_MicroBatch(micro_batch) for micro_batch in fetched]
+        """Clean passes over the micro-batches of the ascent scope, and the perturbation that they give. Where they turn
+        out to need the logits that the fused head defers, all are made again with them."""
+        fetched = (self.args.fsam_ascent_scope == "optimizer_step" and self._fsam_batches) or [split.fetched]
+        waiting = [
+            _MicroBatch(each, inputs if each is split.fetched else self._prepare_inputs(each)) for each in fetched
+        ]
         along = None
         if self.args.fsam_ascent_direction == "momentum":
             along = self._fsam_engine.momentum(model, self.optimizer)
@@ -188,206 +303,191 @@ class FSAMMixin(_AnyTrainer):
                     "fsam_ascent_direction='momentum': the optimizer has stepped and has none, as SGD without momentum "
                     "never has. The ascent is along the gradient, and a step takes two passes."
                 )
-        passes: AbstractContextManager[Ascent]
-        if along is None:
-            passes = self._fsam_engine.ascent(model, average=scope != "rank", passes=len(batches))
-        else:
-            passes = nullcontext(along)
-        kept: list = []
-        with passes as ascent:
-            for batch in batches:
-                batch.random = RandomState.capture(self.args.device)
-                backward = ascent.backward if along is None else None
-                batch.clean = self._fsam_pass(ascent.model, batch, num_items_in_batch, backward, kept)
-                if self.args.fsam_offload_hidden_states:
-                    batch.clean.offload()
+        divisor, before, fused = self._fsam_divisor(split.num_items), Counters(self), self._fsam_boundary.head
+        try:
+            ascent = self._fsam_clean_passes(loss_of, model, waiting, along, divisor)
+        except (LogitsNeeded, CheckpointError) as error:
+            if fused is None:
+                raise
+            if not self._fsam_engine.forward_can_be_retried:
+                error.add_note("hf_fsam: set fsam_fused_head=False.")
+                raise
+            fused.turn_off(str(error).partition("\n")[0])
+            before.restore()
+            waiting[0].random.restore()
+            ascent = self._fsam_clean_passes(loss_of, model, waiting, along, divisor)
         perturbation = self._fsam_engine.perturb(
             ascent,
             optimizer=self.optimizer if self.args.fsam_precondition else None,
             rho=self.args.fsam_rho,
             # From where the run stands, so that a resumed one rounds alike.
             seed=((self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self._fsam_micro_step) % 2**63,
-            cotangents=[cotangent for batch in batches for cotangent in batch.clean.cotangents.values()],
+            cotangents=[u for batch in waiting for crossing in batch.clean.crossings for u in crossing.cotangents],
         )
-        self._fsam_window = _Window(batches, perturbation, of_gradient=along is None)
+        self._fsam_window = _Window(waiting, perturbation, of_gradient=along is None)
         return self._fsam_window
 
-    def _fsam_pass(
+    def _fsam_clean_passes(
         self,
+        loss_of: Callable[..., Tensor],
+        model: nn.Module,
+        waiting: list[_MicroBatch],
+        along: Ascent | None,
+        divisor: int,
+    ) -> Ascent:
+        """Over all micro-batches of a window; back to the boundary only where the ascent is `along` something else than
+        their gradient."""
+        average = self.args.fsam_ascent_scope != "rank"
+        passes: AbstractContextManager[Ascent] = (
+            self._fsam_engine.ascent(model, average=average, passes=len(waiting))
+            if along is None
+            else nullcontext(along)
+        )
+        kept: list[KeptHead] = []
+        with passes as ascent:
+            backward = ascent.backward if along is None else None
+            for batch in waiting:
+                batch.random = RandomState.capture(self.args.device)
+                batch.clean = self._fsam_clean_pass(loss_of, ascent.model, batch, divisor, backward, kept)
+                if self.args.fsam_offload_hidden_states:
+                    batch.clean.offload()
+        return ascent
+
+    def _fsam_clean_pass(
+        self,
+        loss_of: Callable[..., Tensor],
         model: nn.Module,
         batch: _MicroBatch,
-        num_items_in_batch: Tensor | int | None,
+        divisor: int = 1,
         backward: Callable[[Tensor], None] | None = None,
-        kept: list | None = None,
-    ) -> Recording:
-        """A forward and backward pass as the parent's step makes it, recorded; without `backward`, back to the boundary
-        only. Where it turns out to need the logits that the fused head defers, it is made again with them."""
-        try:
-            return self._fsam_record(model, batch, num_items_in_batch, backward, kept)
-        except _LogitsNeeded:
-            batch.random.restore()
-        with self._fsam_uncounted(), running_statistics_kept(model):
-            return self._fsam_record(model, batch, num_items_in_batch, backward, kept)
-
-    def _fsam_record(
-        self,
-        model: nn.Module,
-        batch: _MicroBatch,
-        num_items_in_batch: Tensor | int | None,
-        backward: Callable[[Tensor], None] | None,
-        kept: list | None,
-    ) -> Recording:
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers train at other weights
-            self.optimizer.train()
-        inputs = self._prepare_inputs(batch.inputs)
-        if not self._fsam_checked_inputs:
-            batch.seen = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+        kept: list[KeptHead] | None = None,
+    ) -> CleanPass:
+        """A recorded forward and backward pass; without `backward`, back to the boundary only."""
         keep = backward is None or self.args.fsam_variant == "functional"
-        # TRL 1.16 enters this in its own training_step, which the clean pass does not go through.
-        offloading = getattr(self, "maybe_activation_offload_context", nullcontext())
-        with offloading, self._fsam_tape.record(keep=keep, cut=backward is None, kept=kept) as recording:
-            with self.compute_loss_context_manager(), self._fsam_deferring():
-                loss = self._fsam_tape.see_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
-            if self._fsam_splits and self._fsam_checked_model is not self.model and backward is not None:
-                self._fsam_check_boundary(loss, recording)
-            if backward is None:
-                recording.differentiate(self._fsam_engine.scale(loss))
-            else:
-                backward(loss)
-        return recording
+        clean = CleanPass(keep=keep, cut=backward is None, kept=kept)
+        with self._fsam_boundary.running(clean):
+            loss = clean.see_loss(loss_of(model, batches.copied(batch.inputs)))
+            if self._fsam_splits and self._fsam_checked_model is not self.model:
+                self._fsam_check_boundary(loss, clean)
+            loss = loss / divisor
+            # Around the call of compute_loss there may be an autocast region, in which no backward pass belongs.
+            with torch.autocast(self.args.device.type, enabled=False):
+                if backward is None:
+                    clean.differentiate(self._fsam_engine.scale(loss))
+                else:
+                    backward(loss)
+        return clean
 
-    @contextmanager
-    def _fsam_deferring(self) -> Iterator[None]:
-        """Around a clean pass's loss: turns the fused head off where it is not for this loss.
+    def _fsam_call(
+        self, compute_loss: Callable[..., Any], args: tuple, kwargs: dict, model: nn.Module, inputs: dict[str, Any]
+    ) -> Tensor:
+        result = compute_loss(model, inputs, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
 
-        Raises:
-            _LogitsNeeded: no gradient has been taken yet, so that the pass can be made again.
-        """
-        head = self._fsam_tape.head
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if head is None or head.proven:
-                raise
-            if not isinstance(self._fsam_engine, LocalEngine):  # what an engine does in a forward pass may be half done
-                error.add_note("hf_fsam: if the loss cannot take deferred logits, set fsam_fused_head=False.")
-                raise
-            head.turn_off(f"with them deferred, compute_loss raised {type(error).__name__}: {error}")
-            raise _LogitsNeeded from error
-        if head is not None:
-            if head.off:
-                raise _LogitsNeeded
-            head.proven = True
+    def _fsam_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
+        """What the parent's step divides the loss by (read in transformers 5.23), so that a loss scale that suits one
+        pass suits the other."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = scaled or self.compute_loss_func is not None
+        return 1 if scaled else getattr(self, "current_gradient_accumulation_steps", 1)
 
-    def _fsam_take(self, window: _Window, inputs: dict[str, Any]) -> _MicroBatch:
-        batch = window.waiting.pop(0)
-        if batch.inputs is not inputs:
-            raise ValueError(
-                "fsam_ascent_scope='optimizer_step' ascended on the micro-batches that get_batch_samples returned, but "
-                "training_step was given another one: change batches in the data collator, or use 'micro_batch'."
-            )
+    def _fsam_take(self, window: _Window, fetched: dict[str, Any], inputs: dict[str, Any]) -> _MicroBatch:
+        index = next((i for i, batch in enumerate(window.waiting) if batch.fetched is fetched), None)
+        batch = None if index is None else window.waiting.pop(index)
         if not window.waiting:
             self._fsam_window = None
+        changed = "batch" if batch is None else None if batch.inputs is inputs else batch.changed(inputs)
+        if batch is None or changed is not None:
+            raise ValueError(
+                "fsam_ascent_scope='optimizer_step' ascended on the micro-batches that get_batch_samples returned, but "
+                f"compute_loss was given another {changed}: change it in the data collator and not in training_step, "
+                "or set fsam_ascent_scope='micro_batch'."
+            )
         return batch
 
-    def _fsam_check_boundary(self, loss: Tensor, recording: Recording) -> None:
-        """Once a training: make sure that the boundary is crossed, and say what goes past it."""
+    def _fsam_is_whole(self, split: _Split) -> bool:
+        """Whether both passes came to their end; not so where the parent's step has caught an exception.
+
+        Raises:
+            RuntimeError: the parent's step never called `compute_loss`, or did not back-propagate its loss.
+        """
+        if split.raised or (split.second is not None and split.second.interrupted):
+            return False
+        second = split.second or SecondPass(CleanPass(), None)
+        return second.loss is not None and second.scale is not None
+
+    def _fsam_check_boundary(self, loss: Tensor, clean: CleanPass) -> None:
+        """Once a training: say what goes past the boundary."""
         self._fsam_checked_model = self.model
         names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        past = weights_past_boundary(loss, recording, names)
-        if recording.crossings and past:
+        past = weights_past_boundary(loss, clean.nodes, names)
+        if clean.crossed and past:
             logger.warning(
-                f"The loss depends on {len(past)} weights ({', '.join(past[:3])}, ...) on a way past the boundary "
-                f"{self._fsam_tape.name!r}, as a balancing loss of a mixture of experts does. Along that way the step "
-                "is plain SAM."
+                f"The loss depends on {len(past)} weights ({', '.join(past[:3])}{', ...' * (len(past) > 3)}) on a way "
+                f"past the boundary {self._fsam_boundary.name!r}: a regularizer, a balancing loss of experts, a bias "
+                "behind the head, or a tower of the network that another module ends. There the step is plain SAM. If "
+                "it is a part of the network, name with fsam_boundary a module through which all of it goes, e.g. an "
+                "nn.Identity that the model applies to its logits."
             )
 
-    @contextmanager
-    def _fsam_uncounted(self) -> Iterator[None]:
-        """What TRL's trainers count and collect of a batch in `compute_loss`, they have done in the clean pass."""
-        counted = {name: copy.deepcopy(self.__dict__[name]) for name in _COUNTED if name in self.__dict__}
-        try:
-            yield
-        finally:
-            self.__dict__.update(counted)
-
-    @contextmanager
-    def _fsam_loss_seen(self, batch: _MicroBatch) -> Iterator[None]:
-        """Whatever `compute_loss` is, the parent's, a subclass's or one set on the instance: its loss goes past the
-        tape while the parent's step runs, and it is given what it was given in the clean pass."""
-        compute_loss, attributes = self.compute_loss, self.__dict__
-        own = attributes.get("compute_loss")
-
-        @functools.wraps(compute_loss)
-        def seen(*args: Any, **kwargs: Any) -> Any:
-            inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-            for name, value in batch.seen.items():
-                if name not in inputs or not _alike(inputs[name], value):
-                    raise RuntimeError(
-                        f"the second pass got another {name!r} than the first: either the training_step below "
-                        "FSAMMixin changes the batch, or compute_loss changes it in place. Do it in the data collator, "
-                        "or in compute_loss on a copy, or set fsam_variant='none'."
-                    )
-            result = compute_loss(*args, **kwargs)
-            if isinstance(result, tuple):
-                return (self._fsam_tape.see_loss(result[0]), *result[1:])
-            return self._fsam_tape.see_loss(result)
-
-        attributes["compute_loss"] = seen
-        try:
-            yield
-        finally:
-            del attributes["compute_loss"]
-            if own is not None:
-                attributes["compute_loss"] = own
-
-    @contextmanager
-    def _fsam_tidied(self) -> Iterator[None]:
-        """The boundary's hook is on inside; nothing of the step outlives an exception."""
-        if self._fsam_splits and not self._fsam_tape.attached:
-            name, boundary = find_boundary(self.model, self.args.fsam_boundary)
-            if self.args.torch_compile:  # code that was compiled without the hook would pass it by (torch 2.13)
-                torch.compiler.reset()
-            self._fsam_tape.attach(name, boundary, self._fsam_head(boundary), self._fsam_engine.keeps)
+    def _fsam_begin(self) -> None:
+        self._fsam_cleanup.run()  # what Ctrl-C on the way out of the last step has left
+        self._fsam_engine.restore()
+        self._fsam_attach()
         if self._fsam_micro_step == 0 or self._fsam_batches is None:  # driven by hand, each call is a step
             self._fsam_means.count_step()
-        try:
-            yield
-        except BaseException:
-            self._fsam_drop()
-            raise
-        self._fsam_micro_step += 1
-        if not self._fsam_training:
-            self._fsam_tape.detach()
 
-    def _fsam_head(self, boundary: nn.Module) -> FusedHead | None:
+    def _fsam_attach(self) -> None:
+        boundary = self._fsam_boundary
+        if not self._fsam_splits or (boundary.attached and self._fsam_attached_to is self.model):
+            return
+        boundary.detach()
+        name, module = find_boundary(self.model, self.args.fsam_boundary)
+        head = self._fsam_head(module)
+        boundary.attach(name, module, head, self._fsam_engine.keeps)
+        self._fsam_attached_to = self.model
+
+    def _fsam_detach(self) -> None:
+        # A compiled model keeps it: code that was compiled without the hook would pass it by (torch 2.13).
+        if not self.args.torch_compile:
+            self._fsam_boundary.detach()
+
+    def _fsam_head(self, module: nn.Module) -> FusedHead | None:
         if not self.args.fsam_fused_head:
             return None
-        if self._fsam_fused is None or self._fsam_fused[0] is not boundary:
-            self._fsam_fused = boundary, fused_head(self, boundary)
+        if self._fsam_fused is None or self._fsam_fused[0] is not module:
+            fused = fused_head(self.model, module, self._fsam_engine.keeps, compiled=bool(self.args.torch_compile))
+            self._fsam_fused = module, fused
         return self._fsam_fused[1]
 
     def _fsam_drop(self) -> None:
+        self._fsam_cleanup.run()
         if "_fsam_engine" in self.__dict__:  # whatever the arguments say by now
             self._fsam_engine.restore()
-        self._fsam_tape.detach()
+        self._fsam_detach()
         self._fsam_window = self._fsam_batches = None
         self._fsam_means.clear()
 
-    def _fsam_report(self, window: _Window, clean: Recording, replayed: Recording, moved: Recording) -> None:
-        share = replayed.scale / clean.scale  # of the micro-batch's loss in the one that is logged
+    def _fsam_report(self, split: _Split) -> None:
+        assert split.window is not None
+        assert split.batch is not None
+        assert split.second is not None
+        assert split.moved is not None
+        window, clean, moved = split.window, split.batch.clean, split.moved
+        # Of the micro-batch's loss in the one that is logged.
+        share = split.second.scale / (clean.scale * self._fsam_divisor(split.num_items))
         skipped = window.perturbation.skipped
         if not window.reported:
             window.reported = True
             unit = clean.scale / share if window.of_gradient else torch.ones_like(clean.scale)
             self._fsam_means.add_ascent(window.perturbation, unit=unit)
-        if not moved.fused:
-            self._fsam_means.add_rise("sharpness", (moved.loss - clean.loss) * share, skipped)
-        elif moved.rise is not None:
-            self._fsam_means.add_rise("functional_sharpness", moved.rise / clean.scale * share, skipped)
+        self._fsam_means.add_second(clean.loss.isfinite() & ~moved.finite)
+        if moved.computes_its_loss:
+            self._fsam_means.add_change("sharpness", (moved.loss - clean.loss) * share, skipped)
+        elif isinstance(moved, SecondPass) and moved.linear_loss_change is not None:
+            self._fsam_means.add_change("functional_sharpness", moved.linear_loss_change / clean.scale * share, skipped)
 
     # ---- Around the step ----
 
@@ -399,8 +499,8 @@ class FSAMMixin(_AnyTrainer):
         dataset = self.train_dataset
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError("train_dataset is empty: there is nothing to train on.")
-        self._fsam_training = True
-        self._fsam_entered = self._fsam_checked_inputs = False
+        self._fsam_drop()  # what Ctrl-C may have left of the last training
+        self._fsam_training, self._fsam_entered = True, False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
                 callback.trainer = self
@@ -487,11 +587,6 @@ class FSAMSettings(TrainerCallback, ExportableState):
                 logger.warning(
                     f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}."
                 )
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """With NaN where NaN is."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _settings(args: FSAMArguments) -> dict[str, Any]:

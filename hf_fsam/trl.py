@@ -6,84 +6,167 @@ entropy and three statistics without a gradient; it saves log Σ exp z as its fi
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fsam.head import Edge, Replayed, Squash, Statistic, compute_dtype
+from hf_fsam.deferred import edge, replayed_statistic
+from hf_fsam.head import Squash, Statistic, compute_dtype
 
-_NAME = "_ChunkedLogProbFunction"
+_MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
 _checked: list[bool] = []
 
 
-@contextmanager
-def fused_head_of_trl(call: Callable[..., tuple]) -> Iterator[None]:
-    """Inside, a fused head of TRL's that has a gradient to compute goes through `call(apply, *arguments)`."""
-    utils: Any = sys.modules.get("trl.trainer.utils")
+@dataclass
+class LogProbabilities:
+    """One call of TRL's fused head.
+
+    Attributes:
+        apply: TRL's own function, of hidden (n, d), weight (v, d), bias (v,) or None, and `rest`.
+        rest: targets (n,), temperature, chunk_size, final_logit_softcapping, logit_scale, outputs.
+    """
+
+    apply: Callable[..., tuple]
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rest: tuple
+
+    def made(self) -> tuple:
+        return self.apply(self.hidden, self.weight, self.bias, *self.rest)
+
+    def statistic(self, weight: Tensor, bias: Tensor | None) -> tuple[Statistic, tuple]:
+        """What it takes to have the cotangents of the log-probabilities again, and TRL's own result.
+
+        weight, bias: as they are now, for later.
+        """
+        targets, temperature, _, cap, scale, _ = self.rest
+        result = self.made()
+        squash = Squash(scale / temperature) if cap is None else Squash(scale / cap, cap / temperature, tanh=True)
+        statistic = Statistic(self.hidden.detach(), weight, bias, compute_dtype(self.hidden), squash, targets=targets)
+        statistic.value = result[0].detach()
+        statistic.others = tuple(None if each is None else each.detach() for each in result[1:])
+        statistic.log_sum = result[0].grad_fn.saved_tensors[4]
+        _check_log_sum(statistic)
+        if self.hidden.requires_grad:
+
+            def see_gradient(to_hidden: Tensor) -> None:
+                wide = to_hidden.to(statistic.wide).flatten()
+                statistic.grad_dot_logits = torch.dot(wide, statistic.hidden.flatten().to(statistic.wide))
+
+            self.hidden.register_hook(see_gradient)
+        if result[1] is not None:
+            result[1].register_hook(_refuse_entropy)
+        return statistic, result
+
+    def replayed(
+        self,
+        statistic: Statistic,
+        see_products: Callable[[Tensor | None, Tensor], None],
+        ratio: Callable[[], Tensor | float],
+    ) -> tuple:
+        """The result of the clean pass, differentiated at these weights with what came back to it."""
+        if self.hidden.shape != statistic.hidden.shape:
+            raise RuntimeError(
+                f"the second pass took log-probabilities of {len(self.hidden)} tokens where the first had "
+                f"{len(statistic.hidden)}: both must compute the same function."
+            )
+        values = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        edges = edge(self.weight), edge(self.bias)
+        return _Replayed.apply(self.hidden, *edges, statistic, values, see_products, ratio), *statistic.others
+
+
+class _Replayed(torch.autograd.Function):
+    """Log-probabilities of the clean pass, with the Jacobian of this one. What comes back to them is dropped.
+
+    All is computed in the forward pass, where an engine that shards the weights has the head gathered.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistic: Statistic,
+        values: tuple[Tensor, Tensor | None],
+        see_products: Callable[[Tensor | None, Tensor], None],
+        ratio: Callable[[], Tensor | float],
+    ) -> Tensor:
+        ctx.ratio = ratio
+        # Of log p = z[target] − log Σ exp z the gradient is minus the cross entropy's.
+        assert statistic.upstream is not None
+        statistic.upstream = -statistic.upstream
+        ctx.gradients = replayed_statistic(statistic, hidden, *values, ctx.needs_input_grad[1:3], see_products)
+        return statistic.value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.times_(ctx.ratio()), None, None, None, None)
+
+
+class Counters:
+    """What TRL's trainers count and collect of a batch in `compute_loss`, as it stands when this is made: numbers, and
+    lists in dictionaries, which only grow there (TRL 1.16)."""
+
+    _NAMES = ("_metrics", "_stored_metrics", "_total_train_tokens")
+
+    def __init__(self, trainer: Any) -> None:
+        of_trl = any(base.__module__.partition(".")[0] == "trl" for base in type(trainer).__mro__)
+        self._attributes = trainer.__dict__
+        self._stood = {
+            name: _mark(self._attributes[name]) for name in self._NAMES if of_trl and name in trainer.__dict__
+        }
+
+    def restore(self) -> None:
+        self._attributes.update({name: _back_to(mark) for name, mark in self._stood.items()})
+
+
+def _mark(counted: Any) -> tuple[Any, Any]:
+    """What it is, and how it stands. Lists are long: their length is enough."""
+    if isinstance(counted, dict):
+        return counted, {key: _mark(value) for key, value in counted.items()}
+    if isinstance(counted, list):
+        return counted, len(counted)
+    return counted.clone() if isinstance(counted, Tensor) else counted, None
+
+
+def _back_to(mark: tuple[Any, Any]) -> Any:
+    counted, stood = mark
+    if isinstance(counted, dict):
+        for key in counted.keys() - stood.keys():
+            del counted[key]
+        counted.update({key: _back_to(value) for key, value in stood.items()})
+    elif isinstance(counted, list):
+        del counted[stood:]
+    return counted
+
+
+def intercept(call: Callable[[LogProbabilities], tuple]) -> Callable[[], None]:
+    """From now on, a fused head of TRL's that has a gradient to compute goes through `call`. Returns what ends that."""
+    utils: Any = sys.modules.get(_MODULE)
     function: Any = getattr(utils, _NAME, None)
     if function is None:
-        yield
-        return
+        return lambda: None
 
     class Intercepted:
         @staticmethod
-        def apply(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple:
+        def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
             needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-            return call(function.apply, hidden, weight, *rest) if needed else function.apply(hidden, weight, *rest)
+            if not needed:
+                return function.apply(hidden, weight, bias, *rest)
+            return call(LogProbabilities(function.apply, hidden, weight, bias, rest))
+
+    def end() -> None:
+        if getattr(utils, _NAME) is Intercepted:
+            setattr(utils, _NAME, function)
 
     setattr(utils, _NAME, Intercepted)
-    try:
-        yield
-    finally:
-        setattr(utils, _NAME, function)
-
-
-def log_probabilities(
-    apply: Callable[..., tuple],
-    weights: tuple[Tensor, Tensor | None],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    chunk_size: int,
-    cap: float | None,
-    scale: float,
-    outputs: tuple[str, ...],
-) -> tuple[Statistic, tuple]:
-    """TRL's own result, and what it takes to have the cotangents of its log-probabilities again.
-
-    weights: W and b as they are now, for later.
-    """
-    result = apply(hidden, weight, bias, targets, temperature, chunk_size, cap, scale, outputs)
-    squash = Squash(scale / temperature) if cap is None else Squash(scale / cap, cap / temperature, tanh=True)
-    statistic = Statistic(hidden.detach(), *weights, compute_dtype(hidden), squash, targets)
-    statistic.value, statistic.others = result[0].detach(), tuple(None if x is None else x.detach() for x in result[1:])
-    statistic.log_sum = result[0].grad_fn.saved_tensors[4]
-    _check_log_sum(statistic)
-    if hidden.requires_grad:
-        hidden.register_hook(statistic.see_gradient)
-    if result[1] is not None:
-        result[1].register_hook(_refuse_entropy)
-    return statistic, result
-
-
-def replayed_log_probabilities(
-    statistic: Statistic, upstream: Tensor, replay: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple:
-    """The result of the clean pass, differentiated at these weights with the cotangent of that pass."""
-    if hidden.shape != statistic.hidden.shape:
-        raise RuntimeError(
-            f"the second pass took log-probabilities of {len(hidden)} tokens where the first had "
-            f"{len(statistic.hidden)}: both must compute the same function."
-        )
-    # Of log p = z[target] − log Σ exp z the gradient is minus the cross entropy's.
-    now = weight.detach(), None if bias is None else bias.detach()
-    edges = Edge.apply(weight), None if bias is None else Edge.apply(bias)
-    return (Replayed.apply(hidden, *edges, statistic, -upstream, replay, now), *statistic.others)
+    return end
 
 
 @torch.no_grad()

@@ -1,20 +1,24 @@
 """Which engine a run gets, and what would be silently wrong: refused by name, before training."""
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hf_fsam.engines.base import Cleanup
 from hf_fsam.engines.deepspeed import (
     FlatDeepSpeedEngine,
     ReplicatedDeepSpeedEngine,
     ShardedDeepSpeedEngine,
     WholeDeepSpeedEngine,
+    _along,
     _gradients_to,
     select_deepspeed_engine,
 )
 from hf_fsam.engines.fsdp import FSDPEngine, select_fsdp_engine
+from hf_fsam.engines.local import LocalEngine
 from tests.distributed import zero
 
 ARGUMENTS: dict[str, Any] = {
@@ -72,6 +76,10 @@ def test_the_engine_follows_stage_and_scope() -> None:
         ({"optimizer": {"type": "Lion"}}, "fsam_precondition=True with the optimizer 'lion'"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 at ZeRO stage 0"),
         ({"zero_optimization": {"stage": 0}, "fp16": {"enabled": "auto"}}, "fp16 at ZeRO stage 0"),
+        (
+            {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "grad_accum_dtype='fp32' with bf16 at ZeRO stage 1",
+        ),
     ],
 )
 def test_under_deepspeed(change: dict[str, Any], named: str) -> None:
@@ -104,15 +112,104 @@ def test_under_fsdp(change: dict[str, Any], named: str) -> None:
         select_fsdp(**change)
 
 
-def test_a_deepspeed_without_the_methods_that_are_intercepted_is_refused() -> None:
+class BF16Like:
+    """What DeepSpeed puts around an optimizer, with hooks of its own."""
+
+    def clear_backward_seen_flag(self) -> None: ...
+
+
+class ZeroLike(BF16Like):
+    _backward_active_depth = 2  # two backward passes were broken off
+
+    def process_gradients(self, *args: Any) -> None: ...
+
+    def exit_backward(self) -> None:
+        self._backward_active_depth -= 1
+
+
+def test_what_deepspeed_puts_around_an_optimizer_is_known_or_refused() -> None:
     taken: list[Any] = []
-    unknown = SimpleNamespace(reduce_bucket_size=1, process_gradients=print)
+
+    def gradients(wrapper: Any, inner: Any = None) -> Any:
+        engine = SimpleNamespace(optimizer=wrapper, basic_optimizer=wrapper if inner is None else inner)
+        return _gradients_to(engine, Cleanup(), taken.append)
+
     with (
-        pytest.raises(RuntimeError, match=r"0\.19\.8.*lacks.*clear_backward_seen_flag"),
-        _gradients_to(unknown, taken.append),
+        pytest.raises(RuntimeError, match=r"does not know DeepSpeed's BF16Like.*DeepSpeed 0\.19\.8"),
+        gradients(BF16Like(), inner="AdamW"),
     ):
         pass
-    known = SimpleNamespace(reduce_bucket_size=1, process_gradients=print, clear_backward_seen_flag=lambda: None)
-    with _gradients_to(known, taken.append):
+    with gradients(torch.optim.SGD([torch.zeros(1)])):  # stage 0, where it puts nothing
+        pass
+    known = ZeroLike()
+    with gradients(known, inner="AdamW"):
         known.process_gradients("weight", 0)
+    known.process_gradients("another", 0)
     assert taken == ["weight"]
+    assert known._backward_active_depth == 0
+    assert vars(known).keys() == {"_backward_active_depth"}
+
+
+def test_momentum_is_copied_to_the_device_of_the_gradients() -> None:
+    """However little of it is there: moments and shards may both be offloaded."""
+    moments, shards = [torch.ones(4, dtype=torch.float32)], [torch.zeros(2, 2, dtype=torch.bfloat16)]
+    (copy,) = _along(moments, shards, torch.nn.Linear(1, 1), torch.device("meta")).gradients
+    assert (copy.device.type, copy.dtype, copy.shape) == ("meta", torch.bfloat16, (2, 2))
+
+
+ENGINES = [LocalEngine, WholeDeepSpeedEngine, ReplicatedDeepSpeedEngine, FlatDeepSpeedEngine]
+ENGINES += [ShardedDeepSpeedEngine, FSDPEngine]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_where_a_pass_has_no_side_effects_is_it_made_again(engine: Any) -> None:
+    assert engine.forward_can_be_retried == engine.gradients_whole == (engine is LocalEngine)
+
+
+# What an interrupted step leaves --------------------------------------------------------------------------------------
+
+
+def test_cleanup_happens_once_and_in_reverse() -> None:
+    cleanup, done = Cleanup(), []
+    with cleanup.after(lambda: done.append("outer")):
+        with cleanup.after(lambda: done.append("inner")):
+            pass
+        assert done == ["inner"]
+        with cleanup.after(lambda: done.append("inner")):
+            cleanup.run()
+            assert done == ["inner", "inner", "outer"]
+    assert done == ["inner", "inner", "outer"]
+
+
+def test_what_has_been_cleaned_up_is_not_undone_later() -> None:
+    """A generator whose exit never came ends when the traceback goes: in the middle of another step, maybe."""
+    owner, cleanup = SimpleNamespace(), Cleanup()
+    interrupted = cleanup.replaced(owner, "step", "interrupted")
+    interrupted.__enter__()
+    assert owner.step == "interrupted"
+    cleanup.run()
+    assert vars(owner) == {}
+    with cleanup.replaced(owner, "step", "next"):
+        del interrupted
+        gc.collect()
+        assert owner.step == "next"
+    assert vars(owner) == {}
+    owner.step = "the user's"
+    with cleanup.replaced(owner, "step", "ours"):
+        pass
+    assert owner.step == "the user's"
+
+
+def test_an_interrupted_cleanup_is_finished_by_the_next() -> None:
+    cleanup, tries = Cleanup(), []
+
+    def undo() -> None:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), cleanup.after(undo):
+        pass
+    cleanup.run()
+    cleanup.run()
+    assert tries == [0, 1]

@@ -383,6 +383,55 @@ def test_a_micro_batch_without_labels(setting: Setting, tmp_path: Path) -> None:
     assert_same_weights(model, start, wanted)
 
 
+def silent_where_nothing_counts(
+    loss: Callable[[reference.Logits, Batch, Window], Tensor], of_window: bool
+) -> Callable[[reference.Logits, Batch, Window], Tensor]:
+    """The loss, and 0 in the place of its 0 / 0, whose gradient the plain Trainer has as 0."""
+
+    def guarded(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        count = window.num_items if of_window else reference.count_shifted_labels(batch)
+        return loss(logits, batch, window) if count else 0.0 * logits[0].sum()
+
+    return guarded
+
+
+SILENT = {
+    "micro_batch": [replace(setting, accumulation=1) for setting in PERTURBED[:5]],
+    "window": [*PERTURBED[5:], Setting("functional", True, 3, "optimizer_step", direction="momentum")],
+}
+
+
+@pytest.mark.parametrize("kind", ["sum", "smoothed", "mean", "logits"])
+@pytest.mark.parametrize("setting", [*SILENT["micro_batch"], *SILENT["window"]], ids=str)
+def test_an_optimizer_step_without_labels(setting: Setting, kind: str, tmp_path: Path) -> None:
+    """Its gradient is zero, as the plain Trainer's: the first step's, one on the way, and the last one's."""
+    case = CASES["llama"]
+    loss, options = case.problem.loss, {}
+    if kind == "smoothed":
+        loss, options = reference.label_smoothing(shift=True, factor=0.1), {"label_smoothing_factor": 0.1}
+    if kind == "logits":
+        options = {"fsam_fused_head": False}
+    if kind == "mean":
+
+        def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+            scores, targets = reference.shifted(logits[0], batch["labels"])
+            return reference.nll_sum(scores, targets) / (targets != IGNORED).sum() / len(window.batches)
+
+        options = {"trainer_class": type("OwnMeans", (FSAMTrainer,), {"loss_is_scaled_for_ga": False})}
+    problem = replace(case.problem, loss=silent_where_nothing_counts(loss, of_window=kind != "mean"))
+    drawn, window = case.examples(setting.examples), BATCH_SIZE * setting.accumulation
+    for step in (0, 2, -(-setting.examples // window) - 1):
+        for example in drawn[step * window : (step + 1) * window]:
+            example["labels"] = torch.full_like(example["labels"], IGNORED)
+    model = case.model()
+    if kind == "mean":
+        model.accepts_loss_kwargs = False
+    start, factory = copy.deepcopy(model), optimizer_for(case, setting)
+    wanted = train_with_reference(model, problem, drawn, setting, factory)
+    train_with_trainer(model, drawn, setting, factory, tmp_path, **options)
+    assert_same_weights(model, start, wanted)
+
+
 @perturbed
 @pytest.mark.parametrize(
     ("name", "boundary"),

@@ -2,10 +2,12 @@
 
 import json
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -527,7 +529,7 @@ def test_the_mixin_goes_over_a_trainer_and_a_trainer_over_it(tmp_path: Path) -> 
 
     over = make_trainer(tmp_path, trainer_class=Over, fsam_rho=0.3)
     over.train()
-    assert (over.steps, over.losses) == (6, 13)  # the first pass finds that this loss needs the logits
+    assert (over.steps, over.losses) == (6, 12)
     under = make_trainer(tmp_path, trainer_class=Under, fsam_rho=0.3)
     under.train()
     plain = make_trainer(tmp_path, trainer_class=Over, fsam_variant="none")
@@ -554,29 +556,162 @@ def test_a_training_step_that_never_computes_the_loss_is_an_error_not_a_silent_s
     assert same_bits(weights_of(trainer.model), before)
 
 
-class _Noisy(Trainer):
-    """Changes the batch in its own step, past the clean pass."""
+class _Augments(Trainer):
+    """Changes the batch in its own step, from the second one on."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        noisy = torch.where(torch.rand(inputs["input_ids"].shape) < 0.3, 5, inputs["input_ids"])
-        return super().training_step(model, {**inputs, "input_ids": noisy}, num_items_in_batch)
+        if self.state.global_step:
+            inputs = {**inputs, "input_ids": inputs["input_ids"].roll(self.state.global_step, 1)}
+        return super().training_step(model, inputs, num_items_in_batch)
 
 
-class _InPlace(Trainer):
+class _WritesInPlace(Trainer):
+    """Changes the batch in its loss, from the second step on: some of its tensors, and its keys."""
+
     def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs["input_ids"].add_(1).remainder_(40)
+        if self.state.global_step:
+            inputs["input_ids"].copy_(inputs["input_ids"].roll(self.state.global_step, 1))
+        inputs["labels"] = inputs.pop("labels").clone()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-@pytest.mark.parametrize("parent", [_Noisy, _InPlace])
-@pytest.mark.parametrize("variant", ["sam", "functional"])
-def test_a_batch_that_the_second_pass_sees_changed_is_an_error(
+class _Remembers(Trainer):
+    """What both of them train on."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        rolled = inputs["input_ids"].roll(self.state.global_step, 1)
+        return super().compute_loss(model, {**inputs, "input_ids": rolled}, *args, **kwargs)
+
+
+@pytest.mark.parametrize("parent", [_Augments, _WritesInPlace])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_both_passes_see_a_batch_that_the_step_or_the_loss_changes(
     tmp_path: Path, parent: type[Trainer], variant: str
 ) -> None:
-    trainer = make_trainer(tmp_path, trainer_class=type("Over", (FSAMMixin, parent), {}), fsam_variant=variant)
-    with pytest.raises(RuntimeError, match="the second pass got another 'input_ids' than the first"):
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3}
+    over = type("Over", (FSAMMixin, parent), {})
+    wanted = train(tmp_path, trainer_class=type("Wanted", (FSAMMixin, _Remembers), {}), **settings)
+    assert same_bits(train(tmp_path, trainer_class=over, **settings), wanted)
+    assert not same_bits(train(tmp_path, **settings), wanted)
+
+
+def test_a_batch_that_changes_after_its_ascent_is_an_error(tmp_path: Path) -> None:
+    """With `optimizer_step` the ascent comes before the micro-batches' own steps."""
+    settings = {"fsam_ascent_scope": "optimizer_step", "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, trainer_class=type("Over", (FSAMMixin, _Augments), {}), **settings)
+    with pytest.raises(ValueError, match=r"compute_loss was given another \['input_ids'\].*'micro_batch'"):
         trainer.train()
-    assert same_bits(weights_of(trainer.model), weights_of(llama()))
+    wanted = train(tmp_path, trainer_class=type("Wanted", (FSAMMixin, _Remembers), {}), **settings)
+    changed = train(tmp_path, trainer_class=type("Over", (FSAMMixin, _WritesInPlace), {}), **settings)
+    assert same_bits(changed, wanted)
+
+
+class _Cached(nn.Module):
+    """A model whose batch holds a list, nested tensors and an object, all of which its forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classifier = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.seen: list[tuple[int, float, int]] = []
+
+    def forward(self, x: Tensor, labels: Tensor, memory: dict, cache: transformers.DynamicCache) -> dict[str, Tensor]:
+        self.seen.append((len(memory["list"]), float(memory["tensor"]), cache.get_seq_length()))
+        memory["list"].append(1)
+        memory["tensor"].add_(1)
+        states = self.body(x)[:, None, None]
+        keys, _ = cache.update(states, states, 0)
+        logits = self.classifier(keys.sum((1, 2)).tanh())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_each_pass_gets_the_containers_and_objects_of_the_batch_as_they_were_fetched(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Tensor]]) -> dict:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        cache = transformers.DynamicCache()
+        cache.update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4), 0)
+        return batch | {"memory": {"list": [0], "tensor": torch.zeros(())}, "cache": cache}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    for settings in ({}, {"fsam_ascent_scope": "optimizer_step"}, {"fsam_variant": "logit"}):
+        model = _Cached()
+        given = {"train_dataset": data, "data_collator": collate}
+        make_trainer(tmp_path, model, trainer=given, max_steps=3, **settings).train()
+        assert set(model.seen) == {(1, 0.0, 1)}
+        assert len(model.seen) == (9 if settings.get("fsam_variant") == "logit" else 6)
+
+
+def test_what_cannot_be_copied_is_named(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Tensor]]) -> dict:
+        return {"features": torch.ones(2, 4), "labels": torch.zeros(2).long(), "lock": threading.Lock()}
+
+    with pytest.raises(TypeError, match=r"the batch's \['lock'\] is a lock that cannot be copied"):
+        train(tmp_path, trainer={"data_collator": collate})
+
+
+def test_a_loss_can_ask_which_pass_it_is_in(tmp_path: Path) -> None:
+    """A memory that advances once a step, at the clean weights, is the plain Trainer's."""
+
+    class Remembering(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            passes.append(self.fsam_pass)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if self.fsam_pass != "second":
+                memory.append(float(loss))
+            return loss
+
+    passes: list[str | None] = []
+    memory: list[float] = []
+    seen = {}
+    for variant in ("none", *ACTIVE):
+        passes.clear()
+        memory.clear()
+        trainer = make_trainer(tmp_path, trainer_class=Remembering, fsam_variant=variant, learning_rate=0.0)
+        trainer.train()
+        assert trainer.fsam_pass is None
+        seen[variant] = (passes[:], memory[:])
+    assert seen["none"][0] == [None] * 6
+    assert seen["sam"][0] == seen["functional"][0] == ["clean", "second"] * 6
+    assert seen["logit"][0] == ["clean", "second", "second"] * 6
+    for variant in ACTIVE:
+        assert seen[variant][1] == pytest.approx(seen["none"][1], rel=1e-6)
+
+
+class _Skips(Trainer):
+    """Leaves out a batch that fails."""
+
+    skipped = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except ValueError:
+            self.skipped += 1
+            return torch.zeros(())
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_step_below_may_leave_out_a_batch_that_fails(tmp_path: Path, at: int, where: str, scope: str) -> None:
+    """In either pass: the weights come back, the batch gives no gradient, and training goes on."""
+    model = _Failing(ValueError("mine"), where, at)
+    over = type("Over", (FSAMMixin, _Skips), {})
+    settings = {"fsam_rho": 0.5, "max_steps": 4, "fsam_ascent_scope": scope, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, model, trainer_class=over, **settings)
+    trainer.train()
+    assert trainer.skipped == 1
+    assert trainer.state.global_step == 4
+    assert same_bits(weights_of(model), weights_of(_Failing(ValueError(), "", -1)))
+    assert trainer.state.log_history[-2]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
+    plain = make_trainer(
+        tmp_path,
+        _Failing(ValueError("mine"), where, 2),
+        trainer_class=type("Plain", (FSAMMixin, _Skips), {}),
+        fsam_variant="none",
+    )
+    plain.train()
+    assert plain.skipped == 1
 
 
 def test_a_batch_may_hold_what_is_not_a_number(tmp_path: Path) -> None:

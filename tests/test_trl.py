@@ -227,6 +227,28 @@ def test_sft_with_label_smoothing(setting: str, tmp_path: Path) -> None:
     check(trainer, start, replace(SFT, loss=reference.label_smoothing(shift=True, factor=0.1)), setting)
 
 
+@settings
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_sft_without_a_target(smoothing: float, setting: str, tmp_path: Path) -> None:
+    """A micro-batch, and a whole window, of truncated completions: their gradient is zero, as under TRL."""
+    rows = list(conversations())
+    for row in rows[2:8]:
+        row["completion_mask"] = [0] * len(row["input_ids"])
+    model = llama()
+    start = copy.deepcopy(model)
+    arguments = SETTINGS[setting] | {"label_smoothing_factor": smoothing, "train_sampling_strategy": "sequential"}
+    arguments |= {"max_length": None, "completion_only_loss": True}  # else TRL would leave them out
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, Dataset.from_list(rows), **arguments)
+    loss = reference.label_smoothing(shift=True, factor=smoothing) if smoothing else SFT.loss
+
+    def silent(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        return loss(logits, batch, window) if window.num_items else 0.0 * logits[0].sum()
+
+    check(trainer, start, replace(SFT, loss=silent), setting)
+    counted = [int((batch["labels"] != IGNORED).sum()) for batch in trainer.batches]
+    assert [count > 0 for count in counted] == [True, False, False, False, *[True] * 4]
+
+
 # DPO and rewards ------------------------------------------------------------------------------------------------------
 
 BETA = 0.5

@@ -35,7 +35,19 @@ class Ascent:
 
 
 class Engine(Protocol):
-    keeps: bool  # a weight that was detached in a clean pass stays at θ while the weights are at θ+ε
+    """How one way of holding the weights is ascended, perturbed and restored.
+
+    Attributes:
+        keeps: a weight that was detached in a clean pass stays at θ while the weights are at θ+ε.
+        forward_can_be_retried: a forward pass of the ascent that raised leaves nothing half done and has exchanged
+            nothing with another process, so that it can be made again. Not where weights are gathered on the way.
+        gradients_whole: a plain backward pass leaves this process's whole gradients in `.grad`, and nobody else sees
+            them.
+    """
+
+    keeps: bool
+    forward_can_be_retried: bool
+    gradients_whole: bool
 
     def ascent(self, model: nn.Module, *, average: bool, passes: int) -> AbstractContextManager[Ascent]:
         """The passes inside accumulate into the ascent, and leave the gradients of the training as they were.
@@ -69,7 +81,8 @@ class Engine(Protocol):
         """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""
 
     def restore(self) -> None:
-        """The weights that this process owns are at θ after this, whether they were before or not.
+        """The weights that this process owns are at θ after this, whether they were before or not, and whatever else a
+        step changes for its duration is as it was.
 
         No communication: an exception may have struck this process alone.
         """

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Engine, perturb_shards
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside
 from hf_fsam.perturbation import Perturbation
@@ -34,6 +35,7 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
     optimizer = str(config.get("optimizer", {}).get("type", "")).lower()
     low_precision = [kind for kind in ("bf16", "fp16") if (config.get(kind) or {}).get("enabled") in (True, "auto")]
     rank = args.fsam_ascent_scope == "rank"
+    accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
     refused = {
         "zero_hpz_partition_size > 1 (hpZ), whose second copy of the weights would not see the perturbation": (
             (zero.get("zero_hpz_partition_size") or 1) > 1
@@ -54,6 +56,10 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
         "second moment": args.fsam_precondition and optimizer not in ("", "adam", "adamw"),
         f"{' and '.join(low_precision)} at ZeRO stage 0 (stage 1 shards no more than that does)": (
             stage == 0 and bool(low_precision)
+        ),
+        # For which DeepSpeed has an optimizer of its own, BF16_Optimizer.
+        f"data_types.grad_accum_dtype={accumulated!r} with bf16 at ZeRO stage 1 (leave it out, or choose stage 2)": (
+            stage == 1 and "bf16" in low_precision and accumulated in ("fp32", "float32", "float", "torch.float32")
         ),
         "fsam_ascent_scope='rank' at ZeRO stage 3, where no process holds its own gradient whole": (
             stage == 3 and rank
@@ -77,7 +83,10 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
 
 @contextmanager
 def _around_step(
-    engine: Any, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+    engine: Any,
+    cleanup: Cleanup,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Accelerate's `backward` steps the engine, too: what belongs before or after that can't wait for its return."""
     step = engine.step
@@ -88,42 +97,46 @@ def _around_step(
         after()
         return result
 
-    engine.step = surrounded_step
-    try:
+    with cleanup.replaced(engine, "step", surrounded_step):
         yield
-    finally:
-        del engine.step
 
 
 @contextmanager
-def _gradients_to(optimizer: Any, take: Callable[[Any], None]) -> Iterator[None]:
+def _gradients_to(engine: Any, cleanup: Cleanup, take: Callable[[Any], None]) -> Iterator[None]:
     """Inside, a weight whose gradient is complete goes to `take`, not to ZeRO's reduction and accumulation.
 
     DeepSpeed's hooks on the weights call these methods (0.19.8): `process_gradients` at stages 1 and 2,
     `reduce_ready_partitions_and_remove_grads` at stage 3. There is no public way to keep a backward pass from them.
+
+    Raises:
+        RuntimeError: what DeepSpeed has put around the optimizer has other hooks.
     """
-    if not hasattr(optimizer, "reduce_bucket_size"):  # stage 0, which has no hooks
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:  # stage 0: it has put nothing there, and there are no hooks
         yield
         return
-    names = ("process_gradients", "reduce_ready_partitions_and_remove_grads", "clear_backward_seen_flag")
-    name = next((name for name in names[:2] if hasattr(optimizer, name)), None)
-    if name is None or not hasattr(optimizer, names[2]):
+    names = ("process_gradients", "reduce_ready_partitions_and_remove_grads")
+    name = next((name for name in names if hasattr(optimizer, name)), None)
+    if name is None or not hasattr(optimizer, "clear_backward_seen_flag"):
         raise RuntimeError(
-            f"hf_fsam was written for DeepSpeed 0.19.8: {type(optimizer).__name__} of this version lacks {names}, so "
-            "the ascent's gradients would enter the training's. Install that version, or set fsam_variant='none'."
+            f"hf_fsam does not know DeepSpeed's {type(optimizer).__name__}, into whose gradients those of the ascent "
+            "would go: it was written for the optimizers of ZeRO stages 1 to 3 of DeepSpeed 0.19.8. Install that "
+            "version, choose another stage, or set fsam_variant='none'."
         )
-    # As before any forward pass of the engine's; without it the hooks enter a backward pass that nobody leaves.
+    # As before any forward pass of the engine's; without it the hooks enter a backward pass that nobody leaves. A
+    # backward pass that was broken off has not been left, either: DeepSpeed would end it at the end of the ascent's.
     optimizer.clear_backward_seen_flag()
-    setattr(optimizer, name, lambda parameter, *_: take(parameter))
-    try:
+    while optimizer._backward_active_depth:
+        optimizer.exit_backward()
+    with cleanup.replaced(optimizer, name, lambda parameter, *_: take(parameter)):
         yield
-    finally:
-        delattr(optimizer, name)
 
 
 class WholeDeepSpeedEngine(LocalEngine):
     """ZeRO-0 and, at stages 1 and 2, the scope `rank`: every process ascends, perturbs and restores on its own, with
     gradient and backup whole, as under DDP."""
+
+    forward_can_be_retried = gradients_whole = False  # DeepSpeed follows the passes with hooks of its own
 
     @property
     def _engine(self) -> Any:
@@ -135,13 +148,13 @@ class WholeDeepSpeedEngine(LocalEngine):
     @contextmanager
     def _apart(self, model: Any) -> Iterator[nn.Module]:
         # The module inside: the engine's own forward pass announces a backward pass of the training.
-        with _gradients_to(model.optimizer, take=lambda parameter: None):
+        with _gradients_to(model, self._cleanup, take=lambda parameter: None):
             yield model.module
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
     ) -> Perturbation:
-        if optimizer is not None and hasattr(self._engine.optimizer, "reduce_bucket_size"):
+        if optimizer is not None and self._engine.optimizer is not self._engine.basic_optimizer:
             raise ValueError(
                 "fsam_precondition=True was set after the start with fsam_ascent_scope='rank', where no process "
                 "holds the second moment whole. Set it before."
@@ -150,8 +163,10 @@ class WholeDeepSpeedEngine(LocalEngine):
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        with super().perturbed(perturbation), _around_step(self._engine, before=self.restore):
-            yield
+        with super().perturbed(perturbation):  # makes the exchange that is asked for below
+            step = _around_step(self._engine, self._cleanup, before=self._exchange.restore)
+            with step:
+                yield
 
 
 class _ShardingEngine:
@@ -162,10 +177,11 @@ class _ShardingEngine:
     """
 
     keeps = False  # the weights are moved in place
+    forward_can_be_retried = gradients_whole = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self._sums: dict[Any, Tensor] = {}
+        self._cleanup = Cleanup()
 
     @property
     def _engine(self) -> Any:
@@ -183,7 +199,9 @@ class _ShardingEngine:
             raise ValueError(RANK_SET_LATE)
         self.settle()
         parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
-        bucket = Bucket(model.optimizer.reduce_bucket_size, self._reduce)
+        shards = self._shards(model)
+        sums = {key: torch.zeros_like(shard, device=self.accelerator.device) for key, shard in shards}
+        bucket = Bucket(model.optimizer.reduce_bucket_size, partial(self._reduce, sums=sums))
 
         def backward(loss: Tensor) -> None:
             self.scale(loss).backward()
@@ -194,23 +212,18 @@ class _ShardingEngine:
             gradient, parameter.grad = parameter.grad, None
             bucket.add(parameter, gradient)
 
-        shards = self._shards(model)
-        self._sums = {key: torch.zeros_like(shard, device=self.accelerator.device) for key, shard in shards}
         ascent = Ascent(model.module, backward)
-        try:
-            with gradients_set_aside(parameters), _gradients_to(model.optimizer, take):
-                yield ascent
-            ascent.weights = [shard for _, shard in shards]
-            ascent.gradients = list(self._sums.values())
-        finally:
-            self._sums = {}
+        with gradients_set_aside(parameters, self._cleanup), _gradients_to(model, self._cleanup, take):
+            yield ascent
+        ascent.weights = [shard for _, shard in shards]
+        ascent.gradients = list(sums.values())
 
     def momentum(self, model: Any, optimizer: Optimizer) -> Ascent | None:
         self.settle()
         if not _has_stepped(self._engine):
             return None
         shards = [shard for _, shard in self._shards(model)]
-        return _along(self._moments("exp_avg"), shards, model.module)
+        return _along(self._moments("exp_avg"), shards, model.module, self.accelerator.device)
 
     def perturb(
         self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
@@ -226,12 +239,15 @@ class _ShardingEngine:
         """What the optimizer keeps under that name for each shard."""
         raise NotImplementedError
 
-    def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
+    def _reduce(self, parameters: list[Any], gradients: list[Tensor], sums: dict[Any, Tensor]) -> None:
         """Add the mean over the processes of each gradient to the sums of its owners."""
         raise NotImplementedError
 
     def _release(self, model: Any) -> None:
         """After a backward pass of the ascent, what DeepSpeed does after its own."""
+
+    def restore(self) -> None:
+        self._cleanup.run()
 
     def settle(self) -> None:
         """Where no process holds what another one perturbs, nothing is left to do."""
@@ -333,7 +349,7 @@ class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
         if not _has_stepped(self._engine):
             return None
         flat = _Flat(self._engine.optimizer)
-        return _along(flat.moments("exp_avg"), flat.own, model.module)
+        return _along(flat.moments("exp_avg"), flat.own, model.module, self.accelerator.device)
 
 
 class FlatDeepSpeedEngine(_ShardingEngine):
@@ -358,29 +374,27 @@ class FlatDeepSpeedEngine(_ShardingEngine):
     def _moments(self, name: str) -> Iterable[Tensor]:
         return self._flat.moments(name)
 
-    def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
-        self._flat.reduce(parameters, gradients, self._sums)
+    def _reduce(self, parameters: list[Any], gradients: list[Tensor], sums: dict[Any, Tensor]) -> None:
+        self._flat.reduce(parameters, gradients, sums)
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         flat = self._flat
         self._own_moved = self._others_moved = True
-        try:
+        with self._cleanup.after(self._put_back):
             for own, value in zip(flat.own, perturbation.values, strict=True):
                 own.copy_(value)
             flat.gather(flat.wholes, flat.own)
-            with _around_step(self._engine, after=self._overwritten):
+            with _around_step(self._engine, self._cleanup, after=self._overwritten):
                 yield
             self.settle()
-        finally:
-            self.restore()
 
     def _overwritten(self) -> None:
         """By the optimizer's step, unless it was skipped."""
         if self._engine.was_step_applied():
             self._own_moved = self._others_moved = False
 
-    def restore(self) -> None:
+    def _put_back(self) -> None:
         if self._own_moved:
             flat = self._flat
             for own, master in zip(flat.own, flat.masters, strict=True):
@@ -389,7 +403,7 @@ class FlatDeepSpeedEngine(_ShardingEngine):
 
     def settle(self) -> None:
         if self._others_moved:
-            self.restore()
+            self._put_back()
             flat = self._flat
             flat.gather(flat.wholes, flat.own)
             self._others_moved = False
@@ -413,34 +427,33 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
         for weight in self._weights:
             yield safe_get_local_optimizer_state(weight, name)
 
-    def _reduce(self, parameters: list[Any], gradients: list[Tensor]) -> None:
+    def _reduce(self, parameters: list[Any], gradients: list[Tensor], sums: dict[Any, Tensor]) -> None:
         from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 
         # The mean. The last process's parts are shorter than its shards, which end in padding.
         parts = reduce_scatter_coalesced([g.contiguous() for g in gradients], parameters[0].ds_process_group)
         for parameter, part in zip(parameters, parts, strict=True):
-            self._sums[parameter][: part.numel()] += part
+            sums[parameter][: part.numel()] += part
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         self._moved = True
-        try:
+        with self._cleanup.after(self._put_back):
             for weight, value in zip(self._weights, perturbation.values, strict=True):
                 weight.ds_tensor.data.copy_(value)
-            self._forget_gathered()
-            with _around_step(self._engine, before=self.restore):
+            self._have_gathered_anew()
+            with _around_step(self._engine, self._cleanup, before=self._put_back):
                 yield
-        finally:
-            self.restore()
 
-    def restore(self) -> None:
+    def _put_back(self) -> None:
         """From the master weights, of which the weights are the rounding: no backup is kept."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         if self._moved:
             for weight in self._weights:
+                # Not `non_blocking` from the host, where the optimizer's step may come next.
                 weight.ds_tensor.data.copy_(safe_get_local_fp32_param(weight))
-            self._forget_gathered()
+            self._have_gathered_anew()
             self._moved = False
 
     def _release(self, model: Any) -> None:
@@ -449,14 +462,26 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
     def as_output(self, module: Any, tensor: Tensor) -> Tensor:
         return module.pre_bwd_fn.apply(tensor)  # DeepSpeed's own hook on a module's output (0.19.8)
 
-    def _forget_gathered(self) -> None:
-        """Small weights stay gathered between the passes (stage3_param_persistence_threshold), others may after a pass
-        that ended early: have them gathered anew."""
+    def _have_gathered_anew(self) -> None:
+        """What has been written into the shards is what the next pass computes with."""
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+        # Small weights stay gathered between the passes (stage3_param_persistence_threshold), others may after a pass
+        # that ended early, in the modules that it was in.
         for weight in self._weights:
             if weight.ds_status == ZeroParamStatus.AVAILABLE:
+                weight.ds_active_sub_modules.clear()
                 weight.partition(param_list=[weight], has_been_updated=False)
+        # With overlap_comm weights are gathered on a stream that waits for nobody, in particular not for the one that
+        # the shards were written on. DeepSpeed does not show it (0.19.8, hence the mangled name). There is none on the
+        # CPU, where `synchronize` does nothing; in a version that hides it elsewhere the host waits.
+        offload = self._engine.optimizer.parameter_offload
+        gathering = getattr(offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
+        if gathering is None:
+            get_accelerator().synchronize()
+        else:
+            gathering.wait_stream(get_accelerator().current_stream())
 
 
 def _stretches(start: int, count: int, length: int) -> Iterator[tuple[int, int]]:
@@ -472,10 +497,12 @@ def _has_stepped(engine: Any) -> bool:
     return engine.global_steps != engine.skipped_steps  # fp16 skips the first steps while it finds its loss scale
 
 
-def _along(moments: Iterable[Tensor], shards: list[Tensor], module: nn.Module) -> Ascent:
-    """An ascent along the optimizer's momentum of the shards."""
-    # Offloaded state stays where it is, but for this copy.
-    copies = [each.to(shard.dtype, copy=True).view_as(shard) for each, shard in zip(moments, shards, strict=True)]
+def _along(moments: Iterable[Tensor], shards: list[Tensor], module: nn.Module, device: torch.device) -> Ascent:
+    """An ascent along the optimizer's momentum of the shards, on the device where gradients would be."""
+    # Offloaded state stays where it is, but for this copy, and so do offloaded shards.
+    copies = [
+        each.to(device, shard.dtype, copy=True).view_as(shard) for each, shard in zip(moments, shards, strict=True)
+    ]
     return Ascent(module, lambda loss: None, shards, copies, owned=True)
 
 

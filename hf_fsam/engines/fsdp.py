@@ -47,6 +47,7 @@ class FSDPEngine(LocalEngine):
     """Every process holds a shard of every weight, and perturbs and restores that."""
 
     keeps = False  # whole weights are gathered, and moved when gathered anew
+    forward_can_be_retried = gradients_whole = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
@@ -72,12 +73,10 @@ class FSDPEngine(LocalEngine):
             self._backward(loss)
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with gradients_set_aside(parameters):
+        with gradients_set_aside(parameters, self._cleanup):
             ascent = Ascent(model, backward)
-            try:
+            with self._cleanup.after(lambda: model.set_requires_gradient_sync(self.accelerator.sync_gradients)):
                 yield ascent
-            finally:
-                model.set_requires_gradient_sync(self.accelerator.sync_gradients)
             for parameter in parameters:
                 if parameter.grad is not None:
                     self._parameters.append(parameter)
@@ -104,17 +103,18 @@ class FSDPEngine(LocalEngine):
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        try:
+        with self._cleanup.after(self._put_back):
             if self._reduce_at_once:
                 self._model.set_requires_gradient_sync(True)
             self._exchange_contents(perturbation)
             yield
-        finally:
-            self.restore()
 
     @torch.no_grad()
     def _exchange_contents(self, perturbation: Perturbation) -> None:
-        """FSDP gathers from the memory that the shards lie in: the numbers have to change places, not the tensors."""
+        """FSDP gathers from the memory that the shards lie in: the numbers have to change places, not the tensors.
+
+        Its streams wait for the current one at the beginning of each forward pass (torch 2.13).
+        """
         for shard, value in zip(perturbation.weights, perturbation.values, strict=True):
             theta = shard.clone()
             self._away.append([shard, theta])
@@ -123,16 +123,19 @@ class FSDPEngine(LocalEngine):
             self._away[-1][1] = value
         self._forget_gathered()
 
-    @torch.no_grad()
     def restore(self) -> None:
+        self._cleanup.run()
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
         if self._away:
-            while self._away:
-                shard, theta = self._away[-1]
-                value = shard.clone()
-                shard.copy_(theta)
-                self._away.pop()
-                theta.copy_(value)  # the next micro-batch of the window is perturbed alike
             self._forget_gathered()
+        while self._away:
+            shard, theta = self._away[-1]
+            value = shard.clone()
+            shard.copy_(theta)
+            self._away.pop()
+            theta.copy_(value)  # the next micro-batch of the window is perturbed alike
 
     def _forget_gathered(self) -> None:
         """A pass that raised before its backward leaves some weights gathered at θ+ε: have them gathered anew."""

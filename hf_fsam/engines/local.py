@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines.base import Ascent, Bucket
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
 from hf_fsam.second_moment import check_keeps_second_moment, has_stepped, momenta, precondition, second_moments
@@ -18,9 +19,12 @@ _REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
 class LocalEngine:
     keeps = True
+    forward_can_be_retried = True
+    gradients_whole = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self._cleanup = Cleanup()
         self._exchange = Exchange()
         self._asked: Optimizer | None = None
         self._seen_stepping: Optimizer | None = None
@@ -28,7 +32,7 @@ class LocalEngine:
     @contextmanager
     def ascent(self, model: nn.Module, *, average: bool, passes: int) -> Iterator[Ascent]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with gradients_set_aside(parameters), self._apart(model) as inner:
+        with gradients_set_aside(parameters, self._cleanup), self._apart(model) as inner:
             ascent = Ascent(inner, self._backward)
             yield ascent
             several = average and self.accelerator.num_processes > 1
@@ -109,26 +113,31 @@ class LocalEngine:
             self._asked = optimizer
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
+        self._exchange.restore()
+        self._exchange = Exchange()  # whose end nobody else's can be, however late that comes
         return self._exchange(perturbation)
 
     def restore(self) -> None:
         self._exchange.restore()
+        self._cleanup.run()
 
     def settle(self) -> None:
         pass
 
 
 @contextmanager
-def gradients_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+def gradients_set_aside(parameters: Sequence[Tensor], cleanup: Cleanup | None = None) -> Iterator[None]:
     """A plain backward pass inside begins with empty `.grad`; afterwards what was there is there again.
 
     Not `torch.autograd.grad`, which reentrant checkpointing refuses.
     """
     aside = [parameter.grad for parameter in parameters]
-    try:
+
+    def put_back() -> None:
+        for parameter, gradient in zip(parameters, aside, strict=True):
+            parameter.grad = gradient
+
+    with (cleanup or Cleanup()).after(put_back):
         for parameter in parameters:
             parameter.grad = None
         yield
-    finally:
-        for parameter, gradient in zip(parameters, aside, strict=True):
-            parameter.grad = gradient
