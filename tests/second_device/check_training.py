@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tests import reference
-from tests.reference import Problem, Tensors
+from tests.reference import IGNORED, Batch, Logits, Problem, Tensors, Window
 from tests.test_diagnostics import Formulas, expected_paths, one_measurement, tiny
 from tests.toys import adapted, distance, gpt2, llama, make_trainer, same_bits, sentences
 
@@ -44,7 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
     "smoothed-logits": VARIANTS["functional"] | SMOOTHED | LOGITS,
     "accumulating": VARIANTS["momentum"] | {"gradient_accumulation_steps": 2},
     "offloaded": VARIANTS["functional"] | WINDOW | {"fsam_offload_hidden_states": True},
-    "masked": VARIANTS["functional"] | {"masked": True, "gradient_accumulation_steps": 2},
+    **{f"{name}-masked": VARIANTS[name] | {"masked": True} for name in ("functional", "logit", "momentum")},
+    "smoothed-masked": VARIANTS["functional"] | SMOOTHED | WINDOW | {"masked": True},
+    **{f"{name}-silent": VARIANTS[name] | {"silent": True} for name in ("functional", "logit", "momentum")},
+    "smoothed-silent": VARIANTS["functional"] | SMOOTHED | {"silent": True},
     "checkpointed": VARIANTS["functional"] | {"gradient_checkpointing": True},
     "tied": VARIANTS["preconditioned"] | {"tied": True},
     "adapted": VARIANTS["functional"] | {"tied": True, "adapted": True},
@@ -56,6 +59,15 @@ def weights_of(model: nn.Module) -> Tensors:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
+def rows_for(settings: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """silent: the second batch has no target."""
+    rows = sentences(masked=settings.get("masked", False))
+    if settings.get("silent"):
+        for row in rows[2:4]:
+            row["labels"] = torch.full_like(row["labels"], IGNORED)
+    return rows
+
+
 def model_for(settings: dict[str, Any]) -> nn.Module:
     model: nn.Module = gpt2() if settings.get("tied") else llama()
     return adapted(model) if settings.get("adapted") else model
@@ -63,8 +75,8 @@ def model_for(settings: dict[str, Any]) -> nn.Module:
 
 def trained(folder: Path, settings: dict[str, Any], prepare: Callable[[Any], None] = lambda trainer: None) -> Any:
     """The trainer after its training on the device."""
-    arguments = {key: value for key, value in settings.items() if key not in ("tied", "adapted", "masked")}
-    data = {"train_dataset": sentences(masked=settings.get("masked", False))}
+    arguments = {key: value for key, value in settings.items() if key not in ("tied", "adapted", "masked", "silent")}
+    data = {"train_dataset": rows_for(settings)}
     trainer = make_trainer(folder, model_for(settings), trainer=data, **(BASE | arguments))
     assert {parameter.device.type for parameter in trainer.model.parameters()} == {"npu"}
     prepare(trainer)
@@ -76,7 +88,7 @@ def from_formulas(settings: dict[str, Any], skipped: int = 0) -> tuple[Tensors, 
     """Where plain torch begins on the CPU, and where it ends. skipped: optimizer steps at the beginning."""
     model = model_for(settings)
     accumulation = settings.get("gradient_accumulation_steps", 1)
-    rows = sentences(masked=settings.get("masked", False))
+    rows = rows_for(settings)
     batches = [
         {key: torch.stack([row[key] for row in rows[start : start + 2]]) for key in rows[0]}
         for start in range(2 * accumulation * skipped, 2 * accumulation * settings.get("max_steps", 4), 2)
@@ -84,11 +96,15 @@ def from_formulas(settings: dict[str, Any], skipped: int = 0) -> tuple[Tensors, 
     loss = reference.causal_lm_loss
     if "label_smoothing_factor" in settings:
         loss = reference.label_smoothing(shift=True, factor=settings["label_smoothing_factor"])
+
+    def of_targets(logits: Logits, batch: Batch, window: Window) -> Tensor:
+        return loss(logits, batch, window) if window.num_items else 0.0 * logits[0].sum()
+
     # GPT-2's loss is not known to the Trainer for one that shifts, Llama's is.
     count = reference.count_labels if settings.get("tied") else reference.count_shifted_labels
     ended = reference.train(
         model,
-        Problem(loss, count=count),
+        Problem(of_targets, count=count),
         batches,
         variant=settings["fsam_variant"],
         rho=BASE["fsam_rho"],
