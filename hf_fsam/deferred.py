@@ -7,8 +7,8 @@ with its values, which are computed then; the log says so once, and from the nex
 itself.
 
 In the backward pass a cross entropy leaves its share of the gradient with the call of the head, and sends the logits
-what says nothing; what was done with their values sends their cotangent, as in any graph. :class:`_Head`, the node that stands for
-the head, hands on the sum of both.
+what says nothing; what was done with their values sends their cotangent, as in any graph. :class:`_Head`, the node
+that stands for the head, hands on the sum of both.
 """
 
 import math

@@ -66,7 +66,7 @@ def perturb(
     scale = torch.where(finite & scale.isfinite(), scale, 0.0)  # no direction, or one too short to be told from none
     along = torch.zeros_like(direction_norm)  # ⟨θ'−θ, ε⟩
     for weight, gradient in zip(weights, gradients, strict=True):
-        for theta, chunk in zip(chunks(weight), chunks(gradient), strict=True):
+        for theta, chunk in chunks(weight, gradient):
             along += _move(theta, chunk, scale, generator)
     return Perturbation(list(weights), list(gradients), gradient_norm, along / rho, ~finite)
 
@@ -76,7 +76,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     # Piece by piece: torch 2.13 on the CPU is 1.1 % short on 10⁸ numbers at once.
-    pieces = [piece for tensor in tensors for piece in chunks(tensor)]
+    pieces = [piece for tensor in tensors for (piece,) in chunks(tensor)]
     wide = torch.float64 if any(piece.dtype == torch.float64 for piece in pieces) else torch.float32
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, dtype=wide))).float()
 
@@ -106,12 +106,28 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     return noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
 
 
-def chunks(tensor: Tensor) -> Sequence[Tensor]:
-    """Views that make up `tensor`, cut along its first dimension, none much longer than a chunk."""
-    most = _CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE)
-    if tensor.numel() <= most:
-        return (tensor,)
-    return tensor.split(max(1, most * tensor.shape[0] // tensor.numel()))
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views that make up `tensors`, all cut alike: by what their devices have in common, since one of them may be
+    offloaded from that of another. None is longer than a chunk.
+
+    Raises:
+        ValueError: they are not of one shape.
+    """
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"tensors of the shapes {shapes} can't be cut alike.")
+    return _cut(tensors, min(_CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE) for tensor in tensors))
+
+
+def _cut(tensors: tuple[Tensor, ...], most: int) -> Iterator[tuple[Tensor, ...]]:
+    numbers = tensors[0].numel()
+    if numbers <= most:
+        yield tensors
+    elif rows := most * tensors[0].shape[0] // numbers:
+        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    else:  # a single row is too long: the weight of an expert, say
+        for row in zip(*(tensor.unbind() for tensor in tensors), strict=True):
+            yield from _cut(row, most)
 
 
 def own_storage(gradients: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Tensor]:

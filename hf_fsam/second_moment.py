@@ -18,7 +18,8 @@ class SecondMoment:
     Attributes:
         average: the running average v of g², in the shape of the weight; maybe offloaded from its device.
         beta: its decay β₂.
-        step: the steps t that it has averaged over, a number or a tensor of shape ().
+        step: the steps t that it has averaged over, a number or a tensor of shape (). 0 where a loss scaler has skipped
+            them all: a fused optimizer has made its state by then.
         eps: the optimizer's own epsilon.
     """
 
@@ -28,10 +29,13 @@ class SecondMoment:
     eps: float
 
     def divide(self, gradient: Tensor) -> None:
-        """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place."""
-        correction = (1 - self.beta**self.step) ** 0.5
-        for g, v in zip(chunks(gradient), chunks(self.average), strict=True):
-            g.div_(v.to(g.device).sqrt().div_(correction).add_(self.eps))
+        """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place; g stays where t = 0."""
+        # The device alone may know t: where it is 0, and v with it, divide by 0 / 1 + 1 without asking.
+        stepped = torch.as_tensor(self.step > 0)
+        correction = torch.where(stepped, (1 - self.beta**self.step) ** 0.5, 1.0)
+        eps = torch.where(stepped, self.eps, 1.0)
+        for g, v in chunks(gradient, self.average):
+            g.div_(v.to(g.device).sqrt().div_(correction).add_(eps))
 
 
 def precondition(gradients: Sequence[Tensor], moments: Iterable[SecondMoment | None]) -> None:
@@ -41,8 +45,15 @@ def precondition(gradients: Sequence[Tensor], moments: Iterable[SecondMoment | N
             moment.divide(gradient)
 
 
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Whether it has taken a step. The host waits for the device where that alone knows: a fused optimizer makes its
+    state in its first step, also if a loss scaler skips that."""
+    return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)
+
+
 def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that have a momentum, and a copy of it in their dtype; none before the optimizer's first step.
+    """The weights that have a momentum, and a copy of it in their dtype, on their device; none before the optimizer's
+    first step.
 
     Raises:
         ValueError: the optimizer has stepped and keeps none.
@@ -52,7 +63,7 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
         state = optimizer.state.get(weight, {})
         average = state.get("exp_avg", state.get("momentum_buffer"))
         if average is not None:
-            found.append((weight, average.to(weight.dtype, copy=True)))
+            found.append((weight, average.to(weight.device, weight.dtype, copy=True)))
         elif state:
             raise ValueError(
                 f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps none (state 'exp_avg' or "

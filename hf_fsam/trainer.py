@@ -24,7 +24,7 @@ from hf_fsam.boundary import find_boundary
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, KeptHead, LogitsNeeded, fused_head
 from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
-from hf_fsam.engines import Ascent, Engine, select_engine
+from hf_fsam.engines import Ascent, Engine, select_engine, unwrapped
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.geometry import Probe
 from hf_fsam.passes import Boundary, CleanPass, SecondPass, weights_past_boundary
@@ -265,8 +265,7 @@ class FSAMMixin(_AnyTrainer):
         if self.args.fsam_variant == "logit":
             batch.random.restore()
             with weights, self._fsam_uncounted(model):
-                # Past the wrappers, which would wait for a backward pass of the training.
-                inner = self.accelerator.unwrap_model(model)
+                inner = unwrapped(self.accelerator, model)
                 cotangents = split.moved = self._fsam_clean_pass(loss_of, inner, batch)
             weights = nullcontext()
         batch.random.restore()
@@ -300,8 +299,9 @@ class FSAMMixin(_AnyTrainer):
             along = self._fsam_engine.momentum(model, self.optimizer)
             if along is None and self.state.global_step > 1:
                 logger.warning_once(
-                    "fsam_ascent_direction='momentum': the optimizer has stepped and has none, as SGD without momentum "
-                    "never has. The ascent is along the gradient, and a step takes two passes."
+                    "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a loss "
+                    "scaler may have skipped its first steps. The ascent is along the gradient, and a step takes two "
+                    "passes."
                 )
         divisor, before, fused = self._fsam_divisor(split.num_items), Counters(self), self._fsam_boundary.head
         try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_fsam import perturbation
-from hf_fsam.perturbation import Exchange, norm, own_storage, perturb, stochastic_round
+from hf_fsam.perturbation import Exchange, chunks, norm, own_storage, perturb, stochastic_round
 from hf_fsam.second_moment import SecondMoment, precondition
 
 
@@ -52,6 +52,45 @@ def test_large_tensors_are_worked_on_in_pieces_with_the_same_outcome(monkeypatch
     pieces = perturb(*_pair((37, 5), (64,)), None, 0.1, _generator())
     assert all(map(torch.equal, whole.values, pieces.values))
     assert pieces.radius.item() == pytest.approx(whole.radius.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5, 0), (40,), (9, 4), (1, 37), (3, 2, 50), (2, 1, 1, 33), (17, 1)])
+def test_no_piece_is_longer_than_a_chunk_and_together_they_are_the_tensor(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
+    count = torch.Size(shape).numel()
+    tensor = torch.arange(count).view(shape)
+    pieces = [piece for (piece,) in chunks(tensor)]
+    assert torch.cat([piece.flatten() for piece in pieces]).tolist() == list(range(count))
+    assert max(piece.numel() for piece in pieces) <= 16
+    assert all(piece.data_ptr() == tensor.data_ptr() for piece in pieces[:1])  # views
+
+
+def test_tensors_on_two_devices_or_in_two_layouts_are_cut_alike() -> None:
+    """A shard that is offloaded, and its gradient: what is a chunk differs."""
+    shape = (3, 1 << 19)
+    offloaded, elsewhere = torch.empty(shape), torch.empty(shape, device="meta")
+    assert len(list(chunks(offloaded))) > len(list(chunks(elsewhere)))
+    transposed = torch.empty(shape[::-1], device="meta").t()
+    cut = list(chunks(offloaded, elsewhere, transposed))
+    assert len(cut) == 3
+    for pieces in cut:
+        assert len({piece.shape for piece in pieces}) == 1
+
+
+def test_tensors_of_two_shapes_are_not_cut() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(12,\)"):
+        chunks(torch.zeros(3, 4), torch.zeros(12))
+
+
+@pytest.mark.parametrize("step", [0, 0.0, torch.tensor(0.0), torch.tensor(0)], ids=repr)
+def test_a_second_moment_that_has_averaged_nothing_yet_leaves_the_gradient(step: float | Tensor) -> None:
+    """A fused optimizer has made its state by the time a loss scaler skips its first step."""
+    _, gradients = _pair((3, 4), (2,))
+    before = [g.clone() for g in gradients]
+    precondition(gradients, [SecondMoment(torch.zeros_like(g), 0.999, step, 1e-8) for g in gradients])
+    assert all(map(torch.equal, gradients, before))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

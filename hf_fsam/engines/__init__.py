@@ -7,12 +7,12 @@ from accelerate.utils import DistributedType
 from hf_fsam.engines.base import Ascent, Engine
 from hf_fsam.engines.deepspeed import select_deepspeed_engine
 from hf_fsam.engines.fsdp import select_fsdp_engine
-from hf_fsam.engines.local import LocalEngine
+from hf_fsam.engines.local import LocalEngine, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["Ascent", "Engine", "LocalEngine", "select_engine"]
+__all__ = ["Ascent", "Engine", "LocalEngine", "select_engine", "unwrapped"]
 
 _SUPPORTED = (
     DistributedType.NO,

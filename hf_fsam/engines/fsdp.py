@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, perturb_shards
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside
 from hf_fsam.perturbation import Perturbation
-from hf_fsam.second_moment import momenta, precondition, second_moments
+from hf_fsam.second_moment import precondition, second_moments
 
 
 def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
@@ -85,7 +85,7 @@ class FSDPEngine(LocalEngine):
 
     def momentum(self, model: Any, optimizer: Optimizer) -> Ascent | None:
         self._model, self._reduce_at_once = model, True
-        self._parameters, averages = momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
+        self._parameters, averages = self._momenta(model, optimizer)
         if not averages:
             return None
         return Ascent(model, self._backward, [_local(each) for each in self._parameters], [_local(m) for m in averages])

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines.base import Ascent, Bucket
 from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
-from hf_fsam.second_moment import check_keeps_second_moment, momenta, precondition, second_moments
+from hf_fsam.second_moment import check_keeps_second_moment, has_stepped, momenta, precondition, second_moments
 
 _REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
@@ -28,6 +28,7 @@ class LocalEngine:
         self._cleanup = Cleanup()
         self._exchange = Exchange()
         self._asked: Optimizer | None = None
+        self._seen_stepping: Optimizer | None = None
 
     @contextmanager
     def ascent(self, model: nn.Module, *, average: bool, passes: int) -> Iterator[Ascent]:
@@ -81,12 +82,15 @@ class LocalEngine:
             gradient.copy_(mean.view_as(gradient))
 
     def momentum(self, model: nn.Module, optimizer: Optimizer) -> Ascent | None:
-        weights, averages = momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
-        if not weights:
-            return None
-        # Compiled or not, but for one process: Accelerate 1.15 would take DDP out of the compiled model for good.
-        inner = self.accelerator.unwrap_model(model, keep_torch_compile=self.accelerator.num_processes == 1)
-        return Ascent(inner, self._backward, weights, averages)
+        weights, averages = self._momenta(model, optimizer)
+        return Ascent(unwrapped(self.accelerator, model), self._backward, weights, averages) if weights else None
+
+    def _momenta(self, model: nn.Module, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        if optimizer is not self._seen_stepping:  # once it has stepped, nobody has to ask again
+            if not has_stepped(optimizer):
+                return [], []
+            self._seen_stepping = optimizer
+        return momenta(optimizer, (each for each in model.parameters() if each.requires_grad))
 
     def _backward(self, loss: Tensor) -> None:
         self.scale(loss).backward()
@@ -140,3 +144,9 @@ def gradients_set_aside(parameters: Sequence[Tensor], cleanup: Cleanup | None = 
         for parameter in parameters:
             parameter.grad = None
         yield
+
+
+def unwrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """`model` past the wrappers, which would wait for a backward pass of the training. Compiled or not, but for one
+    process: Accelerate 1.15 would take DDP out of the compiled model for good."""
+    return accelerator.unwrap_model(model, keep_torch_compile=accelerator.num_processes == 1)
