@@ -159,12 +159,9 @@ def distance(a: Tensors, b: Tensors) -> float:
 
 
 def assert_same_weights(model: nn.Module, start: nn.Module, wanted: Tensors) -> None:
-    """The trained weights are the reference's, and all other weights and buffers are where they began, to the bit.
-
-    `model` comes back from its device for that.
-    """
-    model.cpu()
-    weights, before = reference.trainable(model), reference.trainable(start)
+    """The trained weights are the reference's, and all other weights and buffers are where they began, to the bit."""
+    trained, before = reference.trainable(model), reference.trainable(start)
+    weights = {name: weight.detach().cpu() for name, weight in trained.items()}
     apart = distance(weights, wanted)
     by_weight = apart / float(reference.norm(wanted))
     by_movement = apart / distance(before, wanted)
@@ -175,12 +172,12 @@ def assert_same_weights(model: nn.Module, start: nn.Module, wanted: Tensors) -> 
         if torch.equal(wanted[name], before[name]):
             assert torch.equal(weight, before[name]), f"{name} gets no gradient, and changed (by weight decay?)"
 
-    trained = {id(parameter) for parameter in weights.values()}
+    ids = {id(parameter) for parameter in trained.values()}
     for (name, after), value in zip(
         model.state_dict(keep_vars=True).items(), start.state_dict(keep_vars=True).values(), strict=True
     ):
-        if id(after) not in trained:
-            assert torch.equal(after, value), f"{name} is not trained, and changed"
+        if id(after) not in ids:
+            assert torch.equal(after.cpu(), value), f"{name} is not trained, and changed"
 
 
 def check_parity(
