@@ -5,7 +5,7 @@ VENV := .venv
 export DS_BUILD_OPS := 0
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test test-all demo lint clean
+.PHONY: install test test-all demo gpu lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,10 @@ test-all: install lint
 
 demo: install
 	$(VENV)/bin/python recipes/demo.py
+
+# What only a GPU can show. No installation comes first: a machine with a GPU has a torch of its own, and maybe no network.
+gpu:
+	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
@@ -41,11 +43,12 @@ ARMS: dict[str, dict] = {
     "functional, preconditioned": {"fsam_variant": "functional", "fsam_precondition": True},
     "logit (diagnosis)": {"fsam_variant": "logit", "fsam_precondition": False},
 }
-GPU = torch.cuda.is_available()
+GPU = torch.get_device_module() if torch.accelerator.is_available() else None  # torch.cuda, or another accelerator's
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measures as `argv` says and returns what goes into NAME.json."""
+    args = parse(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     make_model = model_maker(args)
     rows = [{"input_ids": (ids := torch.randint(args.vocabulary, (args.length,))), "labels": ids}] * args.batch
@@ -64,7 +67,7 @@ def main() -> None:
     for name in names:  # by itself, so that one arm's memory is not another's
         arms[name].peak = Arm(name, make_model, rows, args).peak_memory()
         gc.collect()
-    report(arms, make_model, args)
+    return report(arms, make_model, args)
 
 
 class Arm:
@@ -81,8 +84,8 @@ class Arm:
             args=FSAMTrainingArguments(
                 output_dir=self.folder.name,
                 report_to="none",
-                use_cpu=not GPU,
-                bf16=GPU and (args.dtype == "float32" or bool(args.deepspeed)),
+                use_cpu=GPU is None,
+                bf16=GPU is not None and (args.dtype == "float32" or bool(args.deepspeed)),
                 deepspeed=args.deepspeed,
                 per_device_train_batch_size=args.batch,
                 max_steps=10**6,
@@ -112,23 +115,26 @@ class Arm:
         return time.perf_counter() - start
 
     def peak_memory(self) -> int:
-        """Bytes at the most in the second and the third step, over what the model and the optimizer's state hold."""
-        self.step()
-        if GPU:
-            base = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+        """Bytes at the most in the second and the third step, over the weights and the optimizer's state (not known
+        under DeepSpeed, and counted there)."""
+        with PeakMemory() if GPU is None else nullcontext() as memory:
+            before = GPU.memory_allocated() if GPU else 0
+            self.step()  # which makes that state, and what the step keeps for the next one
+            if GPU:
+                GPU.reset_peak_memory_stats()
+            else:
+                memory.peak = memory.current
             self.step(), self.step()
-            return torch.cuda.max_memory_allocated() - base
-        with PeakMemory() as memory:
-            self.step(), self.step()
-        return memory.peak
+        peak = GPU.max_memory_allocated() - before if GPU else memory.peak
+        state = () if self.trainer.is_deepspeed_enabled else self.trainer.optimizer.state.values()
+        return peak - sum(x.nbytes for each in state for x in each.values() if isinstance(x, torch.Tensor))
 
     def release(self) -> None:
         del self.trainer, self.model, self.batch
         gc.collect()
 
 
-def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argparse.Namespace) -> None:
+def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argparse.Namespace) -> dict[str, Any]:
     plain = arms[PLAIN]
     # ZeRO-3 leaves a weight itself empty.
     weights = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in make_model().parameters()]
@@ -159,12 +165,12 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
         "dtype": args.dtype + (", bf16 autocast" if GPU and args.dtype == "float32" else ""),
         "rounds": args.rounds,
         "deepspeed": args.deepspeed,
-        "device": torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads",
+        "device": GPU.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
-        "command": " ".join(["python", "benchmarks/step_cost.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/step_cost.py", *args.argv]),
     }
     table = [
         "| arm | step, ms (median) | × plain (median, quartiles) | peak of a step, MiB | beyond plain, MiB |",
@@ -178,11 +184,13 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
     ]
     text = "\n".join([*table, "", *(f"- {key}: {value}" for key, value in setting.items())])
     print(text)
+    result = {"setting": setting, "arms": rows}
     if args.out:
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(text + "\n")
-        out.with_suffix(".json").write_text(json.dumps({"setting": setting, "arms": rows}, indent=1) + "\n")
+        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def quartiles(numbers: list[float]) -> tuple[float, float, float]:
@@ -194,7 +202,7 @@ def quartiles(numbers: list[float]) -> tuple[float, float, float]:
 
 def synchronize() -> None:
     if GPU:
-        torch.cuda.synchronize()
+        GPU.synchronize()
 
 
 def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
@@ -209,11 +217,12 @@ def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
         num_hidden_layers=args.layers,
         num_attention_heads=max(1, args.hidden // 64),
         max_position_embeddings=args.length,
+        tie_word_embeddings=args.tied,
     )
     return lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", help="a checkpoint of a causal language model, in place of a Llama of the sizes below"
@@ -222,6 +231,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, help="of the feed-forward blocks; four times --hidden by default")
     parser.add_argument("--layers", type=int, default=12 if GPU else 4)
     parser.add_argument("--vocabulary", type=int, default=32_000 if GPU else 2048)
+    parser.add_argument("--tied", action="store_true", help="the head is the embeddings' matrix")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512 if GPU else 128)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
@@ -230,7 +240,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: torch's own choice")
     parser.add_argument("--out", help="write the table to OUT.md and OUT.json")
-    return parser.parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(argv, argparse.Namespace(argv=argv))
 
 
 if __name__ == "__main__":

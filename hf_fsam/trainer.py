@@ -299,8 +299,8 @@ class FSAMMixin(_AnyTrainer):
             along = self._fsam_engine.momentum(model, self.optimizer)
             if along is None and self.state.global_step > 1:
                 logger.warning_once(
-                    "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a loss "
-                    "scaler may have skipped its first steps. The ascent is along the gradient, and a step takes two "
+                    "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
+                    "loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes two "
                     "passes."
                 )
         divisor, before, fused = self._fsam_divisor(split.num_items), Counters(self), self._fsam_boundary.head

@@ -1,4 +1,4 @@
-"""Every test runs offline, on the CPU unless it says otherwise, with one thread for each process."""
+"""Every test runs offline, on the CPU unless HF_FSAM_TEST_DEVICE says otherwise, with one thread for each process."""
 
 import os
 

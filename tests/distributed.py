@@ -99,7 +99,12 @@ class Trained(NamedTuple):
 def launch(processes: int, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
     """`python -m arguments` in each of `processes`, on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    surroundings = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "HF_FSAM_TEST_DEVICE": "cpu",
+    }
     with subprocess.Popen(
         [*command, *arguments], cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

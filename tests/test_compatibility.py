@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_fsam import FSAMTrainer
-from tests.toys import distance, gpt2, llama, make_trainer, same_bits, train, weights_of
+from tests.toys import DEVICE, distance, gpt2, llama, make_trainer, same_bits, train, weights_of
 
 ACTIVE = ["sam", "functional", "logit"]
 
@@ -82,7 +82,7 @@ def test_a_callback_may_copy_and_pickle_the_model(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, fsam_rho=0.3, trainer={"callbacks": [Copies()]})
     trainer.train()
-    tokens = torch.arange(1, 9)[None]
+    tokens = torch.arange(1, 9, device=DEVICE)[None]
     for model in taken:
         assert torch.equal(model(tokens).logits, trainer.model(tokens).logits)
 
@@ -123,7 +123,7 @@ class _Scaled(FSAMTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        self.accelerator.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10, growth_interval=2)
 
 
 @pytest.mark.parametrize("variant", ACTIVE)
@@ -148,10 +148,10 @@ def test_loss_scaling_changes_nothing(tmp_path: Path, variant: str, precondition
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with GradScaler needs a GPU: run this file on one")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="fp16 with GradScaler needs a GPU: HF_FSAM_TEST_DEVICE=cuda")
 @pytest.mark.parametrize("variant", ACTIVE)
 def test_fp16_with_grad_scaler_trains_like_float32_within_its_precision(tmp_path: Path, variant: str) -> None:
-    settings = {"use_cpu": False, "fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 3e-2, "optim": "sgd"}
+    settings = {"fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 3e-2, "optim": "sgd"}
     half = make_trainer(tmp_path, fp16=True, fsam_variant=variant, **settings)
     half.train()
     assert half.accelerator.scaler is not None

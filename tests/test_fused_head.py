@@ -23,7 +23,7 @@ from hf_fsam.passes import CleanPass, Crossing
 from tests import reference, zoo
 from tests.reference import IGNORED, Batch, Window
 from tests.test_parity import Setting, check_parity
-from tests.toys import VOCABULARY, distance, llama, make_trainer, sentences, train
+from tests.toys import DEVICE, VOCABULARY, distance, llama, make_trainer, sentences, train
 from tests.zoo import CASES
 
 
@@ -52,8 +52,8 @@ KEPT = {"some_kept": 5 * zoo.VOCABULARY, "none_kept": 0, "all_kept": 1 << 20}
 @pytest.fixture(params=[pytest.param(name, marks=() if name == "some_kept" else pytest.mark.slow) for name in KEPT])
 def in_pieces(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of three tokens, or a few columns, of a model's logits, and of its cotangents those of five tokens kept."""
-    monkeypatch.setitem(head._TILE, "cpu", 3 * zoo.VOCABULARY)
-    monkeypatch.setitem(head._KEPT, "cpu", KEPT[request.param])
+    monkeypatch.setitem(head._TILE, DEVICE.type, 3 * zoo.VOCABULARY)
+    monkeypatch.setitem(head._KEPT, DEVICE.type, KEPT[request.param])
 
 
 split = pytest.mark.parametrize(
@@ -210,8 +210,8 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
 def test_no_tensor_is_as_large_as_the_logits(scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, rows = 4096, 40  # 400 tokens against a width of 16
-    monkeypatch.setitem(head._TILE, "cpu", 1 << 15)
-    monkeypatch.setitem(head._KEPT, "cpu", 1 << 15)
+    monkeypatch.setitem(head._TILE, DEVICE.type, 1 << 15)
+    monkeypatch.setitem(head._KEPT, DEVICE.type, 1 << 15)
 
     def largest(fused: bool) -> int:
         trainer = make_trainer(
@@ -380,7 +380,7 @@ def test_a_forward_pass_outside_of_the_step_makes_logits(tmp_path: Path) -> None
         seen = 0
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            ids = sentences()[0]["input_ids"][None]
+            ids = sentences()[0]["input_ids"][None].to(model.device)
             logits = model(input_ids=ids).logits
             assert isinstance(logits, Tensor)
             model.generate(input_ids=ids, max_new_tokens=2)

@@ -23,7 +23,7 @@ from hf_fsam import FSAMArguments, FSAMMixin
 from tests import reference, zoo
 from tests.reference import IGNORED, Batch, Problem, Window
 from tests.test_parity import assert_same_weights
-from tests.toys import VOCABULARY, llama
+from tests.toys import ON_DEVICE, VOCABULARY, llama
 
 RHO, STEPS, ACCUMULATION = 0.3, 4, 2
 
@@ -107,7 +107,6 @@ def make_trainer(
         model=model,
         args=config_class(
             output_dir=str(folder),
-            use_cpu=True,
             bf16=False,
             report_to="none",
             disable_tqdm=True,
@@ -120,6 +119,7 @@ def make_trainer(
             max_grad_norm=0.0,
             lr_scheduler_type="constant",
             **({"fsam_rho": RHO} if fsam else {}),
+            **ON_DEVICE,
             **given,
         ),
         train_dataset=data,
@@ -130,7 +130,9 @@ def make_trainer(
     training_step = trainer.training_step
 
     def written_down(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        trainer.batches.append(copy.deepcopy(dict(inputs)))
+        trainer.batches.append(
+            {name: x.cpu().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in inputs.items()}
+        )
         return training_step(model, inputs, num_items_in_batch)
 
     trainer.training_step = written_down

@@ -1,5 +1,6 @@
-"""A language model of three thousand weights, its data, and a Trainer around them."""
+"""A language model of three thousand weights, its data, and a Trainer around them, on the device of the tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,22 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+
+# The one switch: HF_FSAM_TEST_DEVICE=cuda, or the name of another accelerator that torch sees, has the tests' Trainers
+# train there. References stay on the CPU, and so do the processes of the distributed tests.
+DEVICE = torch.device(os.environ.get("HF_FSAM_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu" and DEVICE.type != getattr(torch.accelerator.current_accelerator(), "type", None):
+    raise ValueError(
+        f"HF_FSAM_TEST_DEVICE={DEVICE.type}, but torch's accelerator is {torch.accelerator.current_accelerator()}: "
+        "give its name, or unset the variable for the CPU."
+    )
+# Training arguments. float32 has to be that: torch_compile would switch TF32 on.
+ON_DEVICE: dict[str, Any] = {
+    "use_cpu": DEVICE.type == "cpu",
+    "dataloader_pin_memory": DEVICE.type == "cuda",
+    "tf32": False,
+}
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 VOCABULARY, LENGTH = 48, 10
 # A Llama of a million weights, of which a copy stands out beside ten tokens.
@@ -79,10 +96,10 @@ def make_trainer(
     trainer: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Trainer:
-    """A quiet Trainer of six steps on the CPU. `trainer`: arguments of the Trainer, the rest are training arguments."""
-    settings = {
+    """A quiet Trainer of six steps on the tests' device. `trainer`: arguments of the Trainer, the rest are training
+    arguments."""
+    settings = ON_DEVICE | {
         "output_dir": str(folder),
-        "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -105,7 +122,8 @@ def make_trainer(
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """Copies on the CPU, to be compared."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def train(folder: Path | str, **kwargs: Any) -> dict[str, Tensor]:

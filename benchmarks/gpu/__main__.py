@@ -1,0 +1,263 @@
+"""What only a GPU can show: checks in order of value, each in a process of its own with its own time limit.
+
+    make gpu                                               # all of it; what is done is not done again
+    make gpu GPU_ARGS="--budget 1800"                      # half an hour: what is worth most
+    python -m benchmarks.gpu --list
+    python -m benchmarks.gpu --only head theta --redo head
+    python -m benchmarks.gpu --device cpu --toy            # tries the checks themselves, without a GPU
+    python -m benchmarks.gpu --wheels                      # what to carry to a machine without a network
+
+After each check OUT.json and OUT.md are written, by default benchmarks/results/gpu_DEVICE. A check that is there, of
+the same sources (hf_fsam, tests, benchmarks), device and versions, is not run again, whether it passed, failed or ran
+out of its time; --redo runs it all the same. One that the budget cut short, or that lacked a package, is.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.check import Check
+from benchmarks.gpu.wheels import print_wheels
+
+ROOT = Path(__file__).parents[2]
+CHECKS = "benchmarks.gpu.checks"
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "liger-kernel", "triton")
+DONE = ("passed", "failed", "crashed", "timed out")  # and not: missing, not here, out of budget
+GRACE = 15  # seconds between asking a process to end and ending it
+Entry = dict[str, Any]
+
+
+def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
+    """Runs what `argv` asks for of the CHECKS in `module`. Returns 0 if nothing failed."""
+    args = parse(argv)
+    if args.wheels is not None:
+        print_wheels(args.wheels)
+        return 0
+    checks: dict[str, Check] = importlib.import_module(module).CHECKS
+    unknown = [name for name in (*args.only, *args.redo) if name not in checks]
+    if unknown:
+        sys.exit(f"benchmarks.gpu: no such check: {', '.join(unknown)}. There are: {', '.join(checks)}.")
+    if args.list:
+        for name, check in checks.items():
+            print(f"{name:20} {check.limit:>6} s  {check.about}")
+        return 0
+
+    machine = find_machine(args.device, args.toy)
+    here = {"machine": machine, "sources": hash_of_sources(), "commit": commit()}
+    slug = re.sub(r"\W+", "_", machine["device"].lower()).strip("_") + ("_toy" if args.toy else "")
+    out = args.out or ROOT / ("outputs" if args.toy else "benchmarks/results") / f"gpu_{slug}"
+    entries: dict[str, Entry] = read(out)
+    end = time.monotonic() + args.budget if args.budget else float("inf")
+    for name in [name for name in checks if not args.only or name in args.only]:
+        known = entries.get(name, {})
+        same = all(known.get(key) == here[key] for key in ("machine", "sources"))
+        if same and known["status"] in DONE and name not in args.redo:
+            print(f"{name}: {known['status']}, as before", flush=True)
+            continue
+        left = end - time.monotonic()
+        if left < 1:
+            print(f"{name}: not begun, the budget of {args.budget} s is spent", flush=True)
+            continue
+        print(f"{name}: at most {min(checks[name].limit, left):.0f} s", flush=True)
+        entries[name] = here | run(module, name, checks[name], args, machine["type"], left)
+        write(out, {name: entries[name] for name in checks if name in entries}, argv)
+        print(f"{name}: {entries[name]['status']}, {entries[name]['seconds']} s", flush=True)
+    print(f"{out}.md")
+    asked = [entries[name]["status"] for name in args.only or checks if name in entries]
+    return int(any(status in ("failed", "crashed", "timed out") for status in asked))
+
+
+def run(module: str, name: str, check: Check, args: argparse.Namespace, device: str, left: float) -> Entry:
+    """What became of one check within its limit and the seconds that are `left`."""
+    entry: Entry = {"about": check.about, "status": "", "seconds": 0.0, "limit": check.limit, "rows": [], "said": ""}
+    missing = [package for package in check.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        return entry | {"status": "missing", "said": f"{', '.join(missing)} not installed"}
+    if device == "cpu" and not check.cpu:
+        return entry | {"status": "not here", "said": "nothing to be seen on a CPU"}
+    with tempfile.TemporaryDirectory() as folder:
+        rows, log = Path(folder, "rows.jsonl"), Path(folder, "log")
+        command = [sys.executable, "-m", "benchmarks.gpu.check", module, name, str(rows), "toy" if args.toy else "full"]
+        started = time.monotonic()
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(device), stdout=file, stderr=file, start_new_session=True
+            )
+            try:
+                code = process.wait(min(check.limit, left))
+                cut = ""
+            except subprocess.TimeoutExpired:
+                cut = "timed out" if check.limit <= left else "out of budget"
+            finally:  # also where Ctrl-C struck; and a check that has ended leaves nobody behind
+                end_session(process)
+        entry["seconds"] = round(time.monotonic() - started, 1)
+        entry["rows"] = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
+        failed = any(row["ok"] is False for row in entry["rows"])
+        entry["status"] = cut or ("crashed" if code or not entry["rows"] else "failed" if failed else "passed")
+        if entry["status"] != "passed":
+            entry["said"] = log.read_text("utf-8", errors="replace")[-4000:]
+    return entry
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Ends the process and all that it has started, politely at first: a study's runs are ended by their parent."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def environment(device: str) -> dict[str, str]:
+    """One device, no network, and the tests' Trainers on that device."""
+    names = {
+        "HF_FSAM_TEST_DEVICE": device,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_BUILD_OPS": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+        # Several would be DataParallel, which is refused.
+        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+    }
+    if device == "cpu":
+        names["OMP_NUM_THREADS"] = "1"
+    return os.environ | names
+
+
+def find_machine(device: str | None, toy: bool) -> dict[str, str]:
+    """The device's type and name, and the versions of what matters.
+
+    In a process that ends: one that keeps a GPU open would keep the checks out where a GPU is for one process alone.
+    """
+    ask = (
+        "import json, platform, torch\n"
+        "on = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None\n"
+        "module = on and torch.get_device_module(on)\n"
+        "print(json.dumps([on and on.type, module and module.get_device_name()]))"
+    )
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env=environment(device or ""))
+    if found.returncode:
+        sys.exit(f"benchmarks.gpu: torch does not start:\n{found.stderr}")
+    kind, name = json.loads(found.stdout.splitlines()[-1])
+    if device == "cpu":
+        if not toy:
+            sys.exit("benchmarks.gpu: the checks are of a GPU's size. On a CPU add --toy.")
+        kind, name = "cpu", f"CPU {platform.machine()}"
+    elif kind is None:
+        sys.exit("benchmarks.gpu: torch sees no accelerator. --device cpu --toy tries the checks on the CPU.")
+    machine = {"type": kind, "device": name, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            machine[package] = version(package)
+        except PackageNotFoundError:
+            machine[package] = "none"
+    return machine
+
+
+def hash_of_sources() -> str:
+    files = [path for folder in ("hf_fsam", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """Of the repository; "+" says that files differ from it."""
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return asked.stdout.strip() or "no git here"
+
+
+def read(out: Path) -> dict[str, Entry]:
+    path = out.with_name(f"{out.name}.json")
+    return json.loads(path.read_text("utf-8"))["checks"] if path.exists() else {}
+
+
+def write(out: Path, entries: dict[str, Entry], argv: list[str] | None) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
+    text = json.dumps({"command": command, "checks": entries}, indent=1, ensure_ascii=False)
+    for suffix, content in (("json", text), ("md", markdown(entries, command))):
+        path = out.with_name(f"{out.name}.{suffix}")
+        path.with_suffix(".part").write_text(content + "\n", "utf-8")
+        path.with_suffix(".part").replace(path)  # whoever kills this finds the table whole
+
+
+def markdown(entries: dict[str, Entry], command: str) -> str:
+    lines = ["| check | result | what | measured | expected | seconds | commit |", "|---|---|---|---|---|---|---|"]
+    for name, entry in entries.items():
+        first = f"{name} | **{entry['status']}**" if entry["status"] != "passed" else f"{name} | passed"
+        last = f"{entry['seconds']:.0f} | {entry['commit']}"
+        rows = entry["rows"] or [{"what": entry["about"], "measured": _end(entry["said"]), "expected": "", "ok": None}]
+        for row in rows:
+            bad = "**" if row["ok"] is False else ""
+            cells = (f"{bad}{row['measured']}{bad}", row["expected"])
+            lines.append(f"| {first} | {_cell(row['what'])} | {' | '.join(map(_cell, cells))} | {last} |")
+            first, last = " | ", " | "
+        if entry["rows"] and entry["status"] not in ("passed", "failed"):
+            lines.append(f"|  |  | then | {_cell(_end(entry['said']))} |  |  |  |")
+    machines = {json.dumps(entry["machine"]): entry["machine"] for entry in entries.values()}
+    for machine in machines.values():
+        lines += ["", "- " + ", ".join(f"{key} {value}" for key, value in machine.items() if value != "none")]
+    return "\n".join([*lines, f"- `{command}`"])
+
+
+def _end(said: str) -> str:
+    """The last line, which of a traceback is the error."""
+    return (said.strip().splitlines() or [""])[-1][:200]
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="the checks, their time limits and what they are")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these checks")
+    parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="these once more")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all checks together")
+    parser.add_argument("--device", choices=["cpu"], help="by default torch's accelerator")
+    parser.add_argument("--toy", action="store_true", help="at a size that a CPU takes in minutes")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument(
+        "--wheels",
+        nargs="?",
+        const="",
+        metavar="FREEZE",
+        help="say what to download for a machine that has torch, transformers, accelerate, peft and what they need, or "
+        "the packages in the file FREEZE, its `pip freeze`",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the check, too
+    sys.exit(main())
