@@ -34,6 +34,7 @@ from typing import Any
 import yaml
 
 from hf_fsam.arguments import FSAMArguments, plain_passes
+from hf_fsam.masking import is_secret
 
 Settings = dict[str, Any]
 
@@ -160,7 +161,9 @@ def load_studies(
         ("greater_is_better", bool, "true or false"),
     ):
         if raw.get(name) is not None and not isinstance(raw[name], kind):
-            raise ValueError(f"{path}: {name}={raw[name]!r} is not {what}.")
+            # Settings may hold a password.
+            given = f" is {type(raw[name]).__name__}, not" if kind is dict else f"={raw[name]!r} is not"
+            raise ValueError(f"{path}: {name}{given} {what}.")
     settings = read_yaml(path.parent / raw["config"]) if raw.get("config") else {}
     settings |= numbers(raw.get("settings") or {}) | (overrides or {})
     arms = {str(name): _arm(path, str(name), own) for name, own in raw["arms"].items()}
@@ -206,7 +209,7 @@ def load_studies(
 
 def _arm(path: Path, name: str, own: Any) -> Arm:
     if not isinstance(own, dict | None):
-        raise ValueError(f"{path}: {name}: {own!r} is not a mapping of settings to values.")
+        raise ValueError(f"{path}: {name} is {type(own).__name__}, not a mapping of settings to values.")
     own = dict(own or {})
     recipe = own.pop("recipe", None)
     like, longer, passes = own.pop("like", None), own.pop("longer", 1), own.pop("passes", None)
@@ -251,7 +254,7 @@ def read_yaml(path: Path) -> Settings:
 def numbers(value: Any) -> Any:
     """YAML 1.1 reads 1e-3, without a point, as text: as a number again, in lists and mappings too."""
     if isinstance(value, dict):
-        return {name: numbers(each) for name, each in value.items()}
+        return {name: each if is_secret(str(name)) else numbers(each) for name, each in value.items()}
     if isinstance(value, list):
         return [numbers(each) for each in value]
     if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from hf_fsam.masking import masked
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -60,7 +62,8 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
             continue
         if isinstance(value, list):
             if actions[name].nargs != "+":
-                raise ValueError(f"{name}={value!r} in {path} is a list, but {name} takes one value.")
+                shown = masked({name: value})[name]
+                raise ValueError(f"{name}={shown!r} in {path} is a list, but {name} takes one value.")
             arguments += [f"--{name}", *map(str, value)]
         else:
             if value is False and "no" in (actions[name].choices or ()):
