@@ -52,7 +52,7 @@ def _masked_word(word: str) -> str:
 def without_secrets(text: str, settings: Any) -> str:
     """`text` without the values of the secrets in `settings`."""
     for value, mask in sorted(_secrets(settings), key=lambda each: len(each[0]), reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", lambda _, mask=mask: mask, text)
+        text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", mask.replace("\\", r"\\"), text)
     return text
 
 

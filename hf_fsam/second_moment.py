@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
     settings = {key: value for key, value in group.items() if key in taken and key != "params"}
     why, error = None, None
     try:
-        twin = type(optimizer)([probe], **settings)
+        twin: Any = type(optimizer)([probe], **settings)
         if callable(getattr(twin, "train", None)):  # a schedule-free one begins in evaluation mode, and does not step
             twin.train()
         twin.step()

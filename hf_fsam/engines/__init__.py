@@ -126,7 +126,7 @@ def _cuda_graphs(args: Any, model: nn.Module) -> tuple[str, str] | None:
     for name, module in model.named_modules():
         # Those of model.compile(), and of torch.compile(model) and model.forward = torch.compile(model.forward).
         for compiled in (vars(module).get("_compiled_call_impl"), vars(module).get("forward")):
-            config = getattr(compiled, "get_compiler_config", dict)()
+            config: dict | None = getattr(compiled, "get_compiler_config", dict)()
             if config and config.get("triton.cudagraphs"):
                 return (
                     f"{name or type(module).__name__} is compiled with them",
