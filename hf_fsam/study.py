@@ -213,7 +213,7 @@ def _arm(path: Path, name: str, own: Any) -> Arm:
     own = dict(own or {})
     recipe = own.pop("recipe", None)
     like, longer, passes = own.pop("like", None), own.pop("longer", 1), own.pop("passes", None)
-    for key, value in (("longer", longer), ("passes", passes or 1)):
+    for key, value in (("longer", longer), ("passes", 1 if passes is None else passes)):
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name}: {key}={value!r} is not a number above 0.")
     empty = [key for key, value in own.items() if value == []]
@@ -245,7 +245,12 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def read_yaml(path: Path) -> Settings:
-    values = yaml.safe_load(_existing(path, "The YAML file").read_text(encoding="utf-8")) or {}
+    text = _existing(path, "The YAML file").read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.MarkedYAMLError as error:  # its own message repeats the line, in which a password may stand
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Mend that line.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
     return numbers(values)

@@ -318,9 +318,8 @@ def test_a_batch_is_counted_once(name: str, tmp_path: Path) -> None:
 
 def test_a_trainer_that_generates_is_refused(tmp_path: Path) -> None:
     class Generates(trl.SFTTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._buffered_inputs = None
-            super().__init__(*args, **kwargs)
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            return self.model.generate(**inputs)
 
     class Over(FSAMMixin, Generates):
         pass
