@@ -88,6 +88,7 @@ class Runner:
             # The runs inherit it, so that it holds as long as one that a killed study left behind is still at work.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._file.close()
             raise RuntimeError(
                 f"{self.log} is in use: by another `compare`, or by a run that a killed one left behind. Wait, end it, "
                 "or choose another --out."

@@ -112,7 +112,8 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
         lacks = [name for name in ("exp_avg_sq", "step") if name not in has[0]]
         lacks += [name for name in ("betas", "eps") if name not in has[1]]
         if lacks:
-            why = f"has no {', no '.join(map(repr, lacks))} (its state is {', '.join(map(str, has[0])) or 'empty'})"
+            state = ", ".join(map(str, has[0])) or "empty"
+            why = f"keeps none that is known here: no {', no '.join(map(repr, lacks))} (its state is {state})"
         else:
             second_moments(twin, [probe])
     except Exception as raised:  # whatever an unknown optimizer raises, it could not be asked

@@ -250,7 +250,7 @@ def test_preconditioning_switched_on_later_asks_the_optimizer_too(tmp_path: Path
     later = TrainerCallback()
     later.on_step_begin = lambda args, state, control, **_: setattr(args, "fsam_variant", "functional")
     trainer.add_callback(later)
-    with pytest.raises(ValueError, match=r"fsam_precondition=True.*but SGD has no"):  # not Accelerate's wrapper
+    with pytest.raises(ValueError, match=r"fsam_precondition=True.*but SGD keeps none"):  # not Accelerate's wrapper
         trainer.train()
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from tqdm import tqdm
 
+from hf_fsam import FSAMTrainingArguments
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.compare import Runner, main, read_results, run_study, total_weight
 from hf_fsam.masking import masked, masked_command
@@ -550,6 +551,27 @@ def test_a_run_that_fails_shows_no_secret(folder: Path) -> None:
         compare(folder)
     assert SECRET not in str(error.value)
     assert not any(SECRET in text for text in everything(folder / "out"))
+
+
+def test_results_of_the_recipes_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import config as recipe_config
+    import report
+
+    args = FSAMTrainingArguments(str(tmp_path), use_cpu=True, hub_token=SECRET, fsam_rho=0.5)
+    args.lr_scheduler_kwargs = {"tracker": {"api_key": SECRET}, "power": 2}
+    written = report.as_dict(args)
+    assert SECRET not in json.dumps(written, default=str)
+    assert written["lr_scheduler_kwargs"]["power"] == 2
+    assert written["fsam_rho"] == 0.5
+    (tmp_path / "a.yaml").write_text(f"hub_token: [{SECRET}]\n")
+    parser = recipe_config.RecipeParser(FSAMTrainingArguments)
+    with pytest.raises(ValueError, match="hub_token='<HUB_TOKEN>'") as error:
+        recipe_config.yaml_to_argv(tmp_path / "a.yaml", parser)
+    (tmp_path / "a.yaml").write_text(f"hub_token: {SECRET}: x\n")
+    with pytest.raises(ValueError, match="line 1") as broken:
+        recipe_config.yaml_to_argv(tmp_path / "a.yaml", parser)
+    assert SECRET not in f"{error.value} {broken.value}"
 
 
 def test_a_value_without_a_name_is_not_repeated(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -428,12 +428,12 @@ OPTIMIZERS = [
         with_optimizer(torch.optim.AdamW, fsam_precondition=True),
     ),
     Row(
-        "_Lion has no 'exp_avg_sq', no 'step', no 'eps' (its state is exp_avg)",
+        "_Lion keeps none that is known here: no 'exp_avg_sq', no 'step', no 'eps' (its state is exp_avg)",
         with_optimizer(_Lion, fsam_precondition=True),
         with_optimizer(_Lion, fsam_precondition=False),
     ),
     Row(
-        "_ScheduleFree has no 'step' (its state is z, exp_avg_sq)",
+        "_ScheduleFree keeps none that is known here: no 'step' (its state is z, exp_avg_sq)",
         with_optimizer(_ScheduleFree, fsam_precondition=True),
         with_optimizer(_ScheduleFree, fsam_precondition=False),
     ),
