@@ -813,6 +813,7 @@ ELSEWHERE = {
     "log-probabilities of": "as the row before, in TRL's fused head",
     "called TRL's fused head where the first did not": "as the row before",
     "keeps something else than": "test_another_trl_that_keeps_other_tensors_is_refused",
+    "the fused head of this TRL, which": "test_a_trl_whose_fused_head_has_another_name_is_refused",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
     "pip install 'hf-fsam[studies]'": "test_rho.py",
     "pip install 'hf-fsam[recipes]'": "as the row before, for the metrics",

@@ -4,6 +4,7 @@ The batches are TRL's own, written down as the trainer gets them; everything aft
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,6 +327,14 @@ def test_a_trainer_that_generates_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="generates what it trains on"):
         make_trainer(tmp_path, Over, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
+
+
+def test_a_trl_whose_fused_head_has_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["trl.trainer.utils"], "_ChunkedLogProbFunction")
+    given = (tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations())
+    with pytest.raises(ValueError, match=r"fused head of this TRL.*trl==1\.16\.\*, or set fsam_variant='sam'"):
+        make_trainer(*given, **SETTINGS["functional"])
+    make_trainer(*given, fsam_variant="sam")
 
 
 def test_another_trl_that_keeps_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
