@@ -1,16 +1,18 @@
 """The `fsam_*` training arguments: their defaults, their help texts, their checks."""
 
-import math
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
 Variant = Literal["none", "sam", "functional", "logit"]
 AscentScope = Literal["micro_batch", "optimizer_step", "rank"]
 AscentDirection = Literal["gradient", "momentum"]
+
+# Outside of these ε is lost in the rounding of the weights, or overflows float32: such a run would be a plain one.
+_LEAST_RHO, _MOST_RHO = 1e-12, 1e6
+_MOST_STEPS = 2**31 - 1
 
 
 @dataclass
@@ -97,9 +99,6 @@ class FSAMArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.fsam_rho, str):  # YAML reads 5e-2, without a point, as one
-            with suppress(ValueError):
-                self.fsam_rho = float(self.fsam_rho)
         check(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -113,30 +112,17 @@ class FSAMTrainingArguments(FSAMArguments, TrainingArguments):
 
 def check(args: FSAMArguments) -> None:
     """Raises the `ValueError` of :class:`FSAMArguments`, also for fields that were set after it was made, as a
-    hyperparameter search or a callback does."""
-    _check_choice("fsam_variant", args.fsam_variant, get_args(Variant))
-    _check_choice("fsam_ascent_scope", args.fsam_ascent_scope, get_args(AscentScope))
-    _check_choice("fsam_ascent_direction", args.fsam_ascent_direction, get_args(AscentDirection))
+    hyperparameter search or a callback does, and puts Python's own values in the place of what is alike: a number of
+    NumPy's, a tensor of one number, a fraction, text from YAML. Others can't be saved with a checkpoint."""
+    for name, checked in _CHECKS.items():
+        value = getattr(args, name)
+        own = checked(name, value)
+        if own is not value:
+            setattr(args, name, own)
     if args.fsam_ascent_direction == "momentum" and args.fsam_variant in ("sam", "logit"):
         raise ValueError(
             f"fsam_ascent_direction='momentum' is for fsam_variant='functional', not {args.fsam_variant!r}: what is "
-            "left of the clean pass is there for the cotangent."
-        )
-    if not (_is_number(args.fsam_rho) and args.fsam_rho >= 0):
-        raise ValueError(f"fsam_rho={args.fsam_rho!r} is not a radius: give a finite number, zero or above.")
-    if not (isinstance(args.fsam_every_steps, int) and _is_number(args.fsam_every_steps) and args.fsam_every_steps > 0):
-        raise ValueError(f"fsam_every_steps={args.fsam_every_steps!r} is not a count of steps: give 1 or more.")
-    if not (isinstance(args.fsam_diagnostics_steps, int) and args.fsam_diagnostics_steps >= 0):
-        raise ValueError(
-            f"fsam_diagnostics_steps={args.fsam_diagnostics_steps!r} is not a count of steps: give 0 (never) or more."
-        )
-    for name in ("fsam_precondition", "fsam_fused_head", "fsam_offload_hidden_states"):
-        if not isinstance(getattr(args, name), bool):
-            raise ValueError(f"{name}={getattr(args, name)!r} is neither True nor False.")
-    if args.fsam_boundary is not None and not (isinstance(args.fsam_boundary, str) and args.fsam_boundary):
-        raise ValueError(
-            f"fsam_boundary={args.fsam_boundary!r} is not a module's name: give one of model.named_modules(), or "
-            "leave it out to have the head found."
+            "left of the clean pass is there for the cotangent. Set fsam_ascent_direction='gradient'."
         )
 
 
@@ -153,10 +139,92 @@ def plain_passes(args: FSAMArguments) -> float:
     return 1.0 + ascent / args.fsam_every_steps
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and value in choices:
+            return choices[choices.index(value)]  # what is alike, as NumPy's text or an enumeration's
+        raise ValueError(f"{name}={_shown(value)} is unknown: choose one of {', '.join(map(repr, choices))}.")
+
+    return check
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}.")
+def _radius(name: str, value: Any) -> float:
+    rho = _number(value)
+    if rho is not None and (rho == 0 or _LEAST_RHO <= rho <= _MOST_RHO):
+        return rho
+    raise ValueError(
+        f"{name}={_shown(value)} is not a radius: give 0 (trains like 'none') or a number from {_LEAST_RHO:g} to "
+        f"{_MOST_RHO:g}; 0.03 is where to begin."
+    )
+
+
+def _count(least: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if type(value) is not int:
+            number = _number(value)
+            value = int(number) if number is not None and number.is_integer() else value
+        if type(value) is int and least <= value <= _MOST_STEPS:
+            return value
+        raise ValueError(
+            f"{name}={_shown(value)} is not a count of steps: give a whole number from {least} to {_MOST_STEPS}."
+        )
+
+    return check
+
+
+def _truth(name: str, value: Any) -> bool:
+    if _is_truth(value):
+        return bool(value)
+    raise ValueError(f"{name}={_shown(value)} is neither True nor False: give one of them.")
+
+
+def _module_name(name: str, value: Any) -> str | None:
+    if value is None or (type(value) is str and value):
+        return value
+    if isinstance(value, str) and value:
+        return str.__str__(value)
+    raise ValueError(
+        f"{name}={_shown(value)} is not a module's name: give one of model.named_modules(), or leave it out to have "
+        "the head found."
+    )
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "fsam_variant": _choice(get_args(Variant)),
+    "fsam_ascent_scope": _choice(get_args(AscentScope)),
+    "fsam_ascent_direction": _choice(get_args(AscentDirection)),
+    "fsam_rho": _radius,
+    "fsam_every_steps": _count(1),
+    "fsam_diagnostics_steps": _count(0),
+    "fsam_precondition": _truth,
+    "fsam_fused_head": _truth,
+    "fsam_offload_hidden_states": _truth,
+    "fsam_boundary": _module_name,
+}
+
+
+def _number(value: Any) -> float | None:
+    """None: it is no number, or more than one, or none that a float holds."""
+    if type(value) is float:
+        return value
+    if _is_truth(value) or "complex" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is a tensor's
+        return None
+
+
+def _is_truth(value: Any) -> bool:
+    """Python's, NumPy's, or a tensor of one truth value."""
+    if isinstance(value, bool):
+        return True
+    return str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and value.ndim == 0
+
+
+def _shown(value: object, most: int = 80) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # Python does not print numbers of thousands of digits
+        text = f"a {type(value).__name__} that can't be printed"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

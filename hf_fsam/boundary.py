@@ -1,22 +1,54 @@
 """Find the module whose output ends the function and begins the loss."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 # The heads of transformers' models for sequence and token classification, multiple choice, question answering, image
-# classification and speech recognition by CTC, whose `lm_head` is no output embedding (read in transformers 5.23, 400
-# classes), in the order in which one wins where a model has two: XLNet's `logits_proj` stands behind its
-# `sequence_summary`.
-_HEADS = ("qa_outputs", "classification_head", "logits_proj", "score", "classifier", "sequence_summary", "lm_head")
+# classification, segmentation and speech recognition by CTC, whose `lm_head` is no output embedding (read in
+# transformers 5.23, 900 classes), in the order in which one wins where a model has two: XLNet's `logits_proj` stands
+# behind its `sequence_summary`.
+_HEADS = (
+    *("qa_outputs", "classification_head", "logits_proj", "score", "classifier", "sequence_summary", "lm_head"),
+    *("ctc_head", "logits_dense", "qa_classifier", "discriminator_predictions", "segmentation_head"),
+)
+
+# Names that are a head in the classes of these tasks alone.
+_HEADS_OF = {
+    "ForNextSentencePrediction": ("cls",),
+    "ForMaskedImageModeling": ("decoder",),
+    "ForPreTraining": ("decoder.decoder_pred", "decoder.head"),  # ViT-MAE, VideoMAE
+    "ForQuestionAnswering": ("answer_head", "text_decoder.cls.predictions.decoder"),  # LXMERT, BLIP
+    "ForConditionalGeneration": ("model.decoder.output_projection", "text_decoder.cls.predictions.decoder"),  # FSMT
+    "ForSemanticSegmentation": ("decode_head",),
+    "ForImageClassification": ("head",),
+    "ForDepthEstimation": ("head",),
+    "ForPoseEstimation": ("head",),
+    "ForClassification": ("head",),  # PatchTST, PatchTSMixer, and so the next four
+    "ForTimeSeriesClassification": ("head",),
+    "ForRegression": ("head",),
+    "ForPrediction": ("head",),
+    "ForPretraining": ("head",),
+}
+# Beside these, the head is not all that the loss takes: a second head, or one that returns a distribution's parameters.
+_OTHERS = ("auxiliary_head", "dist_head", "distribution_output")
+
+IDENTITY = (
+    "Where the loss takes what no one module puts out, as in CLIP and detectors, give the model an identity, "
+    "model.boundary = torch.nn.Identity(), call it on each such tensor (in forward, loss_function or compute_loss: "
+    "logits = model.boundary(logits)), and set fsam_boundary='boundary'"
+)
 
 
 def find_boundary(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
-    """Name and module of the boundary of `model` (unwrapped; a PEFT model is looked into).
+    """Name and module of the boundary of `model` (unwrapped; a PEFT model is looked into, and a wrapper that has no
+    weights of its own).
 
     Args:
         name: the module's name in `model.named_modules()`, or, in a PEFT model, in those of its base model. None: the
-            output embeddings of a language model, or else the head of a classification or question answering model.
+            output embeddings of a language model, or else the head of a model for another task.
 
     Raises:
         ValueError: no such module, or none found; the message lists candidates.
@@ -28,23 +60,51 @@ def find_boundary(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
             if module is not None:
                 return name, module
         raise ValueError(
-            f"fsam_boundary={name!r} is no module of {type(base).__name__}. Candidates: {_candidates(model)}."
+            f"fsam_boundary={name!r} is no module of {type(base).__name__}: choose one that makes the logits, or leave "
+            f"it out to have the head found. Candidates: {_candidates(model)}. {IDENTITY}."
         )
-    head = _output_embeddings(base)
-    if head is None:
-        head = next((getattr(base, head) for head in _HEADS if isinstance(getattr(base, head, None), nn.Module)), None)
+    head = _head(_inside(base))
     for found, module in model.named_modules():
-        if module is head:
+        if head is not None and module is head:
             return found, module
     raise ValueError(
-        f"no boundary between function and loss was found in {type(base).__name__}: name the module whose output is "
-        f"the logits with fsam_boundary. Candidates: {_candidates(model)}. (fsam_variant='sam' and 'none' need none.)"
+        f"no boundary between function and loss was found in {type(base).__name__}: if one module makes all that the "
+        f"loss takes, name it with fsam_boundary. Candidates: {_candidates(model)}. {IDENTITY}. Or set "
+        "fsam_variant='sam' or 'none', which need none."
     )
 
 
-def _output_embeddings(model: nn.Module) -> Any:
-    get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
+def _head(model: nn.Module) -> nn.Module | None:
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    # FSMT names the embeddings of its input, which its output projection is tied to, and MusicGen a list of heads.
+    if isinstance(head, nn.Module) and not isinstance(head, nn.Embedding | nn.ModuleList):
+        return head
+    return next((part for name in _names(model) if (part := _part(model, name)) is not None), None)
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    yield from _HEADS
+    if not any(getattr(model, other, None) is not None for other in _OTHERS):
+        classes = [each.__name__ for each in type(model).__mro__]
+        for task, names in _HEADS_OF.items():
+            if any(each.endswith(task) for each in classes):
+                yield from names
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    found: Any = model
+    for step in name.split("."):
+        found = getattr(found, step, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model of transformers in a wrapper without weights of its own, as sentence-transformers' CrossEncoder is."""
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel):
+            return inner if set(model.parameters()) <= set(inner.parameters()) else model
+    return model
 
 
 def _candidates(model: nn.Module, most: int = 8) -> str:

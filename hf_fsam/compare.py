@@ -8,10 +8,10 @@ The recipe is any script that takes one JSON file of settings, as recipes/*.py a
 curves and costs `history`, `steps`, `train_seconds`) or the Trainer's `all_results.json` and `trainer_state.json`. That
 a seed means the same batches for all arms is the Trainer's doing: its sampler draws from `seed` alone.
 
-Runs go to OUT/runs.jsonl as they end, one line each. A run that is there is not repeated, also by another study, so one
-that was killed goes on where it was, within a run from its last checkpoint if it writes any. Script, settings, seed and
---launch make a run; what else it reads, a model's folder or modules beside the script, is not looked at: take another
---out where that has changed. Then come OUT/STUDY.md and OUT/STUDY.png.
+Runs go to OUT/runs.jsonl as they end, one line each, without tokens and passwords. A run that is there is not repeated,
+also by another study, so one that was killed goes on where it was, within a run from its last checkpoint if it writes
+any. Script, settings, seed and --launch make a run; what else it reads, a model's folder or modules beside the script,
+is not looked at: take another --out where that has changed. Then come OUT/STUDY.md and OUT/STUDY.png.
 """
 
 import argparse
@@ -40,6 +40,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from hf_fsam.masking import is_secret, masked, masked_command, without_secrets
 from hf_fsam.study import Arm, Settings, Study, canonical, fingerprint, load_studies, numbers, training_length
 from hf_fsam.study_report import write_report
 
@@ -87,6 +88,7 @@ class Runner:
             # The runs inherit it, so that it holds as long as one that a killed study left behind is still at work.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._file.close()
             raise RuntimeError(
                 f"{self.log} is in use: by another `compare`, or by a run that a killed one left behind. Wait, end it, "
                 "or choose another --out."
@@ -174,8 +176,15 @@ class Runner:
         if checkpoint is not None:
             settings["resume_from_checkpoint"] = str(checkpoint)
         file, output = folder / "run.json", folder / "output.txt"
+        file.touch()
+        file.chmod(0o600)
         file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        code = self._call([*(self.launch or [sys.executable]), str(recipe), str(file)], output, slot)
+        try:
+            code = self._call([*(self.launch or [sys.executable]), str(recipe), str(file)], output, slot)
+        finally:
+            file.write_text(json.dumps(masked(settings), indent=1) + "\n", encoding="utf-8")
+            printed = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+            output.write_text(without_secrets(printed, settings), encoding="utf-8")
         if code != 0:
             tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise RuntimeError(
@@ -188,7 +197,7 @@ class Runner:
             "arm": task.arm.name,
             "stage": task.stage,
             "seed": task.seed,
-            "settings": task.settings,
+            "settings": masked(task.settings),
             "resumed": checkpoint is not None,
             **read_results(folder, self.study.metrics[0]),
             "recipe_sha256": fingerprint(recipe),
@@ -256,14 +265,16 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
     tuned: list[Row] = []
     for arms in study.tuning_order():
         found = {arm.name: arm.candidates(chosen[arm.like] if arm.like else study.settings) for arm in arms}
-        rows = runner.run(tuning_tasks(study, arms, found))
+        tasks = list(tuning_tasks(study, arms, found))
+        rows = runner.run(tasks)
         for arm in arms:
-            own = [row for row in rows if row["arm"] == arm.name]
+            own = [(task, row) for task, row in zip(tasks, rows, strict=True) if task.arm is arm]
             if not own:
                 chosen[arm.name] = found[arm.name][0]
                 continue
             losses = [
-                mean(score(study, row) for row in own if row["settings"] == candidate) for candidate in found[arm.name]
+                mean(score(study, row) for task, row in own if task.settings == candidate)
+                for candidate in found[arm.name]
             ]
             if min(losses) == math.inf and arm.name == study.baseline:
                 raise RuntimeError(f"{study.name}: {arm.name}: no candidate ended with a finite {study.metrics[0]}.")
@@ -271,8 +282,8 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
             chosen[arm.name] = found[arm.name][losses.index(min(losses))]
         tuned += rows
     # Seed by seed, so that what there is of a study that was stopped compares all arms.
-    tasks = [Task(arm, chosen[name], seed, "final") for seed in study.seeds for name, arm in study.arms.items()]
-    return tuned + runner.run(tasks)
+    final = [Task(arm, chosen[name], seed, "final") for seed in study.seeds for name, arm in study.arms.items()]
+    return tuned + runner.run(final)
 
 
 def score(study: Study, row: Row) -> float | None:
@@ -400,7 +411,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.compare")
             bar.set_description(study.name)
             with Runner(study, args.out, args.launch, args.parallel, args.keep, advance) as runner:
                 rows = run_study(study, runner)
-            report = write_report(study, rows, args.out / study.name, f"{prog} {shlex.join(argv)}")
+            command = without_secrets(f"{prog} {shlex.join(masked_command(argv))}", overrides)
+            report = write_report(study, rows, args.out / study.name, command)
             bar.write(f"\n{report}\n", file=sys.stdout)
 
 
@@ -433,9 +445,12 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
     overrides: Settings = {}
     while rest:
         name, *value = rest.pop(0).split("=", 1)
-        if not name.startswith("--") or not (value or rest):
-            parser.error(f"{name!r} is not `--name value`.")
-        overrides[name.removeprefix("--")] = numbers(yaml.safe_load(value[0] if value else rest.pop(0)))
+        if not name.startswith("--"):
+            parser.error(f"a value without its name after {list(overrides)[-1:] or args.study}: give `--name value`.")
+        if not (value or rest):
+            parser.error(f"{name!r} has no value: give `{name} value`.")
+        text, name = value[0] if value else rest.pop(0), name.removeprefix("--")
+        overrides[name] = text if is_secret(name) else numbers(yaml.safe_load(text))
     return args, overrides
 
 

@@ -182,9 +182,12 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
         trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))
         return train(trainer, *rest, **options)
 
-    sys.argv = [str(args.script), *args.arguments]
-    sys.path.insert(0, str(args.script.resolve().parent))  # as Python does for a script
-    with mock.patch.object(FSAMMixin, "train", find), mock.patch.object(Trainer, "train", refuse_plain):
+    with (
+        mock.patch.object(sys, "argv", [str(args.script), *args.arguments]),
+        mock.patch.object(sys, "path", [str(args.script.resolve().parent), *sys.path]),  # as Python does for a script
+        mock.patch.object(FSAMMixin, "train", find),
+        mock.patch.object(Trainer, "train", refuse_plain),
+    ):
         try:
             runpy.run_path(str(args.script), run_name="__main__")
         except _Found:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,20 +113,28 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
     probe.grad = torch.ones_like(probe)
     taken = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in group.items() if key in taken and key != "params"}
-    found, error = False, None
+    why, error = None, None
     try:
-        twin = type(optimizer)([probe], **settings)
+        twin: Any = type(optimizer)([probe], **settings)
+        if callable(getattr(twin, "train", None)):  # a schedule-free one begins in evaluation mode, and does not step
+            twin.train()
         twin.step()
-        (moment,) = second_moments(twin, [probe])
-        found = moment is not None
+        has = (twin.state[probe].keys(), twin.param_groups[0].keys())
+        lacks = [name for name in ("exp_avg_sq", "step") if name not in has[0]]
+        lacks += [name for name in ("betas", "eps") if name not in has[1]]
+        if lacks:
+            state = ", ".join(map(str, has[0])) or "empty"
+            why = f"keeps none that is known here: no {', no '.join(map(repr, lacks))} (its state is {state})"
+        else:
+            second_moments(twin, [probe])
     except Exception as raised:  # whatever an unknown optimizer raises, it could not be asked
-        error = raised
-    if error is not None and isinstance(optimizer, Adam | AdamW | NAdam | RAdam):
-        return  # a subclass with arguments of its own
-    if not found:
-        keeps = "keeps none" if error is None else f"could not be asked for its own ({type(error).__name__}: {error})"
+        if isinstance(optimizer, Adam | AdamW | NAdam | RAdam):
+            return  # a subclass with arguments of its own
+        why, error = f"could not be asked ({type(raised).__name__}: {raised})", raised
+    if why is not None:
         raise ValueError(
-            f"fsam_precondition=True divides by the optimizer's second moment, but {type(optimizer).__name__} {keeps}: "
-            "state 'exp_avg_sq' and 'step', group 'betas' and 'eps'. torch.optim's Adam, AdamW, NAdam and RAdam "
-            "do, so do optim='adamw_torch' and 'adamw_torch_fused'. Choose one, or set fsam_precondition=False."
+            "fsam_precondition=True divides by the optimizer's second moment, read from its state 'exp_avg_sq' and "
+            f"'step' and its groups' 'betas' and 'eps', but {type(optimizer).__name__} {why}. torch.optim's Adam, "
+            "AdamW, NAdam and RAdam have them, as optim='adamw_torch' and 'adamw_torch_fused' do: choose one, or set "
+            "fsam_precondition=False."
         ) from error

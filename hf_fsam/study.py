@@ -34,6 +34,7 @@ from typing import Any
 import yaml
 
 from hf_fsam.arguments import FSAMArguments, plain_passes
+from hf_fsam.masking import is_secret
 
 Settings = dict[str, Any]
 
@@ -160,7 +161,9 @@ def load_studies(
         ("greater_is_better", bool, "true or false"),
     ):
         if raw.get(name) is not None and not isinstance(raw[name], kind):
-            raise ValueError(f"{path}: {name}={raw[name]!r} is not {what}.")
+            # Settings may hold a password.
+            given = f" is {type(raw[name]).__name__}, not" if kind is dict else f"={raw[name]!r} is not"
+            raise ValueError(f"{path}: {name}{given} {what}.")
     settings = read_yaml(path.parent / raw["config"]) if raw.get("config") else {}
     settings |= numbers(raw.get("settings") or {}) | (overrides or {})
     arms = {str(name): _arm(path, str(name), own) for name, own in raw["arms"].items()}
@@ -206,11 +209,11 @@ def load_studies(
 
 def _arm(path: Path, name: str, own: Any) -> Arm:
     if not isinstance(own, dict | None):
-        raise ValueError(f"{path}: {name}: {own!r} is not a mapping of settings to values.")
+        raise ValueError(f"{path}: {name} is {type(own).__name__}, not a mapping of settings to values.")
     own = dict(own or {})
     recipe = own.pop("recipe", None)
     like, longer, passes = own.pop("like", None), own.pop("longer", 1), own.pop("passes", None)
-    for key, value in (("longer", longer), ("passes", passes or 1)):
+    for key, value in (("longer", longer), ("passes", 1 if passes is None else passes)):
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name}: {key}={value!r} is not a number above 0.")
     empty = [key for key, value in own.items() if value == []]
@@ -242,7 +245,12 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def read_yaml(path: Path) -> Settings:
-    values = yaml.safe_load(_existing(path, "The YAML file").read_text(encoding="utf-8")) or {}
+    text = _existing(path, "The YAML file").read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.MarkedYAMLError as error:  # its own message repeats the line, in which a password may stand
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Mend that line.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
     return numbers(values)
@@ -251,7 +259,7 @@ def read_yaml(path: Path) -> Settings:
 def numbers(value: Any) -> Any:
     """YAML 1.1 reads 1e-3, without a point, as text: as a number again, in lists and mappings too."""
     if isinstance(value, dict):
-        return {name: numbers(each) for name, each in value.items()}
+        return {name: each if is_secret(str(name)) else numbers(each) for name, each in value.items()}
     if isinstance(value, list):
         return [numbers(each) for each in value]
     if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib  # here, so that what is missing is said before the first run
 from scipy.stats import t
 
+from hf_fsam.masking import masked
 from hf_fsam.study import Study, canonical, fingerprint
 
 Row = dict[str, Any]
@@ -107,7 +108,7 @@ def tuned(study: Study, arm: str, rows: list[Row]) -> str:
     own = next(row["settings"] for row in rows if row["arm"] == arm and row["stage"] == "final")
     parts = []
     for name in study.arms[arm].tuned:
-        values = study.arms[arm].settings[name]
+        values = masked(study.arms[arm].settings)[name]
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         edge = "!" if numeric and own[name] in (min(values), max(values)) else ""
         parts.append(f"{name.removeprefix('fsam_')} {own[name]:g}{edge}" if numeric else f"{name} {own[name]}")

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from hf_fsam.masking import masked
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -48,7 +50,11 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
     """`{fsam_rho: 0.05, text_columns: [a, b]}` → `["--fsam_rho=0.05", "--text_columns", "a", "b"]`."""
     if not path.is_file():
         raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:  # its own message repeats the line, in which a password may stand
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Mend that line.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
     actions = {action.dest: action for action in parser._actions}
@@ -60,7 +66,8 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
             continue
         if isinstance(value, list):
             if actions[name].nargs != "+":
-                raise ValueError(f"{name}={value!r} in {path} is a list, but {name} takes one value.")
+                shown = masked({name: value})[name]
+                raise ValueError(f"{name}={shown!r} in {path} is a list, but {name} takes one value.")
             arguments += [f"--{name}", *map(str, value)]
         else:
             if value is False and "no" in (actions[name].choices or ()):

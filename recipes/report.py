@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
+from hf_fsam.masking import masked
 
 PACKAGES = ("hf-fsam", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "deepspeed")
 COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")
@@ -97,8 +98,8 @@ def size(weight: torch.nn.Parameter) -> int:
 
 
 def as_dict(arguments: Any) -> dict[str, Any]:
-    """The Trainer's arguments mask their tokens themselves."""
-    return arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
+    """Without tokens and passwords, of which the Trainer's arguments mask their own."""
+    return masked(arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments))
 
 
 def print_summary(results: dict[str, Any]) -> None:

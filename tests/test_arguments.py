@@ -1,11 +1,18 @@
 """Every `fsam_*` field: parsed, checked, saved; everything unsupported: refused by name before training."""
 
+import json
 import math
+import random
+import re
 from dataclasses import fields
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +20,7 @@ from accelerate.utils import DistributedType
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_fsam import FSAMArguments, FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.arguments import check
 from hf_fsam.engines import select_engine
 from tests.toys import llama, make_trainer
 
@@ -31,8 +39,6 @@ GIVEN = {
 
 
 def test_every_field_parses_from_command_line_yaml_and_json(tmp_path: Path) -> None:
-    import json
-
     assert {field.name for field in fields(FSAMArguments)} == set(GIVEN)
     parser = HfArgumentParser(FSAMTrainingArguments)
     line = [f"--{name}={value}" for name, value in ({"output_dir": "out"} | GIVEN).items()]
@@ -70,11 +76,114 @@ def test_every_field_has_a_help_text() -> None:
         ("fsam_every_steps", True),
         ("fsam_boundary", ""),
         ("fsam_fused_head", "yes"),
+        ("fsam_rho", True),
+        ("fsam_rho", 1e39),  # infinite in float32
+        ("fsam_rho", 10**30),
+        ("fsam_rho", 1e-39),
+        ("fsam_rho", Decimal("NaN")),
+        ("fsam_diagnostics_steps", True),
+        ("fsam_diagnostics_steps", -1),
+        ("fsam_every_steps", 2**31),
+        ("fsam_variant", None),
     ],
 )
 def test_bad_values_are_refused_with_the_name_and_the_value(tmp_path: Path, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
         FSAMTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+class _Word(str, Enum):  # noqa: UP042 - many still write it so
+    SAM = "sam"
+
+
+# A value of every kind that a script, a configuration file, a search or NumPy may give, and what to have in its place.
+ODD: dict[str, tuple[Any, Any]] = {
+    "fsam_rho": (np.float32(0.25), 0.25),
+    "fsam_every_steps": (np.int64(2), 2),
+    "fsam_diagnostics_steps": (torch.tensor(4), 4),
+    "fsam_precondition": (np.True_, True),
+    "fsam_fused_head": (torch.tensor(False), False),
+    "fsam_offload_hidden_states": (np.array(True), True),
+    "fsam_variant": (_Word.SAM, "sam"),
+    "fsam_ascent_scope": (np.str_("optimizer_step"), "optimizer_step"),
+    "fsam_ascent_direction": (np.str_("gradient"), "gradient"),
+    "fsam_boundary": (np.str_("lm_head"), "lm_head"),
+}
+RADII = (0.25, "2.5e-1", Fraction(1, 4), Decimal("0.25"), torch.tensor(0.25), torch.tensor([0.25]), np.float16(0.25))
+
+
+def exactly(value: Any) -> tuple[type, Any]:
+    return type(value), value
+
+
+@pytest.mark.parametrize("value", RADII, ids=repr)
+def test_a_number_is_a_number_of_whatever_type(tmp_path: Path, value: Any) -> None:
+    assert exactly(FSAMTrainingArguments(str(tmp_path), use_cpu=True, fsam_rho=value).fsam_rho) == (float, 0.25)
+
+
+def test_numbers_beyond_what_prints_are_refused_by_name(tmp_path: Path) -> None:
+    values = (10**400, 10**5000, Fraction(10**400, 3), torch.zeros(3), np.zeros(2), 1j, np.complex64(1), "", [])
+    for name in ("fsam_rho", "fsam_every_steps", "fsam_precondition", "fsam_variant", "fsam_boundary"):
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name}=.*(give|choose)"):
+                FSAMTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_whatever_is_given_is_refused_by_name_or_saved_and_read_again(tmp_path: Path) -> None:
+    """Two thousand values, at random, for every field: what passes is Python's own and comes back from each file."""
+    draw = random.Random(0)
+    names = [field.name for field in fields(FSAMArguments)]
+    words = ["none", "sam", "logit", "rank", "momentum", "", "nan", "1e-2", "3", "true", "lm_head", "\x00"]
+    numbers = [0, 1, -1, 3, 2**31, 10**30, 0.0, -0.0, 0.03, 1e-300, 1e39, math.inf, math.nan, 7.0, 1.5]
+    makers: list[Any] = [
+        *(np.float16, np.float32, np.float64, np.longdouble, np.bool_, np.complex64, np.array, np.str_),
+        *(torch.tensor, Decimal, str, bool, float, complex, repr, lambda x: [x], lambda x: {x: x}, lambda x: x),
+    ]
+    passed = 0
+    for _ in range(2000):
+        name, make, value = draw.choice(names), draw.choice(makers), draw.choice(words + numbers)
+        try:
+            with np.errstate(all="ignore"):
+                odd = make(value)
+        except (TypeError, ValueError, OverflowError, ArithmeticError, RuntimeError):
+            continue
+        args, error = FSAMArguments(), ""
+        setattr(args, name, odd)
+        try:
+            check(args)
+        except ValueError as refused:
+            error = str(refused)
+        if error:
+            assert f"{name}=" in error, (name, odd)
+            continue
+        passed += 1
+        own = {each: getattr(args, each) for each in names}
+        default = {each: getattr(FSAMArguments(), each) for each in names}
+        for each in set(names) - {"fsam_boundary"}:
+            assert type(own[each]) is type(default[each]), (name, odd)
+        assert type(own["fsam_boundary"]) in (str, type(None))
+        assert json.loads(json.dumps(own, allow_nan=False)) == own
+        torch.save(own, tmp_path / "args.bin")
+        assert torch.load(tmp_path / "args.bin", weights_only=True) == own
+    assert passed > 200
+
+
+def test_odd_values_set_by_a_callback_are_saved_with_every_checkpoint(tmp_path: Path) -> None:
+    class Schedule(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for name, (odd, _) in ODD.items():
+                setattr(args, name, odd)
+
+    trainer = make_trainer(tmp_path, fsam_precondition=True, max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Schedule())
+    trainer.train()
+    plain = {name: value for name, (_, value) in ODD.items()}
+    for folder in tmp_path.glob("checkpoint-[23]"):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["stateful_callbacks"]["FSAMSettings"]["args"] == plain
+        saved = torch.load(folder / "training_args.bin", weights_only=False)
+        assert {name: exactly(getattr(saved, name)) for name in plain} == {n: exactly(v) for n, v in plain.items()}
+        assert plain.items() <= json.loads(saved.to_json_string()).items()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +211,7 @@ def test_unsupported_ways_of_running_are_refused_by_name(
         accelerator=accelerator,
         is_model_parallel=False,
         is_distributed_loading_by_transformers=False,
+        model=trainer.model,
     )
     select_engine(view)  # passes as it is
     for name, value in change.items():
@@ -140,7 +250,7 @@ def test_preconditioning_switched_on_later_asks_the_optimizer_too(tmp_path: Path
     later = TrainerCallback()
     later.on_step_begin = lambda args, state, control, **_: setattr(args, "fsam_variant", "functional")
     trainer.add_callback(later)
-    with pytest.raises(ValueError, match="fsam_precondition=True"):
+    with pytest.raises(ValueError, match=r"fsam_precondition=True.*but SGD keeps none"):  # not Accelerate's wrapper
         trainer.train()
 
 

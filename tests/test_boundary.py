@@ -1,5 +1,7 @@
 """The boundary is the module that makes the logits: found, named, or refused with candidates."""
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,13 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.utils import logging
 
+from hf_fsam import FSAMTrainer
 from hf_fsam.boundary import find_boundary
+from tests import reference
+from tests.test_parity import Setting, assert_same_weights, sgd, train_with_reference, train_with_trainer
 from tests.toys import gpt2, llama, make_trainer
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
@@ -70,6 +76,192 @@ def test_the_head_is_found(family: str, task: str, settings: dict, name: str) ->
     found, module = find_boundary(model, None)
     assert found == name
     assert module is model.get_submodule(name)
+
+
+IDS = torch.arange(3, 15).view(2, 6)
+TWO = torch.tensor([0, 1])
+IMAGES = {"pixel_values": torch.rand(2, 3, 8, 8), "bool_masked_pos": torch.tensor([[True, False, True, False]] * 2)}
+TINY_IMAGES = TINY_VIT | {"image_size": 8, "patch_size": 4}
+TINY_DECODER = {f"decoder_{name}": value for name, value in TINY_VIT.items()}
+TINY_SERIES = {"num_input_channels": 2, "context_length": 16, "patch_length": 4, "patch_stride": 4, "d_model": 8}
+TINY_PATCHTST = TINY_SERIES | {"num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8, "loss": "mse"}
+TINY_MIXER = TINY_SERIES | {"num_layers": 1, "loss": "mse"}
+SERIES = {"past_values": torch.rand(2, 16, 2)}
+TINY_BLIP = {
+    "text_config": TINY | {"encoder_hidden_size": 16, "bos_token_id": 1, "sep_token_id": 2, "pad_token_id": 0},
+    "vision_config": TINY_IMAGES,
+    "projection_dim": 8,
+}
+TINY_SEGFORMER = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 8]}
+TINY_SEGFORMER |= {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [1, 1]}
+TINY_FUNNEL = {"vocab_size": 20, "block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16}
+TINY_LXMERT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+TINY_LXMERT |= {"l_layers": 1, "x_layers": 1, "r_layers": 1, "num_qa_labels": 3, "visual_feat_dim": 4}
+PIXELS = {"pixel_values": torch.rand(2, 3, 16, 16), "labels": torch.ones(2, 16, 16, dtype=torch.long)}
+
+# Models whose forward pass takes the loss, and what to give it.
+ALONE = [
+    ("ElectraForPreTraining", TINY | {"embedding_size": 16}, {"input_ids": IDS, "labels": IDS % 2}),
+    ("FunnelForPreTraining", TINY_FUNNEL | {"num_decoder_layers": 1}, {"input_ids": IDS, "labels": IDS % 2}),
+    ("BertForNextSentencePrediction", TINY, {"input_ids": IDS, "labels": TWO}),
+    ("ViTMAEForPreTraining", TINY_IMAGES | TINY_DECODER, {"pixel_values": IMAGES["pixel_values"]}),
+    (
+        "VideoMAEForPreTraining",
+        TINY_IMAGES | TINY_DECODER | {"num_frames": 2, "tubelet_size": 2},
+        IMAGES | {"pixel_values": torch.rand(2, 2, 3, 8, 8)},
+    ),
+    ("ViTForMaskedImageModeling", TINY_IMAGES | {"encoder_stride": 4}, IMAGES),
+    (
+        "SwinForMaskedImageModeling",
+        {"embed_dim": 8, "depths": [1], "num_heads": [2], "image_size": 8, "window_size": 2, "encoder_stride": 4},
+        IMAGES,
+    ),
+    ("SegformerForSemanticSegmentation", TINY_SEGFORMER | {"decoder_hidden_size": 8, "num_labels": 3}, PIXELS),
+    (
+        "GLPNForDepthEstimation",
+        {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "mlp_ratios": [1] * 4}
+        | {"decoder_hidden_size": 8},
+        {"pixel_values": torch.rand(2, 3, 32, 32), "labels": torch.rand(2, 32, 32) + 0.1},
+    ),
+    ("PatchTSTForClassification", TINY_PATCHTST | {"num_targets": 3}, SERIES | {"target_values": TWO}),
+    ("PatchTSTForRegression", TINY_PATCHTST | {"num_targets": 2}, SERIES | {"target_values": torch.rand(2, 2)}),
+    (
+        "PatchTSTForPrediction",
+        TINY_PATCHTST | {"prediction_length": 3},
+        SERIES | {"future_values": torch.rand(2, 3, 2)},
+    ),
+    ("PatchTSTForPretraining", TINY_PATCHTST | {"do_mask_input": True}, SERIES),
+    ("PatchTSMixerForTimeSeriesClassification", TINY_MIXER | {"num_targets": 3}, SERIES | {"target_values": TWO}),
+    ("PatchTSMixerForRegression", TINY_MIXER | {"num_targets": 2}, SERIES | {"target_values": torch.rand(2, 2)}),
+    (
+        "PatchTSMixerForPrediction",
+        TINY_MIXER | {"prediction_length": 3},
+        SERIES | {"future_values": torch.rand(2, 3, 2)},
+    ),
+    ("PatchTSMixerForPretraining", TINY_MIXER, SERIES),
+    (
+        "BigBirdForQuestionAnswering",
+        TINY | {"attention_type": "original_full"},
+        {"input_ids": IDS, "token_type_ids": IDS * 0, "start_positions": TWO, "end_positions": TWO},
+    ),
+    (
+        "LxmertForQuestionAnswering",
+        TINY_LXMERT,
+        {"input_ids": IDS, "visual_feats": torch.rand(2, 3, 4), "visual_pos": torch.rand(2, 3, 4), "labels": TWO},
+    ),
+    (
+        "FSMTForConditionalGeneration",
+        TINY_BART | {"langs": ["a", "b"], "src_vocab_size": 20, "tgt_vocab_size": 20},
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    (
+        "BlipForQuestionAnswering",
+        TINY_BLIP,
+        {"input_ids": IDS, "pixel_values": IMAGES["pixel_values"], "labels": IDS, "decoder_input_ids": IDS},
+    ),
+    (
+        "BlipForConditionalGeneration",
+        TINY_BLIP,
+        {"input_ids": IDS, "pixel_values": IMAGES["pixel_values"], "labels": IDS},
+    ),
+]
+
+
+def weights_past(loss: Tensor, boundary: set[object], model: nn.Module) -> set[str]:
+    """That reach the loss without crossing the boundary."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    found, seen, stack = set(), set(boundary), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        weight = getattr(node, "variable", None)
+        found |= {names[weight]} if weight in names else set()
+        stack += [parent for parent, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize(("name", "settings", "inputs"), ALONE, ids=[name for name, _, _ in ALONE])
+def test_the_loss_is_taken_of_what_the_head_that_is_found_puts_out(name: str, settings: dict, inputs: dict) -> None:
+    model_class = getattr(tf, name)
+    model = model_class(model_class.config_class(**settings))
+    crossings: set[object] = set()
+    boundary = find_boundary(model, None)[1]
+    boundary.register_forward_hook(lambda module, args, output: crossings.add(output.grad_fn))
+    loss = model(**inputs).loss
+    assert crossings
+    assert not weights_past(loss, crossings, model)
+    assert weights_past(loss, set(), model)  # the walk finds weights where there is nothing in its way
+
+
+TINY_CLIP = {"text_config": TINY, "vision_config": TINY_IMAGES, "projection_dim": 8}
+SEVERAL = [  # modules whose outputs the loss takes together, or none
+    ("CLIPModel", TINY_CLIP),
+    ("YolosForObjectDetection", TINY_IMAGES | {"image_size": [8, 8], "num_detection_tokens": 2}),
+    ("SplinterForQuestionAnswering", TINY),
+    ("SwiftFormerForImageClassification", {"depths": [1] * 4, "embed_dims": [8] * 4}),
+    ("PatchTSTForRegression", TINY_PATCHTST | {"loss": "nll"}),
+    ("MusicgenForCausalLM", {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_dim": 16}),
+    ("BertModel", TINY),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SEVERAL, ids=[f"{name}{len(tiny)}" for name, tiny in SEVERAL])
+def test_where_no_one_module_makes_the_logits_none_is_found(name: str, settings: dict) -> None:
+    model_class = getattr(tf, name)
+    config_class = tf.MusicgenDecoderConfig if "Musicgen" in name else model_class.config_class
+    with pytest.raises(ValueError, match=r"no boundary.*torch\.nn\.Identity\(\).*fsam_boundary='boundary'.*'sam'"):
+        find_boundary(model_class(config_class(**settings)), None)
+
+
+class _Wrapper(nn.Module):
+    """As sentence-transformers' CrossEncoder is one."""
+
+    def __init__(self, model: nn.Module, more: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model, self.more = model, more
+
+
+def test_a_wrapper_without_weights_is_looked_into() -> None:
+    classifier = tf.BertForSequenceClassification(tf.BertConfig(**TINY))
+    assert find_boundary(_Wrapper(classifier), None) == ("model.classifier", classifier.classifier)
+    with pytest.raises(ValueError, match="no boundary"):  # its own weights may stand behind
+        find_boundary(_Wrapper(classifier, nn.Linear(2, 2)), None)
+
+
+class _Contrastive(FSAMTrainer):
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
+        logits = self.model.boundary(model(**inputs).logits_per_text)
+        return contrastive_loss((logits,)) / self.args.gradient_accumulation_steps
+
+
+def contrastive_loss(logits: reference.Logits, *_: object) -> Tensor:
+    (z,) = logits
+    labels = torch.arange(len(z))
+    return (nn.functional.cross_entropy(z, labels) + nn.functional.cross_entropy(z.t(), labels)) / 2
+
+
+@pytest.mark.parametrize("variant", ["functional", "logit"])
+def test_an_identity_behind_the_logits_is_exact(tmp_path: Path, variant: reference.Variant) -> None:
+    """CLIP, as the message says: its logits are a product of what two towers make."""
+    torch.manual_seed(0)
+    drawn = {"initializer_range": 0.2, "initializer_factor": 5.0}
+    towers = {"text_config": TINY | drawn, "vision_config": TINY_IMAGES | drawn}
+    model = tf.CLIPModel(tf.CLIPConfig(**towers, projection_dim=8, initializer_factor=5.0))
+    model.boundary = nn.Identity()
+    start = copy.deepcopy(model)
+    rows = [{"input_ids": torch.randint(3, 20, (6,)), "pixel_values": torch.rand(3, 8, 8)} for _ in range(15)]
+    setting = Setting(variant)
+
+    def logits(model: nn.Module, theta: reference.Tensors, inputs: reference.Batch) -> reference.Logits:
+        return (functional_call(model, theta, kwargs=inputs).logits_per_text,)
+
+    problem = reference.Problem(contrastive_loss, logits=logits)
+    optimizer = functools.partial(sgd, learning_rate=0.01)
+    wanted = train_with_reference(model, problem, rows, setting, optimizer)
+    train_with_trainer(model, rows, setting, optimizer, tmp_path, boundary="boundary", trainer_class=_Contrastive)
+    assert_same_weights(model, start, wanted)
 
 
 def test_the_head_is_found_in_peft_models() -> None:

@@ -4,6 +4,7 @@ The batches are TRL's own, written down as the trainer gets them; everything aft
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,15 +343,22 @@ def test_a_batch_is_counted_once(name: str, tmp_path: Path) -> None:
 
 def test_a_trainer_that_generates_is_refused(tmp_path: Path) -> None:
     class Generates(trl.SFTTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._buffered_inputs = None
-            super().__init__(*args, **kwargs)
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            return self.model.generate(**inputs)
 
     class Over(FSAMMixin, Generates):
         pass
 
     with pytest.raises(ValueError, match="generates what it trains on"):
         make_trainer(tmp_path, Over, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
+
+
+def test_a_trl_whose_fused_head_has_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["trl.trainer.utils"], "_ChunkedLogProbFunction")
+    given = (tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations())
+    with pytest.raises(ValueError, match=r"fused head of this TRL.*trl==1\.16\.\*, or set fsam_variant='sam'"):
+        make_trainer(*given, **SETTINGS["functional"])
+    make_trainer(*given, fsam_variant="sam")
 
 
 def test_another_trl_that_keeps_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
