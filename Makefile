@@ -5,7 +5,7 @@ VENV := .venv
 export DS_BUILD_OPS := 0
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test test-all demo gpu lint clean
+.PHONY: install test test-all test-newest demo gpu lint clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,12 @@ test: install lint
 test-all: install lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'slow or not slow' $(PYTEST_ARGS)
 
+# With the newest releases that pyproject.toml admits, in an environment of its own: 6 GB, with PyPI's torch for CUDA.
+test-newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
 demo: install
 	$(VENV)/bin/python recipes/demo.py
 
@@ -38,4 +44,4 @@ lint: install
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-newest outputs

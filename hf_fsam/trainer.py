@@ -300,8 +300,8 @@ class FSAMMixin(_AnyTrainer):
             if along is None and self.state.global_step > 1:
                 logger.warning_once(
                     "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
-                    "loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes two "
-                    "passes."
+                    "loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes "
+                    "two passes."
                 )
         divisor, before, fused = self._fsam_divisor(split.num_items), Counters(self), self._fsam_boundary.head
         try:

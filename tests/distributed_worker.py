@@ -104,9 +104,23 @@ def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
         return compute_loss(*args, **kwargs)
 
     trainer.compute_loss = struck
+
+
+def save_at_once(trainer: Any) -> None:
+    """On SIGTERM, with `enable_jit_checkpoint`; by itself it waits three seconds."""
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, JITCheckpointCallback):
+        if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
             callback.jit_manager.kill_wait = 0
+
+
+class Progress(TrainerCallback):
+    """Tells in a file named after each process which step that has begun."""
+
+    def __init__(self, folder: str) -> None:
+        self.file = Path(folder) / str(os.getpid())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.file.write_text(str(state.global_step))
 
 
 class Measured(TrainerCallback):
@@ -148,6 +162,7 @@ def train(
     save_to: str | None = None,
     evaluated: bool = False,
     struck: dict[str, Any] | None = None,
+    progress: str | None = None,
     **settings: Any,
 ) -> tuple[Any, ...]:
     """One case.
@@ -166,6 +181,7 @@ def train(
         save_to: where the model is saved at the end.
         evaluated: find out the loss on four rows, before that.
         struck: arguments of :func:`strike`.
+        progress: where :class:`Progress` tells.
     """
     if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
@@ -192,8 +208,11 @@ def train(
             trainer.accelerator.ddp_handler, name, DDPCommunicationHookType(value) if name == "comm_hook" else value
         )
     head._KEPT["cpu"] = 0 if untied else KEPT
+    save_at_once(trainer)
     if struck is not None:
         strike(trainer, **struck)
+    if progress is not None:
+        trainer.add_callback(Progress(progress))
     with PeakMemory() if measured else nullcontext() as memory:
         if measured:
             trainer.add_callback(callback := Measured(memory))

@@ -82,8 +82,8 @@ def _refusals(trainer: Any) -> Iterator[tuple[str, str]]:
         accelerator.ddp_handler, "static_graph", False
     ):
         yield (
-            "ddp_static_graph=True (or Accelerate's static_graph), with which DDP takes the first pass that it sees for "
-            "the training's",
+            "ddp_static_graph=True (or Accelerate's static_graph), with which DDP takes the first pass that it sees "
+            "for the training's",
             "leave it out",
         )
     optim = str(getattr(args.optim, "value", args.optim) or "")
