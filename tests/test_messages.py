@@ -367,7 +367,7 @@ ENGINES = [
 def _args(mode: str) -> Any:
     args = copy.copy(TrainingArguments("out", use_cpu=True))
     values = {name: getattr(args, name) for name in ("optim", "use_liger_kernel", "torch_compile_mode")}
-    values |= {"n_gpu": 1, "torch_compile": False, "torch_compile_backend": None}
+    values |= {"n_gpu": 1, "torch_compile": False, "torch_compile_backend": None, "fsam_variant": "functional"}
     return SimpleNamespace(**values, parallel_mode=SimpleNamespace(value=mode))
 
 
