@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
+SAME_FUNCTION = (
+    "both must compute the same function. Let forward and loss depend on the batch, the weights and random numbers of "
+    "torch, NumPy and Python alone, or set fsam_variant='sam'."
+)
+
+
 class LogitsNeeded(RuntimeError):
     """The loss does with deferred logits what only logits in memory allow."""
 
@@ -144,7 +150,10 @@ class FusedHead:
     def turn_off(self, why: str) -> None:
         if not self.off:
             self.off = True
-            logger.warning(f"The fused head is off from the next step on, and the logits are in memory: {why}.")
+            logger.warning(
+                f"The fused head is off from the next step on, and the logits are in memory: {why}. Nothing is wrong; "
+                "fsam_fused_head=False leaves this line out."
+            )
 
 
 def is_deferring(module: nn.Module) -> bool:
@@ -168,7 +177,10 @@ def fused_head(model: nn.Module, module: nn.Module, detached_weights_stay: bool,
     }
     for reason, holds in why.items():
         if holds:
-            logger.warning(f"The fused head is off, and the logits are in memory: {reason}.")
+            logger.warning(
+                f"The fused head is off, and the logits are in memory: {reason}. Nothing is wrong; "
+                "fsam_fused_head=False leaves this line out."
+            )
             return None
     assert isinstance(module, nn.Linear)
     return FusedHead(module, detached_weights_stay)
@@ -404,8 +416,7 @@ class SecondCall(_Call):
         before = 0 if statistic is None else len(statistic.hidden)
         if statistic is None or count != before:
             raise RuntimeError(
-                f"the second pass took {what} of {count} tokens' logits where the first had {before}: both must "
-                "compute the same function."
+                f"the second pass took {what} of {count} tokens' logits where the first had {before}: {SAME_FUNCTION}"
             )
         return _Taken.apply(z, statistic, lambda upstream: None)
 
@@ -415,8 +426,8 @@ class SecondCall(_Call):
             weight = self._head.module.weight
             if type(weight.detach()) is not Tensor or weight.shape[0] != self.shape[-1]:  # sharded, no longer gathered
                 raise RuntimeError(
-                    f"the second pass read the logits ({why}), the first did not: both must compute the same function. "
-                    "Read them in both, or set fsam_fused_head=False."
+                    f"the second pass read the logits ({why}), the first did not, and the head's weights are no longer "
+                    "here: read them in both, or set fsam_fused_head=False."
                 )
             self._values = self._linear(weight, self._head.module.bias)
         return self._values
@@ -425,8 +436,7 @@ class SecondCall(_Call):
         """`cotangent`, the second pass's own, is dropped."""
         if cotangent is not None and not self._depends_on_values:
             raise RuntimeError(
-                "the loss of the second pass depends on the logits' values, that of the first did not: both must "
-                "compute the same function."
+                f"the loss of the second pass depends on the logits' values, that of the first did not: {SAME_FUNCTION}"
             )
         gradients, self._gradients = self._gradients, Gradients()
         return gradients.times_(self._pass.ratio(self._crossing.early))

@@ -1,6 +1,7 @@
 """What the user sees of the geometry, in the Trainer's logs."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -111,9 +112,9 @@ class FSAMDiagnosticsCallback(TrainerCallback):
 
     def __init__(self, every: int, batches: int = 2) -> None:
         for name, value in (("every", every), ("batches", batches)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"FSAMDiagnosticsCallback: {name}={value!r} is not a count: give 1 or more.")
-        self.every, self.batches = every, batches
+        self.every, self.batches = operator.index(every), operator.index(batches)
         self.trainer: Any = None  # FSAMMixin.train puts itself here
         self._probe: Probe | None = None
 

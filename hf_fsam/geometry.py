@@ -185,8 +185,6 @@ class Probe:
         result = [gradient.clone() for gradient in gradients]
         optimizer = self.trainer.optimizer
         if self.trainer.args.fsam_precondition and optimizer is not None:
-            while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
-                optimizer = optimizer.optimizer
             precondition(result, second_moments(optimizer, self.weights))
         return result
 

@@ -16,10 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fsam.boundary import IDENTITY
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import CleanCall, DeferredLogits, FusedHead, KeptHead, SecondCall, call_head, kept_head
+from hf_fsam.deferred import (
+    SAME_FUNCTION,
+    CleanCall,
+    DeferredLogits,
+    FusedHead,
+    KeptHead,
+    SecondCall,
+    call_head,
+    kept_head,
+)
 from hf_fsam.head import Statistic
 from hf_fsam.trl import LogProbabilities, intercepted
+
+CALLED_TWICE = (
+    "compute_loss was called twice in one training_step: hf_fsam splits one forward and backward pass a step. Join the "
+    "batches, or set fsam_variant='none'."
+)
 
 
 @dataclass
@@ -81,10 +96,7 @@ class _Pass:
             RuntimeError: it is the pass's second.
         """
         if self._loss is not None:
-            raise RuntimeError(
-                "compute_loss was called twice in one training_step: hf_fsam splits one forward and backward pass a "
-                "step. Join the batches, or set fsam_variant='none'."
-            )
+            raise RuntimeError(CALLED_TWICE)
         self._loss = loss.detach().clone()
         return _Loss.apply(loss, self)
 
@@ -232,7 +244,8 @@ class CleanPass(_Pass):
             raise ValueError(
                 f"in this batch the boundary {name!r} was never crossed on the way from the loss to the weights, "
                 "so there is no cotangent to keep: name the module that makes the logits with fsam_boundary. (A model "
-                "with other heads for some batches needs one module that all go through, or fsam_variant='sam'.)"
+                "with other heads for some batches needs one module that all go through, or fsam_variant='sam'.) "
+                f"{IDENTITY}."
             )
 
     def offload(self) -> None:
@@ -298,7 +311,9 @@ class SecondPass(_Pass):
             return call.made()
         crossing = self._next()
         if not crossing.reached:
-            raise RuntimeError("the second pass called TRL's fused head where the first did not, or for nothing.")
+            raise RuntimeError(
+                f"the second pass called TRL's fused head where the first did not, or for nothing: {SAME_FUNCTION}"
+            )
         return call.replayed(crossing.statistics[0], self.see_products, partial(self.ratio, crossing.early))
 
     def see_products(self, before: Tensor | None, after: Tensor) -> None:
@@ -335,7 +350,7 @@ class SecondPass(_Pass):
         if recorded is None or recorded.shape != own.shape:
             raise RuntimeError(
                 f"the second pass crossed the boundary with a tensor {tuple(own.shape)} where the first had "
-                f"{'none' if recorded is None else tuple(recorded.shape)}: both must compute the same function."
+                f"{'none' if recorded is None else tuple(recorded.shape)}: {SAME_FUNCTION}"
             )
         ratio = self.ratio(crossing.early)
         crossing.early = max(0, crossing.early - 1)
@@ -350,10 +365,7 @@ class SecondPass(_Pass):
             return
         left = sum(crossing.reached for crossing in self._crossings) + sum(len(c.cotangents) for c in self._hooked)
         if left:
-            raise RuntimeError(
-                f"{left} recorded cotangents met no tensor in the second pass: both passes must "
-                "compute the same function."
-            )
+            raise RuntimeError(f"{left} recorded cotangents met no tensor in the second pass: {SAME_FUNCTION}")
 
 
 class Boundary:
@@ -435,7 +447,7 @@ class Boundary:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"fsam_boundary: module {self.name!r} returns {type(output).__name__}, but the boundary must return "
-                "one tensor, the logits. Name the module that makes them."
+                f"one tensor, the logits. Name the module that makes them. {IDENTITY}."
             )
         return self._pass.logits(output) if output.requires_grad else None
 

@@ -46,6 +46,13 @@ def precondition(gradients: Sequence[Tensor], moments: Iterable[SecondMoment | N
             moment.divide(gradient)
 
 
+def innermost(optimizer: Any) -> Any:
+    """Past the wrappers, Accelerate's and others'."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def has_stepped(optimizer: Optimizer) -> bool:
     """Whether it has taken a step. The host waits for the device where that alone knows: a fused optimizer makes its
     state in its first step, also if a loss scaler skips that."""
@@ -59,7 +66,7 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
     Raises:
         ValueError: the optimizer has stepped and keeps none.
     """
-    found = []
+    optimizer, found = innermost(optimizer), []
     for weight in weights:
         state = optimizer.state.get(weight, {})
         average = state.get("exp_avg", state.get("momentum_buffer"))
@@ -79,6 +86,7 @@ def second_moments(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Seco
     Raises:
         ValueError: the optimizer keeps one of another shape than the weight's.
     """
+    optimizer = innermost(optimizer)
     group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
     return [_second_moment(optimizer, group_of.get(weight), weight) for weight in weights]
 
@@ -105,8 +113,7 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
     Raises:
         ValueError: it keeps no second moment, or none that is known here; the message names optimizers that do.
     """
-    while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
-        optimizer = optimizer.optimizer
+    optimizer = innermost(optimizer)
     group = next(group for group in optimizer.param_groups if group["params"])
     like = group["params"][0]
     probe = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)

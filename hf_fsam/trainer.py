@@ -11,7 +11,6 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
@@ -20,14 +19,14 @@ from transformers.utils import logging
 
 from hf_fsam import batches
 from hf_fsam.arguments import FSAMArguments, check
-from hf_fsam.boundary import find_boundary
+from hf_fsam.boundary import IDENTITY, find_boundary
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, KeptHead, LogitsNeeded, fused_head
 from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
 from hf_fsam.engines import Ascent, Engine, select_engine, unwrapped
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.geometry import Probe
-from hf_fsam.passes import Boundary, CleanPass, SecondPass, weights_past_boundary
+from hf_fsam.passes import CALLED_TWICE, Boundary, CleanPass, SecondPass, weights_past_boundary
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.second_moment import check_keeps_second_moment
 from hf_fsam.trl import Counters
@@ -254,7 +253,7 @@ class FSAMMixin(_AnyTrainer):
         """The clean passes, where they are due; the perturbation; and the second pass's loss, which the parent's step
         back-propagates. Weights return to θ when `split.contexts` end."""
         if split.second is not None:
-            _ = split.second.see_loss(torch.zeros(()))  # raises: it is the second call
+            raise RuntimeError(CALLED_TWICE)
         loss_of = functools.partial(self._fsam_call, compute_loss, args, kwargs)
         self._fsam_pass = "clean"
         split.window = window = self._fsam_window or self._fsam_ascend(split, loss_of, model, inputs)
@@ -301,18 +300,16 @@ class FSAMMixin(_AnyTrainer):
                 logger.warning_once(
                     "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
                     "loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes "
-                    "two passes."
+                    "two passes: choose an optimizer with one (SGD with momentum=0.9, Adam), or "
+                    "fsam_ascent_direction='gradient'."
                 )
         divisor, before, fused = self._fsam_divisor(split.num_items), Counters(self), self._fsam_boundary.head
         try:
             ascent = self._fsam_clean_passes(loss_of, model, waiting, along, divisor)
-        except (LogitsNeeded, CheckpointError) as error:
-            if fused is None:
+        except LogitsNeeded as error:
+            if fused is None or not self._fsam_engine.forward_can_be_retried:
                 raise
-            if not self._fsam_engine.forward_can_be_retried:
-                error.add_note("hf_fsam: set fsam_fused_head=False.")
-                raise
-            fused.turn_off(str(error).partition("\n")[0])
+            fused.turn_off(str(error))
             before.restore()
             waiting[0].random.restore()
             ascent = self._fsam_clean_passes(loss_of, model, waiting, along, divisor)
@@ -426,10 +423,9 @@ class FSAMMixin(_AnyTrainer):
         if clean.crossed and past:
             logger.warning(
                 f"The loss depends on {len(past)} weights ({', '.join(past[:3])}{', ...' * (len(past) > 3)}) on a way "
-                f"past the boundary {self._fsam_boundary.name!r}: a regularizer, a balancing loss of experts, a bias "
-                "behind the head, or a tower of the network that another module ends. There the step is plain SAM. If "
-                "it is a part of the network, name with fsam_boundary a module through which all of it goes, e.g. an "
-                "nn.Identity that the model applies to its logits."
+                f"past the boundary {self._fsam_boundary.name!r}. Along that way the step is plain SAM. For a term of "
+                "the loss by itself (a balancing loss, an L2 penalty) or a bias behind the head nothing is to be done. "
+                f"{IDENTITY}."
             )
 
     def _fsam_begin(self) -> None:
@@ -585,9 +581,11 @@ class FSAMSettings(TrainerCallback, ExportableState):
         for name, value in saved["args"].items():
             if state.global_step and self.settings.get(name, value) != value:
                 logger.warning(
-                    f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}."
+                    f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}. "
+                    f"Set it to {value!r} to go on as before."
                 )
 
 
 def _settings(args: FSAMArguments) -> dict[str, Any]:
+    check(args)  # and makes them Python's own
     return {each.name: getattr(args, each.name) for each in fields(FSAMArguments)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import edge, replayed_statistic
+from hf_fsam.deferred import SAME_FUNCTION, edge, replayed_statistic
 from hf_fsam.head import Squash, Statistic, compute_dtype
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
@@ -74,7 +74,7 @@ class LogProbabilities:
         if self.hidden.shape != statistic.hidden.shape:
             raise RuntimeError(
                 f"the second pass took log-probabilities of {len(self.hidden)} tokens where the first had "
-                f"{len(statistic.hidden)}: both must compute the same function."
+                f"{len(statistic.hidden)}: {SAME_FUNCTION}"
             )
         values = self.weight.detach(), None if self.bias is None else self.bias.detach()
         edges = edge(self.weight), edge(self.bias)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines import select_engine
-from hf_fsam.engines.base import Cleanup
 from hf_fsam.engines.deepspeed import (
     FlatDeepSpeedEngine,
     ReplicatedDeepSpeedEngine,

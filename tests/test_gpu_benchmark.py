@@ -179,9 +179,7 @@ APART = [
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_check_runs_at_toy_size(name: str, request: pytest.FixtureRequest) -> None:
-    if name == "waits":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the fused loss waits where it indexes by a mask"))
+def test_a_check_runs_at_toy_size(name: str) -> None:
     rows = list(checks.CHECKS[name].rows(True))
     assert rows
     assert [row for row in rows if row.ok is False] == []

@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -448,7 +449,7 @@ OPTIMIZERS = [
         with_optimizer(torch.optim.Adagrad, fsam_ascent_direction="gradient"),
     ),
     Row(
-        "the optimizer has stepped and has none",
+        "the optimizer has none yet",
         with_optimizer(sgd, **along_momentum),
         with_optimizer(partial(sgd, momentum=0.9), **along_momentum),
         logged=True,
@@ -500,30 +501,41 @@ class _FSAMOwn(FSAMMixin, _Own):
     pass
 
 
-class _Augments(Trainer):
-    """In the batch itself."""
-
-    fresh = False
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.fresh:
-            inputs = {name: value.clone() for name, value in inputs.items()}
-        inputs["input_ids"][:, 0] += 1
-        inputs["input_ids"] %= VOCABULARY
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-class _FSAMAugments(FSAMMixin, _Augments):
-    pass
-
-
-class _FSAMAugmentsACopy(_FSAMAugments):
-    fresh = True
-
-
 class _Swaps(FSAMTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         return super().training_step(model, dict(inputs), *args)
+
+
+def with_lock(locked: bool) -> Run:
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return batch | ({"lock": threading.Lock()} if locked else {})
+
+    return trains(trainer={"data_collator": collate})
+
+
+def changes_the_logits(retried: bool, **arguments: Any) -> Run:
+    """retried: by an engine that can make a forward pass again."""
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        outputs.logits[..., 0] = 0.0
+        return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+    def run(folder: Path) -> None:
+        trainer = make_trainer(folder, max_steps=1, trainer={"compute_loss_func": loss}, **arguments)
+        trainer._fsam_engine.forward_can_be_retried = retried
+        trainer.train()
+
+    return run
+
+
+def reads_in_the_second_pass(read: bool) -> Run:
+    class Reads(FSAMTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            return loss + outputs.logits.square().mean() if read and self.fsam_pass == "second" else loss
+
+    return trains(trainer_class=Reads)
 
 
 def both_orders(first: str) -> Run:
@@ -569,11 +581,13 @@ def own_log_softmax(outputs: Any, labels: Tensor, num_items_in_batch: Any = None
 STEP = [
     Row("stands before FSAMMixin", both_orders("trainer"), both_orders("mixin")),
     Row("does not call FSAMMixin's", takes(_Above), takes(_Below)),
-    Row("compute_loss was called twice", takes(_FSAMTwice, fsam_fused_head=False), takes(_Below)),
+    Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),
     Row("did not back-propagate the loss", takes(_FSAMOwn), takes(_Below)),
-    Row("the second pass got another", takes(_FSAMAugments), takes(_FSAMAugmentsACopy)),
+    Row("that cannot be copied", with_lock(True), with_lock(False)),
+    Row("which takes logits in memory", changes_the_logits(False), changes_the_logits(False, fsam_fused_head=False)),
+    Row("depends on the logits' values", reads_in_the_second_pass(True), reads_in_the_second_pass(False)),
     Row(
-        "was given another one: change batches",
+        "compute_loss was given another",
         takes(_Swaps, fsam_ascent_scope="optimizer_step"),
         takes(_Swaps, fsam_ascent_scope="micro_batch"),
     ),
@@ -808,19 +822,24 @@ ROWS_OF_MESSAGES = [*ARGUMENTS, *ENGINES, *OPTIMIZERS, *STEP, *DIAGNOSTICS, *COM
 
 # Messages without a row: the test that holds them, or why there is none.
 ELSEWHERE = {
-    "hf_fsam was written for DeepSpeed 0.19.8": "test_a_deepspeed_without_the_methods_that_are_intercepted_is_refused",
+    "ddp_static_graph=True": "test_a_static_graph_is_refused_where_ddp_would_follow_it",
+    "hf_fsam does not know DeepSpeed's": "test_engine_selection.py",
     "tokens' logits where the first had": "test_a_second_pass_that_takes_other_tokens_is_an_error",
     "log-probabilities of": "as the row before, in TRL's fused head",
     "called TRL's fused head where the first did not": "as the row before",
     "keeps something else than": "test_another_trl_that_keeps_other_tensors_is_refused",
     "the fused head of this TRL, which": "test_a_trl_whose_fused_head_has_another_name_is_refused",
+    "puts a hook on the logits' gradient": "a part of 'which takes logits in memory', which has a row",
+    "keeps the logits' gradient": "as the row before",
+    "depends on a gradient that it has taken": "as the row before",
+    "is differentiated more than once": "as the row before",
+    "changes the logits in place": "as the row before",
+    "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
     "pip install 'hf-fsam[studies]'": "test_rho.py",
     "pip install 'hf-fsam[recipes]'": "as the row before, for the metrics",
-    "set fsam_fused_head=False": "a loss under engines that shard",
     "is in none of DeepSpeed's flat groups": "a layout that no version has had",
     "was set after the start with fsam_ascent_scope": "an engine's state in the middle of a training",
-    "DeferredLogits has no attribute": "what Python asks of an object",
     ": give 1 or more.": "a row for each option",
     "CUDA graphs, which hold on to the place": "a row for each cure",
 }

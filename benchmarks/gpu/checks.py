@@ -35,7 +35,7 @@ from benchmarks import step_cost
 from benchmarks.gpu.check import Check, Row
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer
-from hf_fsam.head import CrossEntropySum, Edge, Squash, Statistic, vjp
+from hf_fsam.head import Gradients, Squash, Statistic, cross_entropy_sum, vjp
 from tests.toys import DEVICE, WIDE, distance, llama, make_trainer, same_bits, weights_of
 
 ROOT = Path(__file__).parents[2]
@@ -105,9 +105,11 @@ def linear_and_targets(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tens
     return hidden, weight, torch.randint(v, (n,), device=DEVICE)
 
 
-def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Statistic]:
-    statistic = Statistic(hidden.detach(), weight.detach(), None, hidden.dtype, Squash(), targets)
-    return CrossEntropySum.apply(hidden, Edge.apply(weight), None, statistic), statistic
+def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Statistic, Gradients]:
+    statistic = Statistic(hidden.detach(), weight.detach(), None, hidden.dtype, Squash(), targets=targets)
+    gradients = cross_entropy_sum(statistic, (True, True, False))
+    assert gradients is not None
+    return statistic, gradients
 
 
 def head(toy: bool) -> Rows:
@@ -115,9 +117,8 @@ def head(toy: bool) -> Rows:
     n, d, v = (64, 32, 512) if toy else (2048, 2048, 32_768)
     for dtype, limit in ((torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
         hidden, weight, targets = linear_and_targets(n, d, v, dtype)
-        loss, statistic = fused_loss(hidden, weight, targets)
-        loss.backward()
-        again = vjp(statistic, None, hidden.detach(), weight.detach(), None, (True, False))[:2]
+        statistic, ours = fused_loss(hidden, weight, targets)
+        again, _ = vjp(statistic, None, hidden.detach(), weight.detach(), None, (True, False))
         h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
         exact = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for some in torch.arange(n, device=DEVICE).split(256):  # float64's logits of all would be large
@@ -125,11 +126,11 @@ def head(toy: bool) -> Rows:
             part.backward()
             exact += part.detach()
         for what, found, wanted in (
-            ("loss", loss, exact),
-            ("∂/∂h", hidden.grad, h.grad),
-            ("∂/∂W", weight.grad, w.grad),
-            ("second pass ∂/∂h", again[0], h.grad),
-            ("second pass ∂/∂W", again[1], w.grad),
+            ("loss", statistic.value, exact),
+            ("∂/∂h", ours.hidden, h.grad),
+            ("∂/∂W", ours.weight, w.grad),
+            ("second pass ∂/∂h", again.hidden, h.grad),
+            ("second pass ∂/∂W", again.weight, w.grad),
         ):
             error = (found.detach().double() - wanted).norm() / wanted.norm()
             yield below(f"{str(dtype)[6:]}: {what}, relative error", float(error), limit)
@@ -144,7 +145,7 @@ def head_cost(toy: bool) -> Rows:
         F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum").backward()
 
     def fused() -> None:
-        fused_loss(hidden, weight, targets)[0].backward()
+        fused_loss(hidden, weight, targets)
 
     arms: dict[str, Callable[[], None]] = {"logits in memory": logits, "fused head": fused}
     if importlib.util.find_spec("liger_kernel") is not None and DEVICE.type == "cuda":

@@ -157,7 +157,7 @@ class WholeDeepSpeedEngine(LocalEngine):
         if optimizer is not None and self._engine.optimizer is not self._engine.basic_optimizer:
             raise ValueError(
                 "fsam_precondition=True was set after the start with fsam_ascent_scope='rank', where no process "
-                "holds the second moment whole. Set it before."
+                "holds the second moment whole: set fsam_precondition=False, or begin with another fsam_ascent_scope."
             )
         return super().perturb(ascent, optimizer, rho, seed, cotangents)
 
@@ -274,7 +274,10 @@ class _Flat:
             numbers, rest = divmod(parameter.data_ptr() - whole.data_ptr(), whole.element_size())
             if rest == 0 and 0 <= numbers < whole.numel():
                 return index, numbers
-        raise RuntimeError("a trainable weight is in none of DeepSpeed's flat groups: this version lays them out anew.")
+        raise RuntimeError(
+            "a trainable weight is in none of DeepSpeed's flat groups, which this version lays out anew: install "
+            "deepspeed==0.19.8, or set fsam_variant='none'."
+        )
 
     def reduce(self, parameters: list[Any], gradients: list[Tensor], sums: dict[int, Tensor]) -> None:
         """Add the means over the processes to `sums`, each number at its owner's alone."""
