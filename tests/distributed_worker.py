@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -175,9 +174,7 @@ def train(
         **settings,
     )
     for name, value in (ddp or {}).items():
-        setattr(
-            trainer.accelerator.ddp_handler, name, DDPCommunicationHookType(value) if name == "comm_hook" else value
-        )
+        setattr(trainer.accelerator.ddp_handler, name, value)
     head._KEPT["cpu"] = 0 if untied else KEPT
     if struck is not None:
         strike(trainer, **struck)
