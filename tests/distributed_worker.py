@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -204,9 +203,7 @@ def train(
         **settings,
     )
     for name, value in (ddp or {}).items():
-        setattr(
-            trainer.accelerator.ddp_handler, name, DDPCommunicationHookType(value) if name == "comm_hook" else value
-        )
+        setattr(trainer.accelerator.ddp_handler, name, value)
     head._KEPT["cpu"] = 0 if untied else KEPT
     save_at_once(trainer)
     if struck is not None:
@@ -231,6 +228,7 @@ def train(
         # How many backward passes ZeRO believes to be in (0.19.8).
         "depth": getattr(getattr(trainer.model_wrapped, "optimizer", None), "_backward_active_depth", 0),
         "fused": bool(trainer._fsam_fused and trainer._fsam_fused[1] and not trainer._fsam_fused[1].off),
+        "ddp": hasattr(trainer.model_wrapped, "no_sync"),
         "loss": loss,
     }
     if measured:

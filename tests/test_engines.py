@@ -226,6 +226,7 @@ def test_two_processes_end_where_plain_torch_does(engine: str, case: str, traine
     weights, _, logs, facts = trained(engine, case)
     assert facts["processes"] == PROCESSES
     assert facts["sharded"] == (engine == "fsdp2")  # Accelerate makes DDP of FSDP on CPU processes without a word
+    assert facts["ddp"] or engine != "ddp"  # a compiled model may lose it on the way
     assert facts["depth"] == 0  # the ascent's backward passes leave ZeRO's own count of them alone
     if settings["fsam_variant"] in ("functional", "logit"):
         assert facts["fused"] == (settings.get("fsam_fused_head", True) and not settings.get("reads"))
@@ -335,25 +336,3 @@ def test_in_bfloat16_the_masters_learn_and_the_radius_is_kept(engine: str, tmp_p
         rho = 0.02 if result is ended[-1] else BASE["fsam_rho"]
         for entry in result.logs[:-1]:
             assert entry["fsam/radius"] == pytest.approx(rho, rel=0.05)
-
-
-# Gradients that DDP compresses ----------------------------------------------------------------------------------------
-
-HOOKS: dict[str, dict[str, Any]] = {
-    "fp16": {"comm_hook": "fp16"},
-    # "bf16" needs NCCL.
-    "power_sgd": {"comm_hook": "power_sgd", "comm_state_option": {"start_powerSGD_iter": 2}},
-}
-
-
-@pytest.mark.slow
-def test_ddp_compresses_the_gradients_of_the_training_alone(tmp_path: Path) -> None:
-    """Without a perturbation to speak of, a step is the plain one with that hook. What a hook keeps from step to step,
-    as PowerSGD its error, the ascent has no part in."""
-    plain, still = VARIANTS["none"], VARIANTS["functional"] | {"fsam_rho": 1e-6}
-    pairs = [case | {"ddp": hook} for hook in HOOKS.values() for case in (plain, still)]
-    exact, *ended = train_distributed(tmp_path / "run", PROCESSES, *(BASE | case for case in (plain, *pairs)))
-    for name, wanted, found in zip(HOOKS, ended[::2], ended[1::2], strict=True):
-        compressed = distance(wanted.weights, exact.weights)
-        assert compressed > SAME, name  # the hook is there
-        assert distance(found.weights, wanted.weights) < compressed / 10, name

@@ -414,10 +414,12 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
-        self._weights: list[Any] = []
+        self._all: list[Any] = []
+        self._weights: list[Any] = []  # those that are trained
         self._moved = False
 
     def _shards(self, model: Any) -> list[tuple[Any, Tensor]]:
+        self._all = list(model.module.parameters())
         self._weights = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
         return [(weight, weight.ds_tensor.data) for weight in self._weights]
 
@@ -445,6 +447,10 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
             with _around_step(self._engine, self._cleanup, before=self._put_back):
                 yield
 
+    def restore(self) -> None:
+        super().restore()
+        self._let_go(self._all)  # what a pass that was broken off has gathered
+
     def _put_back(self) -> None:
         """From the master weights, of which the weights are the rounding: no backup is kept."""
         from deepspeed.utils import safe_get_local_fp32_param
@@ -462,14 +468,8 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
     def _have_gathered_anew(self) -> None:
         """What has been written into the shards is what the next pass computes with."""
         from deepspeed.accelerator import get_accelerator
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        # Small weights stay gathered between the passes (stage3_param_persistence_threshold), others may after a pass
-        # that ended early, in the modules that it was in.
-        for weight in self._weights:
-            if weight.ds_status == ZeroParamStatus.AVAILABLE:
-                weight.ds_active_sub_modules.clear()
-                weight.partition(param_list=[weight], has_been_updated=False)
+        self._let_go(self._weights)
         # With overlap_comm weights are gathered on a stream that waits for nobody, in particular not for the one that
         # the shards were written on. DeepSpeed does not show it (0.19.8, hence the mangled name). There is none on the
         # CPU, where `synchronize` does nothing; in a version that hides it elsewhere the host waits.
@@ -479,6 +479,16 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
             get_accelerator().synchronize()
         else:
             gathering.wait_stream(get_accelerator().current_stream())
+
+    def _let_go(self, weights: list[Any]) -> None:
+        """Small weights stay gathered between the passes (stage3_param_persistence_threshold), others may after a pass
+        that ended early, in the modules that it was in."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        for weight in weights:
+            if weight.ds_status == ZeroParamStatus.AVAILABLE:
+                weight.ds_active_sub_modules.clear()
+                weight.partition(param_list=[weight], has_been_updated=False)
 
 
 def _stretches(start: int, count: int, length: int) -> Iterator[tuple[int, int]]:

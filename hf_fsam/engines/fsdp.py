@@ -1,7 +1,7 @@
 """FSDP2 (`fully_shard`): weights, gradients and optimizer state are sharded DTensors between the passes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ class FSDPEngine(LocalEngine):
         self._model: Any = None
         self._parameters: list[Any] = []
         self._reduce_at_once = True
+        self._broken_off = False  # a pass ended early
         self._away: list[list[Tensor]] = []  # [shard, where its θ is]
 
     @contextmanager
@@ -61,6 +62,8 @@ class FSDPEngine(LocalEngine):
         if not average:
             raise ValueError(RANK_SET_LATE)
         self._model, self._parameters = model, []
+        self.settle()
+        self._broken_off = True  # until the end
         # Gradients that wait unsharded for the end of the window, as the Trainer has them do, would be reduced with the
         # ascent of the next micro-batch.
         self._reduce_at_once = passes == 1
@@ -77,6 +80,7 @@ class FSDPEngine(LocalEngine):
             ascent = Ascent(model, backward)
             with self._cleanup.after(lambda: model.set_requires_gradient_sync(self.accelerator.sync_gradients)):
                 yield ascent
+            self._broken_off = False
             for parameter in parameters:
                 if parameter.grad is not None:
                     self._parameters.append(parameter)
@@ -107,7 +111,9 @@ class FSDPEngine(LocalEngine):
             if self._reduce_at_once:
                 self._model.set_requires_gradient_sync(True)
             self._exchange_contents(perturbation)
+            self._broken_off = True
             yield
+            self._broken_off = False
 
     @torch.no_grad()
     def _exchange_contents(self, perturbation: Perturbation) -> None:
@@ -125,6 +131,15 @@ class FSDPEngine(LocalEngine):
 
     def restore(self) -> None:
         self._cleanup.run()
+        if self._broken_off:
+            self._forget_gathered()
+
+    def settle(self) -> None:
+        """FSDP goes on where a pass was broken off, unless it is told to begin anew, in torch 2.13 by its root."""
+        if self._broken_off and hasattr(self._model, "reset_iter_state"):
+            with suppress(AttributeError):  # it has not had a first pass yet, and what is reset is not there
+                self._model.reset_iter_state()
+        self._broken_off = False
 
     @torch.no_grad()
     def _put_back(self) -> None:
