@@ -746,6 +746,11 @@ def _log_sum_exp(z: DeferredLogits, dim: Any, keepdim: bool = False) -> Any:
     return result.unsqueeze(-1) if keepdim else result
 
 
+def leaving_out_is_free(device: torch.device) -> bool:
+    """Whether tokens that do not count may be left out. On a device, the host would wait to know how many are left."""
+    return device.type == "cpu"
+
+
 def _cross_entropy(
     z: Any,
     target: Any,
@@ -760,9 +765,9 @@ def _cross_entropy(
     if legacy or reduction == "none" or z.ndim != 2 or not isinstance(target, Tensor) or target.ndim != 1:
         return NotImplemented
     counts = target != ignore_index
-    if z.device.type == "cpu":
+    if leaving_out_is_free(z.device):
         total = z.call.cross_entropy(z, target[counts], None, z.rows[counts], label_smoothing)
-    else:  # to leave out the others, the host would wait for their number
+    else:
         rows = None if z.whole else z.rows
         total = z.call.cross_entropy(z, target.masked_fill(~counts, 0), counts, rows, label_smoothing)
     return total / counts.sum() if reduction == "mean" else total

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_fsam import FSAMTrainer, deferred, head
 from hf_fsam.passes import CleanPass, Crossing
-from tests import reference, zoo
+from tests import reference, test_parity, zoo
 from tests.reference import IGNORED, Batch, Window
 from tests.test_parity import Setting, check_parity
 from tests.toys import DEVICE, VOCABULARY, distance, llama, make_trainer, sentences, train
@@ -125,6 +125,32 @@ def test_in_pieces_it_is_the_formulas(
 ) -> None:
     check_parity(MODELS[name], setting, tmp_path)
     assert set(crossings) == {"cross_entropy"}
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where leaving out tokens that do not count would make the host wait."""
+    monkeypatch.setattr(deferred, "leaving_out_is_free", lambda device: False)
+
+
+@split
+@pytest.mark.parametrize("name", ["llama", "phi", "t5"])
+def test_with_tokens_that_do_not_count_it_is_the_formulas(
+    name: str, setting: Setting, tmp_path: Path, in_pieces: None, as_on_a_device: None
+) -> None:
+    check_parity(MODELS[name], setting, tmp_path)
+    smoothed = reference.label_smoothing(shift=name != "t5", factor=0.2)
+    if name == "phi":
+        case = replace(MODELS[name], problem=replace(MODELS[name].problem, loss=smoothed))
+        check_parity(case, setting, tmp_path, label_smoothing_factor=0.2)
+
+
+@pytest.mark.parametrize("kind", ["sum", "smoothed", "mean"])
+@pytest.mark.parametrize("setting", [Setting("functional"), Setting("logit")], ids=str)
+def test_an_optimizer_step_without_labels_on_a_device(
+    setting: Setting, kind: str, tmp_path: Path, as_on_a_device: None
+) -> None:
+    test_parity.test_an_optimizer_step_without_labels(setting, kind, tmp_path)
 
 
 @split

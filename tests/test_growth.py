@@ -66,7 +66,7 @@ def test_a_training_that_logs_nothing_does_not_grow(tmp_path: Path, variant: str
     trainer.train()
     assert sizes.bytes[1] - sizes.bytes[0] < 100  # a counter takes a few more
     assert sizes.objects[1] - sizes.objects[0] < 100
-    assert sizes.tensors[1] == sizes.tensors[0]
+    assert sizes.tensors[1] <= sizes.tensors[0]
 
 
 def test_metrics_of_trl_are_not_copied_for_every_micro_batch(tmp_path: Path) -> None:

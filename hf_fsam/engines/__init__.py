@@ -79,7 +79,7 @@ def _refusals(trainer: Any) -> Iterator[tuple[str, str]]:
             "set these sizes to 1, and shard with FSDP2 or DeepSpeed ZeRO-3",
         )
     if accelerator.distributed_type.value.startswith("MULTI") and getattr(
-        accelerator.ddp_handler, "static_graph", False
+        getattr(accelerator, "ddp_handler", None), "static_graph", False
     ):
         yield (
             "ddp_static_graph=True (or Accelerate's static_graph), with which DDP takes the first pass that it sees "
