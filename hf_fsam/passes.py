@@ -18,16 +18,8 @@ from torch import Tensor, nn
 
 from hf_fsam.boundary import IDENTITY
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import (
-    SAME_FUNCTION,
-    CleanCall,
-    DeferredLogits,
-    FusedHead,
-    KeptHead,
-    SecondCall,
-    call_head,
-    kept_head,
-)
+from hf_fsam.deferred import DeferredLogits
+from hf_fsam.fused_head import SAME_FUNCTION, CleanCall, FusedHead, KeptHead, SecondCall, call_head, kept_head
 from hf_fsam.head import Statistic
 from hf_fsam.trl import LogProbabilities, intercepted
 
@@ -398,7 +390,7 @@ class Boundary:
 
         Args:
             head: the same module, where its logits can be deferred.
-            detached_weights_stay: see :func:`hf_fsam.deferred.kept_head`.
+            detached_weights_stay: see :func:`hf_fsam.fused_head.kept_head`.
             compiled: torch.compile runs the model. What it has compiled for a model of the class without the hook would
                 pass the hook by: it does not look at hooks (torch 2.13), but whether `forward` is the class's it does.
         """

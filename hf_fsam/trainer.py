@@ -21,10 +21,11 @@ from hf_fsam import batches
 from hf_fsam.arguments import FSAMArguments, check
 from hf_fsam.boundary import IDENTITY, find_boundary
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import DeferringLabelSmoother, FusedHead, KeptHead, LogitsNeeded, fused_head
+from hf_fsam.deferred import DeferringLabelSmoother, LogitsNeeded
 from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
 from hf_fsam.engines import Ascent, Engine, select_engine, unwrapped
 from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.fused_head import FusedHead, KeptHead, fused_head
 from hf_fsam.geometry import Probe
 from hf_fsam.passes import CALLED_TWICE, Boundary, CleanPass, SecondPass, weights_past_boundary
 from hf_fsam.perturbation import Perturbation

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import SAME_FUNCTION, edge, replayed_statistic
+from hf_fsam.fused_head import SAME_FUNCTION, edge, replayed_statistic
 from hf_fsam.head import Squash, Statistic, compute_dtype
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"

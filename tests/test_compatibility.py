@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import CPTConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_fsam import FSAMTrainer
-from tests.toys import DEVICE, distance, gpt2, llama, make_trainer, same_bits, train, weights_of
+from tests.toys import DEVICE, distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
 
 ACTIVE = ["sam", "functional", "logit"]
 
@@ -213,6 +214,32 @@ def test_running_statistics_are_those_of_the_clean_pass_counted_once(tmp_path: P
     split = train(tmp_path, model=_Normed(), fsam_variant=variant, fsam_ascent_scope=scope, fsam_rho=1.0, **settings)
     assert plain["norm.num_batches_tracked"] == 12
     assert same_bits(split, plain)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_an_adapter_may_write_into_its_batch(tmp_path: Path, variant: str) -> None:
+    """As PEFT's context-aware prompt tuning does, in its own forward pass: to `input_type_mask`."""
+
+    def model() -> nn.Module:
+        ids = [5, 6, 7, 8]
+        config = CPTConfig(
+            task_type="CAUSAL_LM",
+            cpt_token_ids=ids,
+            cpt_mask=[1] * len(ids),
+            cpt_tokens_type_mask=[1, 2, 3, 4],
+            opt_weighted_loss_type="decay",
+            opt_loss_decay_factor=0.9,
+        )
+        return get_peft_model(llama(), config)
+
+    rows = [
+        row | {"input_type_mask": torch.tensor([1, 2, 3, 4, 4, 4, 4, 4, 4, 4]), "attention_mask": torch.ones(10).long()}
+        for row in sentences()
+    ]
+    settings = {"trainer": {"train_dataset": rows}, "remove_unused_columns": False, "optim": "sgd"}
+    plain = train(tmp_path, model=model(), fsam_variant="none", **settings)
+    assert distance(train(tmp_path, model=model(), fsam_variant=variant, fsam_rho=1e-9, **settings), plain) < 1e-6
+    assert not same_bits(train(tmp_path, model=model(), fsam_variant=variant, fsam_rho=3.0, **settings), plain)
 
 
 def test_sparse_gradients_are_refused(tmp_path: Path) -> None:

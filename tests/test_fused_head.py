@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from hf_fsam import FSAMTrainer, deferred, head
+from hf_fsam import FSAMTrainer, deferred, fused_head, head
 from hf_fsam.passes import CleanPass, Crossing
 from tests import reference, test_parity, zoo
 from tests.reference import IGNORED, Batch, Window
@@ -33,13 +33,13 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def watch(name: str) -> None:
-        taken = getattr(deferred.CleanCall, name)
+        taken = getattr(fused_head.CleanCall, name)
 
         def seen_taken(self: Any, *args: Any) -> Tensor:
             seen.append(name)
             return taken(self, *args)
 
-        monkeypatch.setattr(deferred.CleanCall, name, seen_taken)
+        monkeypatch.setattr(fused_head.CleanCall, name, seen_taken)
 
     for name in ("cross_entropy", "log_sum_exp", "values"):
         watch(name)
@@ -285,7 +285,7 @@ def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkey
     def fused() -> list[Tensor]:
         (h, w), (h2, w2) = ([x.bfloat16().requires_grad_() for x in pair] for pair in (clean, moved))
         statistic = head.Statistic(h.detach(), w.detach(), None, torch.bfloat16, head.Squash(), targets=targets)
-        statistic.kept = deferred.CotangentCache().take(tokens, w, torch.bfloat16)
+        statistic.kept = fused_head.CotangentCache().take(tokens, w, torch.bfloat16)
         upstream = torch.tensor(1 / tokens)
         ours = head.cross_entropy_sum(statistic, (True, True, False))
         again, _ = head.vjp(statistic, None, h2.detach(), w2, None, (True, False))
@@ -306,7 +306,7 @@ def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkey
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is said of the fused head."""
     said: list[str] = []
-    monkeypatch.setattr(deferred.logger, "warning", said.append)
+    monkeypatch.setattr(fused_head.logger, "warning", said.append)
     return said
 
 
@@ -504,9 +504,9 @@ def test_it_answers_as_a_tensor_does() -> None:
     stayed = set()
     stayed = set()
     for name, question in questions.items():
-        fused = deferred.FusedHead(linear)
-        call = deferred.CleanCall(fused, hidden, fused.keep(), Crossing(), CleanPass())
-        z = deferred.call_head(call, hidden, linear.weight, linear.bias)
+        fused = fused_head.FusedHead(linear)
+        call = fused_head.CleanCall(fused, hidden, fused.keep(), Crossing(), CleanPass())
+        z = fused_head.call_head(call, hidden, linear.weight, linear.bias)
         answer, wanted = question(z), question(logits)
         assert torch.allclose(answer.to(wanted.dtype), wanted, atol=1e-5, rtol=1e-5), name
         if not fused.off:
@@ -541,14 +541,14 @@ class _PassedOn(torch.autograd.Function):
 def test_an_engine_may_follow_the_logits_through_the_backward_pass() -> None:
     torch.manual_seed(0)
     linear, hidden = nn.Linear(4, 7), torch.randn(2, 5, 4, requires_grad=True)
-    fused, crossing, targets = deferred.FusedHead(linear), Crossing(), torch.randint(7, (10,))
+    fused, crossing, targets = fused_head.FusedHead(linear), Crossing(), torch.randint(7, (10,))
 
     def loss_of(z: Tensor) -> Tensor:
         z = _PassedOn.apply(_PassedOn.apply(z).float() * 2)
         return F.cross_entropy(z.view(-1, 7), targets) + z.logsumexp(-1).square().mean()
 
-    call = deferred.CleanCall(fused, hidden, fused.keep(), crossing, CleanPass())
-    found = torch.autograd.grad(loss_of(deferred.call_head(call, hidden, linear.weight, linear.bias)), hidden)
+    call = fused_head.CleanCall(fused, hidden, fused.keep(), crossing, CleanPass())
+    found = torch.autograd.grad(loss_of(fused_head.call_head(call, hidden, linear.weight, linear.bias)), hidden)
     z = 2 * linear(hidden)
     wanted = F.cross_entropy(z.view(-1, 7), targets) + z.logsumexp(-1).square().mean()
     torch.testing.assert_close(found, torch.autograd.grad(wanted, hidden))
@@ -849,6 +849,48 @@ def test_a_frequent_target_does_not_overflow_in_float16() -> None:
     for found in (ours.weight, again.weight):
         assert found is not None
         assert float((found.double() / 8192 - exact.grad).norm() / exact.grad.norm()) < 3e-3
+
+
+def test_products_beyond_what_blas_counts_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(3, 7), torch.randn(3, 7)
+    wanted = (a * b).sum()
+    monkeypatch.setattr(head, "_MOST_IN_A_DOT", 4)
+    torch.testing.assert_close(head.dot(a, b), wanted)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "capability", "wanted"),
+    [
+        ("cpu", None, (9, 0), False),
+        ("cuda", None, (9, 0), True),
+        ("cuda", None, (7, 5), False),  # a T4
+        ("cuda", "6.2", (9, 4), False),  # ROCm
+    ],
+)
+def test_products_of_mixed_formats_are_for_devices_that_have_them(
+    device: str, hip: str | None, capability: tuple[int, int], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert head._has_mixed_products.__wrapped__(torch.device(device)) == wanted
+
+
+def test_on_a_device_a_tile_outweighs_the_gradient_that_it_is_added_to() -> None:
+    """At 128k of vocabulary and a width of 2048: not 523 tokens, for which 128k x 2048 numbers are read and written."""
+    meta = torch.device("meta")
+    assert next(head.tiles(16_384, 131_072, 2048, meta)) == slice(0, 1024)
+    assert next(head.tiles(16_384, 4096, 2048, meta)) == slice(0, 16_384)
+
+
+def test_a_weight_that_its_engine_has_emptied_holds_no_uninitialised_memory() -> None:
+    weight = nn.Parameter(torch.randn(3, 4))
+    stands_in = fused_head.edge(weight)
+    assert stands_in is not None
+    assert not stands_in.any()
+    weight.data = torch.empty(0)  # as ZeRO-3 leaves it
+    stands_in.backward(torch.ones(3, 4))
+    assert not weight.data.any()
+    assert torch.equal(weight.grad, torch.ones(3, 4))
 
 
 def test_the_loss_of_confident_tokens_is_as_exact_as_the_logits_make_it() -> None:
