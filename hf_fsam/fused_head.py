@@ -326,6 +326,8 @@ class CleanCall(_Call):
 
     def gradients(self, cotangent: Tensor | None) -> Gradients:
         total, self._arrived = self._arrived, Gradients()
+        if self._values is not None and self._values._version:
+            raise LogitsNeeded("changes the logits in place, under another name")
         if cotangent is not None:
             self._pass.came_back(self._crossing, cotangent)
             if not self._pass.cut:
