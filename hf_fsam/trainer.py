@@ -91,6 +91,9 @@ class _Split:
         num_items: that share a loss, as the Trainer counts them.
         contexts: what the second pass is inside of.
         raised: an exception came out of `compute_loss`.
+        window, batch: to which this step belongs; None until `compute_loss` is called.
+        moved: the pass at θ+ε.
+        second: the one that the parent's step goes on with.
     """
 
     fetched: dict[str, Any]
@@ -120,12 +123,12 @@ class FSAMMixin(_AnyTrainer):
     Raises:
         ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
             needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
-            is not on the way from the weights to the loss.
-        TypeError: at the first step, for a boundary that does not return a tensor; for a class that has a Trainer
-            before the mixin.
-        RuntimeError: where a step below computes no loss with `compute_loss`, or two, or changes the batch, or where
-            its second pass does not compute the function of the first; at the second step, where a step above does not
-            come here.
+            is not on the way from the weights to the loss; where a step below changes a batch that has had its ascent
+            (`fsam_ascent_scope="optimizer_step"`).
+        TypeError: at the first step, for a boundary that does not return a tensor, or a batch that holds what cannot be
+            copied; for a class that has a Trainer before the mixin.
+        RuntimeError: where a step below computes no loss with `compute_loss`, or two, or where its second pass does not
+            compute the function of the first; at the second step, where a step above does not come here.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
