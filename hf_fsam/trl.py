@@ -148,6 +148,19 @@ def _back_to(mark: tuple[Any, Any]) -> Any:
     return counted
 
 
+@dataclass
+class _Intercepted:
+    """Stands in the place of TRL's function."""
+
+    function: Any
+    call: Callable[[LogProbabilities], tuple]
+
+    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
+        if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+            return self.function.apply(hidden, weight, bias, *rest)
+        return self.call(LogProbabilities(self.function.apply, hidden, weight, bias, rest))
+
+
 @contextmanager
 def intercepted(call: Callable[[LogProbabilities], tuple], cleanup: Cleanup) -> Iterator[None]:
     """Inside, a fused head of TRL's that has a gradient to compute goes through `call`."""
@@ -157,15 +170,7 @@ def intercepted(call: Callable[[LogProbabilities], tuple], cleanup: Cleanup) -> 
         yield
         return
 
-    class Intercepted:
-        @staticmethod
-        def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
-            needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-            if not needed:
-                return function.apply(hidden, weight, bias, *rest)
-            return call(LogProbabilities(function.apply, hidden, weight, bias, rest))
-
-    with cleanup.replaced(utils, _NAME, Intercepted):
+    with cleanup.replaced(utils, _NAME, _Intercepted(function, call)):
         yield
 
 

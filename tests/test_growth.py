@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from hf_fsam import FSAMTrainer
+from hf_fsam import FSAMTrainer, fused_head, passes, perturbation
 from tests.test_boundary import ROWS, _Headless
 from tests.toys import llama, make_trainer
 
@@ -67,6 +68,46 @@ def test_a_training_that_logs_nothing_does_not_grow(tmp_path: Path, variant: str
     assert sizes.bytes[1] - sizes.bytes[0] < 100  # a counter takes a few more
     assert sizes.objects[1] - sizes.objects[0] < 100
     assert sizes.tensors[1] <= sizes.tensors[0]
+
+
+@pytest.mark.parametrize("variant", ["sam", "functional", "logit"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_a_step_holds_is_gone_with_it(
+    tmp_path: Path, variant: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states, cotangents, θ+ε: without the garbage collector, which would come steps later. Also where TRL is
+    imported, whose fused head is stood in for."""
+    assert trl.trainer.utils is not None
+    alive: list[weakref.ref] = []
+    left: list[int] = []
+
+    def noted(made: Any) -> None:
+        init = made.__init__
+
+        def init_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            alive.append(weakref.ref(self))
+
+        monkeypatch.setattr(made, "__init__", init_and_note)
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert alive
+            left.append(sum(each() is not None for each in alive))
+            alive.clear()
+
+    for made in (passes.CleanPass, passes.SecondPass, passes.Crossing, fused_head.CleanCall, perturbation.Perturbation):
+        noted(made)
+    trainer = make_trainer(
+        tmp_path, fsam_variant=variant, fsam_fused_head=fused, max_steps=3, trainer={"callbacks": [Counts()]}
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.train()
+    finally:
+        gc.enable()
+    assert left == [0, 0, 0]
 
 
 def test_metrics_of_trl_are_not_copied_for_every_micro_batch(tmp_path: Path) -> None:
