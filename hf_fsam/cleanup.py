@@ -48,5 +48,9 @@ class Cleanup:
 
     def run(self) -> None:
         while self._due:
-            self._due[-1]()
+            try:
+                self._due[-1]()
+            except Exception:  # what it can't take back, it can't the next time, either
+                self._due.pop()
+                raise
             self._due.pop()

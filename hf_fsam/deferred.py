@@ -7,7 +7,9 @@ done with its values, which are computed then; the log says so once, and from th
 itself.
 """
 
+import inspect
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,6 +40,7 @@ class Call(Protocol):
     shape: torch.Size  # (..., v)
     dtype: torch.dtype
     device: torch.device
+    given: list[Tensor]  # values in memory that somebody has been given
 
     def cross_entropy(
         self, z: "DeferredLogits", targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
@@ -110,16 +113,29 @@ class DeferredLogits(Tensor):
             if self.squash.tanh:
                 z = z.tanh() * self.squash.after
             z = z if self.whole else z.flatten(0, -2)[self.rows]
-            return z.to(self.dtype)
+            z = z.to(self.dtype)
+        self.call.given.append(z)
+        return z
+
+    def _is_ours(self) -> bool:
+        """Whether all that comes back to a statistic of these logits comes to their call as it is: not where a function
+        of somebody else's stands between, which has a backward pass of its own."""
+        node = _past_torch_function(_GRAD_FN, self)
+        made_by = getattr(node, "_forward_cls", None)
+        return node is None or (made_by is not None and _of_engine(made_by.__module__))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function in _METADATA:
             return _past_torch_function(function, *args, **kwargs)
+        if function == _GRAD_FN and _of_engine(sys._getframe(1).f_globals.get("__name__")):
+            return _past_torch_function(function, *args, **kwargs)
+        if function == _GRAD_FN or function in _MEMORY:
+            raise LogitsNeeded(f"asks for the logits' {_name(function)}")
         deferred = _DEFERRED.get(function)
-        if deferred is not None and isinstance(args[0], cls):
-            result = deferred(*args, **kwargs)
+        if deferred is not None and args and isinstance(args[0], cls) and args[0]._is_ours():
+            result = deferred(*args, **kwargs) if _takes(deferred, args, kwargs) else NotImplemented
             if result is not NotImplemented:
                 return result
         if function in _TIMES and len(args) == 2 and _number(args[0]) and not kwargs:
@@ -156,6 +172,20 @@ class DeferredLogits(Tensor):
 def _name(function: Any) -> str:
     name = getattr(function, "__name__", str(function))
     return getattr(function.__self__, "__name__", name) if name in ("__get__", "__set__") else name
+
+
+def _of_engine(module: str | None) -> bool:
+    """Of the package, or of those who follow logits through the backward pass and leave alone what comes back."""
+    return (module or "").partition(".")[0] in ("hf_fsam", "torch", "deepspeed", "accelerate")
+
+
+def _takes(deferred: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether it knows all of these arguments."""
+    try:
+        inspect.signature(deferred).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _past_torch_function(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +306,7 @@ def _tanh(z: DeferredLogits) -> Any:
 
 def _hook(z: DeferredLogits, hook: Callable) -> Any:
     """Engines put hooks on what a module returns, to be told when its backward pass begins, whatever comes back."""
-    if (getattr(hook, "__module__", None) or "").partition(".")[0] in ("torch", "deepspeed"):
+    if _of_engine(getattr(hook, "__module__", None)):
         return _past_torch_function(Tensor.register_hook, z, hook)
     raise LogitsNeeded("puts a hook on the logits' gradient")
 
@@ -369,10 +399,16 @@ _DEFERRED: dict[Any, Callable] = {
     Tensor.retain_grad: _retain_grad,
     F.cross_entropy: _cross_entropy,
 }
+_GRAD_FN = next(iter(_getters("grad_fn")))
+# What looks past the tensor.
+_MEMORY = {
+    *_getters("data", "__cuda_array_interface__"),
+    *(Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.__dlpack__),
+}
 # What is asked of the tensor and not of its values.
 _METADATA = {
     *_getters("shape", "dtype", "device", "layout", "ndim", "itemsize", "is_cuda", "is_cpu", "is_meta", "is_sparse"),
-    *_getters("requires_grad", "grad", "grad_fn", "is_leaf", "is_nested", "_backward_hooks", "_version"),
+    *_getters("requires_grad", "grad", "is_leaf", "is_nested", "_backward_hooks", "_version"),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.get_device),

@@ -228,6 +228,7 @@ class _Call:
         self._hidden = hidden.detach().flatten(0, -2)  # (n, d)
         self.shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
         self.dtype, self.device = compute_dtype(hidden), hidden.device
+        self.given: list[Tensor] = []
         self._values: Tensor | None = None
         self._nothing: dict[torch.dtype, Tensor] = {}
         self._said = False
@@ -247,6 +248,13 @@ class _Call:
             return True
         memory = cotangent.untyped_storage().data_ptr()
         return any(each.untyped_storage().data_ptr() == memory for each in self._nothing.values())
+
+    def _refuse_late(self, ended: bool) -> None:
+        if ended:
+            raise RuntimeError(
+                "logits are read after their pass has ended, when the weights that make them are others: read them in "
+                "compute_loss, or set fsam_fused_head=False."
+            )
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # a metric may read them in inference mode first
@@ -321,12 +329,13 @@ class CleanCall(_Call):
         self._crossing.read = True
         self._head.turn_off(why)
         if self._values is None:
+            self._refuse_late(self._pass.ended)
             self._values = self._linear(self._kept.weight, self._kept.bias)
         return self._values
 
     def gradients(self, cotangent: Tensor | None) -> Gradients:
         total, self._arrived = self._arrived, Gradients()
-        if self._values is not None and self._values._version:
+        if any(values._version for values in self.given):
             raise LogitsNeeded("changes the logits in place, under another name")
         if cotangent is not None:
             self._pass.came_back(self._crossing, cotangent)
@@ -371,6 +380,7 @@ class SecondCall(_Call):
     def values(self, why: str) -> Tensor:
         self._head.turn_off(why)
         if self._values is None:  # a metric that the first pass had no part in
+            self._refuse_late(self._pass.ended)
             weight = self._head.module.weight
             if type(weight.detach()) is not Tensor or weight.shape[0] != self.shape[-1]:  # sharded, no longer gathered
                 raise RuntimeError(

@@ -58,11 +58,13 @@ class _Pass:
     Attributes:
         fused: whether the head's logits are deferred.
         backward_ended: the backward pass of the loss came to its end.
+        ended: so did all that belongs to the pass.
     """
 
     def __init__(self) -> None:
         self.fused = False
         self.backward_ended = False
+        self.ended = False
         self._loss: Tensor | None = None
         self._scale: Tensor | None = None
 
@@ -223,7 +225,8 @@ class CleanPass(_Pass):
 
     def differentiate(self, loss: Tensor) -> None:
         """The backward pass where the graph is cut: to the boundary, past which no weight is touched."""
-        torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        if self._leaves:  # else `finish` says what is wrong
+            torch.autograd.grad(loss, self._leaves, allow_unused=True)
 
     def finish(self, name: str) -> None:
         """
@@ -421,7 +424,7 @@ class Boundary:
         log_probabilities = partial(one_pass.log_probabilities, detached_weights_stay=self._detached_weights_stay)
 
         def undo() -> None:
-            self._pass = None
+            self._pass, one_pass.ended = None, True
             if head is not None:
                 head.undefer()
 

@@ -105,6 +105,16 @@ class _Split:
     moved: CleanPass | SecondPass | None = None
     second: SecondPass | None = None
 
+    @property
+    def in_second_pass(self) -> bool:
+        """Between its loss and the end of its backward pass."""
+        return self.second is not None and not self.second.backward_ended
+
+    def end(self) -> None:
+        """The weights are at θ after this, if the second pass is over."""
+        if self.second is not None:
+            self.contexts.close()
+
 
 class FSAMMixin(_AnyTrainer):
     """Put it before any `Trainer` class: `class MyFSAMTrainer(FSAMMixin, MyTrainer)`.
@@ -236,6 +246,9 @@ class FSAMMixin(_AnyTrainer):
 
         @functools.wraps(compute_loss)
         def split_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled() and not split.in_second_pass:  # an evaluation in the parent's step
+                split.end()
+                return compute_loss(model, inputs, *args, **kwargs)
             try:
                 return self._fsam_compute_loss(split, compute_loss, model, inputs, *args, **kwargs)
             except BaseException:

@@ -1,6 +1,7 @@
 """The fused head: the materialised path's gradient without its logits, and the logits wherever they are asked for."""
 
 import copy
+import ctypes
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -528,6 +529,8 @@ def test_it_answers_as_a_tensor_does() -> None:
 class _PassedOn(torch.autograd.Function):
     """What DeepSpeed puts on the output of every module, to be told when its backward pass begins."""
 
+    __module__ = "deepspeed.runtime.zero.parameter_offload"
+
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
         return z.detach()
@@ -621,6 +624,60 @@ def writes_under_another_name(outputs: Any, labels: Tensor, num_items_in_batch: 
     return F.nll_loss(scores.reshape(-1, VOCABULARY), labels[..., 1:].reshape(-1))
 
 
+def writes_into_a_view_of_scaled_ones(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    z = outputs.logits * 0.5
+    z[..., 5].fill_(-3.0)
+    return F.cross_entropy(*shifted(z, labels))
+
+
+def writes_into_a_view_of_a_part(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    with torch.no_grad():
+        outputs.logits[:, :-1][..., 5].fill_(-3.0)
+    return F.cross_entropy(*shifted(outputs.logits, labels))
+
+
+def writes_past_autograd(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    outputs.logits.data[..., 5] = -3.0
+    return F.cross_entropy(*shifted(outputs.logits, labels))
+
+
+def hooks_the_node(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    outputs.logits.grad_fn.register_prehook(lambda gradients: (gradients[0] * 3,))
+    return F.cross_entropy(*shifted(outputs.logits, labels))
+
+
+def looks_at_the_memory(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    z = outputs.logits[:, :-1].contiguous()
+    first = ctypes.c_float.from_address(z.data_ptr()).value
+    return F.cross_entropy(*shifted(outputs.logits, labels)) * (1 + 0.1 * first)
+
+
+class _Threefold(torch.autograd.Function):
+    """A gradient of its own to what it leaves as it is, in one of the ways to do so."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, leave: Callable[[Tensor], Tensor]) -> Tensor:
+        return leave(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return 3 * gradient, None
+
+
+def scales_the_gradient(leave: Callable[[Tensor], Tensor]) -> Callable:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(*shifted(_Threefold.apply(outputs.logits, leave), labels))
+
+    loss.__name__ = f"scales_the_gradient_{leave.__name__}"
+    return loss
+
+
+def names_its_arguments(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    z = outputs.logits.contiguous(memory_format=torch.contiguous_format)
+    flat = torch.reshape(input=z, shape=(-1, VOCABULARY)).reshape(shape=(-1, VOCABULARY))
+    return torch.logsumexp(input=z, dim=-1).mean() + F.cross_entropy(input=flat, target=labels.flatten())
+
+
 class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
@@ -652,6 +709,13 @@ LOSSES = [
     writes_into_a_part,
     writes_after_taking_a_part,
     writes_under_another_name,
+    writes_into_a_view_of_scaled_ones,
+    writes_into_a_view_of_a_part,
+    writes_past_autograd,
+    hooks_the_node,
+    looks_at_the_memory,
+    names_its_arguments,
+    *map(scales_the_gradient, (torch.clone, Tensor.float, torch.neg, torch.detach)),
     has_a_kernel_of_its_own,
     adds_a_kernel_of_its_own,
     takes_tensors_only,
@@ -754,6 +818,22 @@ def test_an_error_in_the_loss_stays_what_it_is(tmp_path: Path) -> None:
             train(tmp_path, trainer={"compute_loss_func": loss})
         assert caught.value.__context__ is None
     assert len(calls) == 1
+
+
+def test_logits_that_are_read_when_their_pass_has_ended_are_an_error_not_others(tmp_path: Path) -> None:
+    kept: list[Tensor] = []
+
+    def keeps(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        kept.append(outputs.logits.detach())
+        return F.cross_entropy(*shifted(outputs.logits, labels))
+
+    train(tmp_path, trainer={"compute_loss_func": keeps}, max_steps=1)
+    for logits in kept:
+        with pytest.raises(RuntimeError, match=r"after their pass has ended.*or set fsam_fused_head=False"):
+            logits.max()
+    kept.clear()
+    train(tmp_path, trainer={"compute_loss_func": keeps}, max_steps=1, fsam_fused_head=False)
+    assert all(logits.max().isfinite() for logits in kept)
 
 
 def test_a_pass_that_cannot_be_made_again_says_what_helps(tmp_path: Path) -> None:

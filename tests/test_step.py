@@ -782,6 +782,51 @@ def test_a_batch_may_hold_what_is_not_a_number(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
 
 
+class _Evaluates(Trainer):
+    """In its own step, before or after the training's part of it."""
+
+    when = "before"
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.when == "before":
+            self.losses.append(self.evaluate(sentences(4))["eval_loss"])
+            model.train()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.when == "after":
+            self.losses.append(self.evaluate(sentences(4))["eval_loss"])
+        return loss
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_an_evaluation_in_the_step_is_at_the_clean_weights(tmp_path: Path, variant: str, when: str) -> None:
+    def losses(variant: str) -> list[float]:
+        over = type("Over", (FSAMMixin, _Evaluates), {"when": when, "losses": []})
+        settings = {"fsam_variant": variant, "fsam_rho": 1.0, "learning_rate": 0.0, "max_steps": 2}
+        make_trainer(tmp_path, trainer_class=over, **settings).train()
+        return over.losses
+
+    assert losses(variant) == losses("none")
+
+
+def test_along_the_momentum_a_boundary_that_is_not_crossed_is_told(tmp_path: Path) -> None:
+    settings = {"fsam_ascent_direction": "momentum", "optim": "sgd", "optim_args": "momentum=0.9"}
+
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.unused, self.steps = nn.Linear(4, 3), nn.Linear(4, 3), 0
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            self.steps += 1
+            head = self.unused if self.steps < 3 else self.body
+            return {"loss": nn.functional.cross_entropy(head(x), labels)}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    with pytest.raises(ValueError, match="was never crossed"):
+        make_trainer(tmp_path, Later(), trainer={"train_dataset": data}, fsam_boundary="unused", **settings).train()
+
+
 def test_a_step_that_never_comes_to_the_mixin_is_an_error_not_a_plain_training(tmp_path: Path) -> None:
     class Own(FSAMTrainer):
         """The swap of the base class in a script with a step of its own."""
