@@ -835,6 +835,8 @@ ELSEWHERE = {
     "depends on a gradient that it has taken": "as the row before",
     "is differentiated more than once": "as the row before",
     "changes the logits in place": "as the row before",
+    "asks for the logits'": "as the row before",
+    "logits are read after their pass has ended": "test_logits_that_are_read_when_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
     "pip install 'hf-fsam[studies]'": "test_rho.py",
