@@ -18,7 +18,7 @@ import deepspeed
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.distributed import ENGINES, train_distributed, zero
+from tests.engines.distributed import ENGINES, train_distributed, zero
 from tests.toys import WIDE, llama
 
 BASE = {"max_steps": 3, "per_device_train_batch_size": 1, "wide": True, "measured": True, "logging_strategy": "no"}

@@ -11,8 +11,8 @@ import argparse
 import math
 from pathlib import Path
 
-from hf_fsam.compare import total_weight
-from hf_fsam.study import Study, load_studies
+from hf_fsam.studies.compare import total_weight
+from hf_fsam.studies.study import Study, load_studies
 
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
 SIZES = ("24m", "42m", "118m", "208m", "1.2b")

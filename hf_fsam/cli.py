@@ -15,7 +15,7 @@ def main() -> None:
     name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     try:
         if name == "compare":
-            from hf_fsam.compare import main as compare
+            from hf_fsam.studies.compare import main as compare
 
             compare(argv, prog="hf-fsam compare")
         elif name == "rho":

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fsam.boundary import IDENTITY
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import DeferredLogits
-from hf_fsam.fused_head import SAME_FUNCTION, CleanCall, FusedHead, KeptHead, SecondCall, call_head, kept_head
-from hf_fsam.head import Statistic
-from hf_fsam.trl import LogProbabilities, intercepted
+from hf_fsam.heads.deferred_logits import DeferredLogits
+from hf_fsam.heads.find import IDENTITY
+from hf_fsam.heads.fused_head import SAME_FUNCTION, CleanCall, FusedHead, KeptHead, SecondCall, call_head, kept_head
+from hf_fsam.heads.fused_loss import FusedLoss
+from hf_fsam.heads.trl import LogProbabilities, intercepted
 
 CALLED_TWICE = (
     "compute_loss was called twice in one training_step: hf_fsam splits one forward and backward pass a step. Join the "
@@ -43,7 +43,7 @@ class Crossing:
     """
 
     cotangents: list[Tensor] = field(default_factory=list)
-    statistics: list[Statistic] = field(default_factory=list)
+    statistics: list[FusedLoss] = field(default_factory=list)
     read: bool = False
     early: int = 0
 
@@ -192,7 +192,7 @@ class CleanPass(_Pass):
         return z
 
     def log_probabilities(self, call: LogProbabilities, detached_weights_stay: bool) -> tuple:
-        """See :mod:`hf_fsam.trl`."""
+        """See :mod:`hf_fsam.heads.trl`."""
         if not self._kept:
             self._kept.append(kept_head(call.weight, call.bias, detached_weights_stay))
         crossing = self._cross()
@@ -393,7 +393,7 @@ class Boundary:
 
         Args:
             head: the same module, where its logits can be deferred.
-            detached_weights_stay: see :func:`hf_fsam.fused_head.kept_head`.
+            detached_weights_stay: see :func:`hf_fsam.heads.fused_head.kept_head`.
             compiled: torch.compile runs the model. What it has compiled for a model of the class without the hook would
                 pass the hook by: it does not look at hooks (torch 2.13), but whether `forward` is the class's it does.
         """

@@ -23,7 +23,7 @@ class Perturbation:
     """θ+ε for the weights that have an ascent gradient, and what there is to tell of it.
 
     Attributes:
-        weights: the perturbed tensors, at θ outside of :class:`Exchange`.
+        weights: the perturbed tensors, at θ outside of :class:`WeightSwap`.
         values: θ+ε of each, in its dtype, in the storage that was the ascent gradient's.
         gradient_norm: ‖g‖₂ of the ascent gradient in the units it was back-propagated in, shape (), float32.
         radius: ⟨θ'−θ, ε⟩ / ρ for the θ' in `values`: how far the weights really move along the intended direction
@@ -143,7 +143,7 @@ def own_storage(gradients: Sequence[Tensor], others: Sequence[Tensor] = ()) -> l
     return result
 
 
-class Exchange:
+class WeightSwap:
     """Puts θ+ε in the place of θ and takes it back: the tensors change places, nothing is computed, so θ returns bit
     for bit and nobody needs a third copy."""
 

@@ -21,8 +21,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_fsam.geometry import Paths, Probe, ratio
-from hf_fsam.second_moment import check_keeps_second_moment
+from hf_fsam.diagnostics.probe import Paths, Probe, ratio
+from hf_fsam.optimizer_state import check_keeps_second_moment
 from hf_fsam.trainer import FSAMMixin
 
 RADII = tuple(10 ** (exponent / 4) for exponent in range(-14, 3))  # 0.0003 to 3.2, four a decade

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,26 +11,26 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_fsam import batches
 from hf_fsam.arguments import FSAMArguments, check
-from hf_fsam.boundary import IDENTITY, find_boundary
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.deferred import DeferringLabelSmoother, LogitsNeeded
-from hf_fsam.diagnostics import FSAMDiagnosticsCallback, LoggedMeans
+from hf_fsam.diagnostics.callback import FSAMDiagnosticsCallback
+from hf_fsam.diagnostics.probe import Probe
 from hf_fsam.engines import Ascent, Engine, select_engine, unwrapped
 from hf_fsam.forward_state import RandomState, running_statistics
-from hf_fsam.fused_head import FusedHead, KeptHead, fused_head
-from hf_fsam.geometry import Probe
+from hf_fsam.heads.deferred_logits import DeferringLabelSmoother, LogitsNeeded
+from hf_fsam.heads.find import IDENTITY, find_boundary
+from hf_fsam.heads.fused_head import FusedHead, KeptHead, fused_head
+from hf_fsam.heads.trl import Counters
+from hf_fsam.logs import FSAMSettings, LoggedMeans, settings_of
+from hf_fsam.optimizer_state import check_keeps_second_moment
 from hf_fsam.passes import CALLED_TWICE, Boundary, CleanPass, SecondPass, weights_past_boundary
 from hf_fsam.perturbation import Perturbation
-from hf_fsam.second_moment import check_keeps_second_moment
-from hf_fsam.trl import Counters
 
 logger = logging.get_logger(__name__)
 
@@ -153,10 +153,10 @@ class FSAMMixin(_AnyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name, value in _settings(FSAMArguments()).items():
+        for name, value in settings_of(FSAMArguments()).items():
             if not hasattr(self.args, name):
                 setattr(self.args, name, value)
-        self.add_callback(FSAMSettings(**_settings(self.args)))
+        self.add_callback(FSAMSettings(**settings_of(self.args)))
         if self.args.fsam_diagnostics_steps:
             self.add_callback(FSAMDiagnosticsCallback(every=self.args.fsam_diagnostics_steps))
         self._fsam_cleanup = Cleanup()
@@ -568,7 +568,7 @@ class FSAMMixin(_AnyTrainer):
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "README.md"
             card = ModelCard.load(path)
-            settings = "\n".join(f"- {name}: {value}" for name, value in _settings(self.args).items())
+            settings = "\n".join(f"- {name}: {value}" for name, value in settings_of(self.args).items())
             card.text += (
                 f"\n\n### Functional-SAM\n\n[arXiv 2502.02407](https://arxiv.org/abs/2502.02407)\n\n{settings}\n"
             )
@@ -577,32 +577,3 @@ class FSAMMixin(_AnyTrainer):
 
 class FSAMTrainer(FSAMMixin, Trainer):
     """`transformers.Trainer` with the split step of :class:`FSAMMixin`; takes the same arguments."""
-
-
-class FSAMSettings(TrainerCallback, ExportableState):
-    """Writes the `fsam_*` fields into `trainer_state.json`, and says so where a resumed run changes them."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
-
-    def state(self) -> dict[str, Any]:
-        return {"args": self.settings, "attributes": {}}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.settings = _settings(args)  # a schedule of ρ, say, changes them
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.settings = _settings(args)
-        # A plain Trainer's checkpoint has no place for these settings, which the Trainer needs to save them to.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        for name, value in saved["args"].items():
-            if state.global_step and self.settings.get(name, value) != value:
-                logger.warning(
-                    f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}. "
-                    f"Set it to {value!r} to go on as before."
-                )
-
-
-def _settings(args: FSAMArguments) -> dict[str, Any]:
-    check(args)  # and makes them Python's own
-    return {each.name: getattr(args, each.name) for each in fields(FSAMArguments)}

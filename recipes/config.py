@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from hf_fsam.masking import masked
+from hf_fsam.studies.masking import masked
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -2,12 +2,11 @@
 
 from typing import Any
 
+import metrics
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction, TrainingArguments
-
-from hf_fsam import metrics
 
 
 def evaluate_by_batch(args: TrainingArguments) -> TrainingArguments:

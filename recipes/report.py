@@ -17,7 +17,7 @@ from transformers import ProgressCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
-from hf_fsam.masking import masked
+from hf_fsam.studies.masking import masked
 
 PACKAGES = ("hf-fsam", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "deepspeed")
 COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")

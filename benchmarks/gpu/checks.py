@@ -34,11 +34,13 @@ from transformers import TrainerCallback
 from benchmarks import step_cost
 from benchmarks.gpu.check import Check, Row
 from benchmarks.peak_memory import PeakMemory
-from hf_fsam import FSAMTrainer, deferred
-from hf_fsam.head import Gradients, Squash, Statistic, cross_entropy_sum, vjp
+from hf_fsam import FSAMTrainer
+from hf_fsam.heads import deferred_logits
+from hf_fsam.heads.fused_loss import FusedLoss, Gradients, LogitTransform, cross_entropy_sum, vjp
 from tests.toys import DEVICE, WIDE, distance, llama, make_trainer, same_bits, weights_of
 
 ROOT = Path(__file__).parents[2]
+PARITY, COMPATIBILITY = "tests/parity/test_parity.py", "tests/parity/test_compatibility.py"
 RHO = 0.03
 ACTIVE = ("sam", "functional", "logit")
 Rows = Iterator[Row]
@@ -105,8 +107,8 @@ def linear_and_targets(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tens
     return hidden, weight, torch.randint(v, (n,), device=DEVICE)
 
 
-def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Statistic, Gradients]:
-    statistic = Statistic(hidden.detach(), weight.detach(), None, hidden.dtype, Squash(), targets=targets)
+def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[FusedLoss, Gradients]:
+    statistic = FusedLoss(hidden.detach(), weight.detach(), None, hidden.dtype, LogitTransform(), targets=targets)
     gradients = cross_entropy_sum(statistic, (True, True, False))
     assert gradients is not None
     return statistic, gradients
@@ -315,7 +317,7 @@ def waits(toy: bool) -> Rows:
         return seen, sum(event.count for event in profiler.key_averages() if event.key in WAITING_CALLS)
 
     if DEVICE.type == "cpu":  # as on a device, for which there is somebody to wait
-        deferred.leaving_out_is_free = lambda device: False
+        deferred_logits.leaving_out_is_free = lambda device: False
     plain, plain_calls = count({"fsam_variant": "none"})
     yield Row("plain Trainer", f"{plain.others} ops, {plain_calls} calls")
     for name, settings in {
@@ -343,7 +345,7 @@ def waits(toy: bool) -> Rows:
 def optimizers(toy: bool) -> Rows:
     """Preconditioning reads the second moment of for-loop, foreach, fused and capturable AdamW: against plain torch."""
     from tests import reference
-    from tests.test_parity import Setting, expected, train_with_trainer
+    from tests.parity.test_parity import Setting, expected, train_with_trainer
     from tests.zoo import CASES
 
     setting, case = Setting("functional", precondition=True, accumulation=3), CASES["gpt2"]
@@ -452,7 +454,7 @@ def as_one_of_one_process() -> None:
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {name: str(value) for name, value in (names | {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}).items()}
     if DEVICE.type == "cpu":
-        from tests.distributed_worker import shard_on_cpu
+        from tests.engines.worker import shard_on_cpu
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         shard_on_cpu()
@@ -460,8 +462,8 @@ def as_one_of_one_process() -> None:
 
 def engine(name: str, toy: bool) -> Rows:
     """One process under an engine ends where one plain process does, weights in float32:"""
-    from tests.distributed import ENGINES as SETTINGS
-    from tests.distributed_worker import start_anew, whole
+    from tests.engines.distributed import ENGINES as SETTINGS
+    from tests.engines.worker import start_anew, whole
 
     cases = {case: CASES[case] for case in ("plain", "functional", "momentum")} if toy else CASES
     wanted = {
@@ -491,8 +493,8 @@ def overlap(toy: bool) -> Rows:
 
 def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
     """For each time that the weights have moved, whether a gather that began then would read what was there before."""
-    from tests.distributed import zero
-    from tests.distributed_worker import start_anew
+    from tests.engines.distributed import zero
+    from tests.engines.worker import start_anew
 
     start_anew()
     settings = zero(3)
@@ -570,7 +572,9 @@ def studies(toy: bool) -> Rows:
     """The studies at 24M weights (recipes/studies/gpu.yaml), which go on where they were."""
     out = ROOT / "outputs" / "studies_24m"
     subprocess.run(
-        [sys.executable, "-m", "hf_fsam.compare", "recipes/studies/gpu.yaml", "--out", str(out)], cwd=ROOT, check=True
+        [sys.executable, "-m", "hf_fsam.studies.compare", "recipes/studies/gpu.yaml", "--out", str(out)],
+        cwd=ROOT,
+        check=True,
     )
     for report in sorted(out.glob("*.md")):
         yield Row(report.stem, f"{report.relative_to(ROOT)} written")
@@ -581,12 +585,19 @@ CHECKS: dict[str, Check] = {
     "theta": Check(theta, 120),
     "half": Check(half, 120, cpu=False),
     "parity": Check(
-        partial(suite, "tests/test_parity.py", toy_arguments="tests/test_parity.py -k 'weights and gpt2-functional'"),
+        partial(
+            suite,
+            "tests/parity/test_parity.py",
+            toy_arguments="tests/parity/test_parity.py -k 'weights and gpt2-functional'",
+        ),
         480,
         ("pytest",),
     ),
     "half_parity": Check(
-        partial(suite, "tests/test_compatibility.py -k 'fp16 or bfloat16 or loss_scaling'"), 180, ("pytest",), cpu=False
+        partial(suite, f"{COMPATIBILITY} -k 'fp16 or bfloat16 or loss_scaling'"),
+        180,
+        ("pytest",),
+        cpu=False,
     ),
     "dropout": Check(dropout, 180),
     "waits": Check(waits, 120),
@@ -598,16 +609,22 @@ CHECKS: dict[str, Check] = {
     **{name: Check(partial(engine, name), 180, ("deepspeed",) if "zero" in name else ()) for name in ENGINES},
     "overlap": Check(overlap, 120, ("deepspeed",), cpu=False),
     "compile": Check(
-        partial(suite, "tests/test_compatibility.py -k compiled -m 'slow or not slow'"), 300, ("pytest",), cpu=False
+        partial(suite, f"{COMPATIBILITY} -k compiled -m 'slow or not slow'"),
+        300,
+        ("pytest",),
+        cpu=False,
     ),
     "determinism": Check(determinism, 120),
-    "fused_head": Check(partial(suite, "tests/test_fused_head.py"), 480, ("pytest",), cpu=False),
+    "fused_head": Check(partial(suite, "tests/unit/test_fused_head.py"), 480, ("pytest",), cpu=False),
     "cost_0.5B_mixed": Check(partial(cost, "0.5B", "float32"), 300),
     "cost_1B_mixed": Check(partial(cost, "1B", "float32"), 300),
     "steps": Check(
-        partial(suite, "tests/test_step.py tests/test_compatibility.py -k 'not compiled'"), 480, ("pytest",), cpu=False
+        partial(suite, f"tests/unit/test_step.py {COMPATIBILITY} -k 'not compiled'"),
+        480,
+        ("pytest",),
+        cpu=False,
     ),
-    "trl": Check(partial(suite, "tests/test_trl.py"), 480, ("pytest", "trl", "datasets"), cpu=False),
+    "trl": Check(partial(suite, "tests/parity/test_trl.py"), 480, ("pytest", "trl", "datasets"), cpu=False),
     "recipe": Check(recipe, 300, ("datasets", "evaluate", "sklearn")),
     "studies": Check(studies, 6 * 3600, ("datasets", "evaluate", "sklearn", "matplotlib", "scipy"), cpu=False),
 }

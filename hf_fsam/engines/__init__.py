@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from hf_fsam.engines.base import Ascent, Engine
 from hf_fsam.engines.deepspeed import select_deepspeed_engine
 from hf_fsam.engines.fsdp import select_fsdp_engine
 from hf_fsam.engines.local import LocalEngine, unwrapped
-from hf_fsam.trl import _NAME as FUSED_HEAD
+from hf_fsam.heads.trl import has_unknown_fused_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -111,7 +110,7 @@ def _refusals(trainer: Any) -> Iterator[tuple[str, str]]:
             f"a trainer that generates what it trains on, as {generating} does: the second pass would be on other text",
             "generate before the training, into the data set, and what is for the eye alone in a TrainerCallback",
         )
-    if args.fsam_variant in ("functional", "logit") and _unknown_trl(type(trainer)):
+    if args.fsam_variant in ("functional", "logit") and has_unknown_fused_head(type(trainer)):
         yield (
             "the fused head of this TRL, which is another than that of TRL 1.16",
             "install trl==1.16.*, or set fsam_variant='sam'",
@@ -123,13 +122,6 @@ def _refusals(trainer: Any) -> Iterator[tuple[str, str]]:
                 "keep that weight in float32 (a complex one as two real ones, torch.view_as_real), or freeze it with "
                 "requires_grad_(False)",
             )
-
-
-def _unknown_trl(trainer_class: type) -> bool:
-    """A trainer of TRL's that makes its loss in a fused head, which is not the one that `hf_fsam.trl` knows."""
-    modules = [sys.modules.get(each.__module__) for each in trainer_class.__mro__ if each.__module__.startswith("trl.")]
-    fused = any(hasattr(module, "add_fused_lm_head") for module in modules)
-    return fused and not hasattr(sys.modules.get("trl.trainer.utils"), FUSED_HEAD)
 
 
 def _cuda_graphs(args: Any, model: nn.Module) -> tuple[str, str] | None:

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Engine, perturb_shards
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside
+from hf_fsam.optimizer_state import SecondMoment, precondition
 from hf_fsam.perturbation import Perturbation
-from hf_fsam.second_moment import SecondMoment, precondition
 
 
 def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:

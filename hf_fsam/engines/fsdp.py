@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, perturb_shards
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside
+from hf_fsam.optimizer_state import precondition, second_moments
 from hf_fsam.perturbation import Perturbation
-from hf_fsam.second_moment import precondition, second_moments
 
 
 def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines.base import Ascent, Bucket
-from hf_fsam.perturbation import Exchange, Perturbation, own_storage, perturb
-from hf_fsam.second_moment import check_keeps_second_moment, has_stepped, momenta, precondition, second_moments
+from hf_fsam.optimizer_state import check_keeps_second_moment, has_stepped, momenta, precondition, second_moments
+from hf_fsam.perturbation import Perturbation, WeightSwap, own_storage, perturb
 
 _REDUCED_AT_ONCE = 1 << 23  # numbers: about DDP's own buckets
 
@@ -26,7 +26,7 @@ class LocalEngine:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._cleanup = Cleanup()
-        self._exchange = Exchange()
+        self._exchange = WeightSwap()
         self._asked: Optimizer | None = None
         self._seen_stepping: Optimizer | None = None
 
@@ -117,7 +117,7 @@ class LocalEngine:
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
         self._exchange.restore()
-        self._exchange = Exchange()  # whose end nobody else's can be, however late that comes
+        self._exchange = WeightSwap()  # whose end nobody else's can be, however late that comes
         return self._exchange(perturbation)
 
     def restore(self) -> None:

@@ -1,6 +1,6 @@
 """What the second device has of an accelerator: the other checks prove nothing without it.
 
-Run by tests/test_second_device.py, or by hand: python -m pytest tests/second_device/check_rules.py
+Run by tests/second_device/test_second_device.py, or by hand: python -m pytest tests/second_device/check_rules.py
 """
 
 from tests.second_device.device import host_waits  # before transformers

@@ -1,7 +1,7 @@
 """Perturbation and moments with tensors on two devices: weights, or an optimizer's state, that are offloaded to the
 host while gradients are on the device.
 
-Run by tests/test_second_device.py, or by hand: python -m pytest tests/second_device/check_tensors.py
+Run by tests/second_device/test_second_device.py, or by hand: python -m pytest tests/second_device/check_tensors.py
 """
 
 from tests.second_device.device import host_waits  # before transformers
@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fsam.optimizer_state import SecondMoment, has_stepped, momenta, precondition
 from hf_fsam.perturbation import perturb
-from hf_fsam.second_moment import SecondMoment, has_stepped, momenta, precondition
 
 RHO, BETA, EPS = 0.3, 0.9, 1e-3
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # ε is 1e-4; the CPU's norm of 2²² numbers, float32 all along, is off by 6e-5

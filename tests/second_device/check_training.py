@@ -1,6 +1,6 @@
 """Trainings on the second device end where plain torch on the CPU does.
 
-Run by tests/test_second_device.py, or by hand: python -m pytest tests/second_device/check_training.py
+Run by tests/second_device/test_second_device.py, or by hand: python -m pytest tests/second_device/check_training.py
 """
 
 from tests.second_device import device  # noqa: F401  before transformers
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from tests import reference
 from tests.reference import IGNORED, Batch, Logits, Problem, Tensors, Window
-from tests.test_diagnostics import Formulas, expected_paths, one_measurement, tiny
+from tests.tools.test_diagnostics import Formulas, expected_paths, one_measurement, tiny
 from tests.toys import adapted, distance, gpt2, llama, make_trainer, same_bits, sentences
 
 SAME = 1e-5  # relative; what is measured is 1e-7

@@ -1,6 +1,6 @@
 """The host waits for the device as often as under the plain Trainer, and not once more.
 
-Run by tests/test_second_device.py, or by hand: python -m pytest tests/second_device/check_waits.py
+Run by tests/second_device/test_second_device.py, or by hand: python -m pytest tests/second_device/check_waits.py
 """
 
 from tests.second_device.device import Wait, host_waits  # before transformers
@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tests.test_trl import FSAMSFTConfig, FSAMSFTTrainer, conversations, tokenizer
+from tests.parity.test_trl import FSAMSFTConfig, FSAMSFTTrainer, conversations, tokenizer
 from tests.toys import llama, make_trainer, sentences
 
 FUNCTIONAL: dict[str, Any] = {"fsam_variant": "functional"}

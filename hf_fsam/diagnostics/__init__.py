@@ -1,0 +1,1 @@
+"""The geometry of the loss around a training's weights: measured, and logged."""

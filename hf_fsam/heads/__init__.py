@@ -1,0 +1,1 @@
+"""Where logits are made: the module that makes them, and the heads that do without."""

@@ -1,0 +1,233 @@
+"""Which engine a run gets, and what would be silently wrong: refused by name, before training."""
+
+import gc
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.engines import select_engine
+from hf_fsam.engines.deepspeed import (
+    FlatDeepSpeedEngine,
+    ReplicatedDeepSpeedEngine,
+    ShardedDeepSpeedEngine,
+    WholeDeepSpeedEngine,
+    _along,
+    _gradients_to,
+    select_deepspeed_engine,
+)
+from hf_fsam.engines.fsdp import FSDPEngine, select_fsdp_engine
+from hf_fsam.engines.local import LocalEngine
+from tests.engines.distributed import zero
+from tests.toys import make_trainer
+
+ARGUMENTS: dict[str, Any] = {
+    "fsam_ascent_scope": "micro_batch",
+    "fsam_ascent_direction": "gradient",
+    "fsam_precondition": True,
+    "torch_compile": False,
+}
+
+
+def select(config: dict[str, Any], **arguments: Any) -> object:
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    return select_deepspeed_engine(SimpleNamespace(**(ARGUMENTS | arguments)), SimpleNamespace(state=state))
+
+
+def select_fsdp(parallelism: Any = None, version: int = 2, offload: Any = None, **arguments: Any) -> object:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version, cpu_offload=offload))
+    accelerator = SimpleNamespace(state=state, parallelism_config=parallelism)
+    return select_fsdp_engine(SimpleNamespace(**(ARGUMENTS | arguments)), accelerator)
+
+
+def config(stage: int, **more: Any) -> dict[str, Any]:
+    return zero(stage, **more)["deepspeed"]
+
+
+def test_the_engine_follows_stage_and_scope() -> None:
+    for stage, engine in enumerate(
+        (WholeDeepSpeedEngine, ReplicatedDeepSpeedEngine, FlatDeepSpeedEngine, ShardedDeepSpeedEngine)
+    ):
+        assert type(select(config(stage))) is engine
+    assert type(select(config(2), fsam_ascent_scope="rank", fsam_precondition=False)) is WholeDeepSpeedEngine
+    assert type(select({})) is WholeDeepSpeedEngine
+    assert type(select(config(2, bf16={"enabled": True}))) is FlatDeepSpeedEngine
+    assert type(select(config(2, optimizer={"type": "AdamW"}))) is FlatDeepSpeedEngine
+    assert type(select_fsdp()) is FSDPEngine
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "hpZ"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "qgZ"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "MiCS"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "Super"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
+        ({"compile": {"deepcompile": True}}, "DeepCompile"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"pipeline": {"stages": 2}}, "pipeline"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "1-bit"),
+        ({"optimizer": {"type": "Lion"}}, "fsam_precondition=True with the optimizer 'lion'"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 at ZeRO stage 0"),
+        ({"zero_optimization": {"stage": 0}, "fp16": {"enabled": "auto"}}, "fp16 at ZeRO stage 0"),
+        (
+            {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "grad_accum_dtype='fp32' with bf16 at ZeRO stage 1",
+        ),
+    ],
+)
+def test_under_deepspeed(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        select(config(2) | change)
+
+
+def test_rank_scope_needs_what_it_reads_in_one_place() -> None:
+    with pytest.raises(ValueError, match=r"fsam_ascent_scope='rank' at ZeRO stage 3"):
+        select(config(3), fsam_ascent_scope="rank", fsam_precondition=False)
+    with pytest.raises(ValueError, match=r"'rank' with fsam_ascent_direction='momentum' at ZeRO stage 2"):
+        select(config(2), fsam_ascent_scope="rank", fsam_precondition=False, fsam_ascent_direction="momentum")
+    with pytest.raises(ValueError, match=r"'rank' with fsam_precondition=True at ZeRO stage 1"):
+        select(config(1), fsam_ascent_scope="rank")
+    with pytest.raises(ValueError, match=r"fsam_ascent_scope='rank'.* under FSDP"):
+        select_fsdp(fsam_ascent_scope="rank")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"version": 1}, "FSDP1"),
+        ({"offload": torch.distributed.fsdp.CPUOffloadPolicy()}, "offload to the CPU"),
+        ({"parallelism": SimpleNamespace(dp_replicate_enabled=True)}, "hybrid sharding"),
+        ({"torch_compile": True}, "torch_compile"),
+    ],
+)
+def test_under_fsdp(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        select_fsdp(**change)
+
+
+class BF16Like:
+    """What DeepSpeed puts around an optimizer, with hooks of its own."""
+
+    def clear_backward_seen_flag(self) -> None: ...
+
+
+class ZeroLike(BF16Like):
+    _backward_active_depth = 2  # two backward passes were broken off
+
+    def process_gradients(self, *args: Any) -> None: ...
+
+    def exit_backward(self) -> None:
+        self._backward_active_depth -= 1
+
+
+def test_what_deepspeed_puts_around_an_optimizer_is_known_or_refused() -> None:
+    taken: list[Any] = []
+
+    def gradients(wrapper: Any, inner: Any = None) -> Any:
+        engine = SimpleNamespace(optimizer=wrapper, basic_optimizer=wrapper if inner is None else inner)
+        return _gradients_to(engine, Cleanup(), taken.append)
+
+    with (
+        pytest.raises(RuntimeError, match=r"does not know DeepSpeed's BF16Like.*DeepSpeed 0\.19\.8"),
+        gradients(BF16Like(), inner="AdamW"),
+    ):
+        pass
+    with gradients(torch.optim.SGD([torch.zeros(1)])):  # stage 0, where it puts nothing
+        pass
+    known = ZeroLike()
+    with gradients(known, inner="AdamW"):
+        known.process_gradients("weight", 0)
+    known.process_gradients("another", 0)
+    assert taken == ["weight"]
+    assert known._backward_active_depth == 0
+    assert vars(known).keys() == {"_backward_active_depth"}
+
+
+def test_momentum_is_copied_to_the_device_of_the_gradients() -> None:
+    """However little of it is there: moments and shards may both be offloaded."""
+    moments, shards = [torch.ones(4, dtype=torch.float32)], [torch.zeros(2, 2, dtype=torch.bfloat16)]
+    (copy,) = _along(moments, shards, torch.nn.Linear(1, 1), torch.device("meta")).gradients
+    assert (copy.device.type, copy.dtype, copy.shape) == ("meta", torch.bfloat16, (2, 2))
+
+
+ENGINES = [LocalEngine, WholeDeepSpeedEngine, ReplicatedDeepSpeedEngine, FlatDeepSpeedEngine]
+ENGINES += [ShardedDeepSpeedEngine, FSDPEngine]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_where_a_pass_has_no_side_effects_is_it_made_again(engine: Any) -> None:
+    assert engine.forward_can_be_retried == engine.gradients_whole == (engine is LocalEngine)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(DistributedType.MULTI_CPU, True), (DistributedType.NO, False)])
+def test_a_static_graph_is_refused_where_ddp_would_follow_it(
+    kind: DistributedType, refused: bool, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, fsam_variant="none", ddp_static_graph=True)
+    trainer.accelerator.state.distributed_type = kind
+    try:
+        with pytest.raises(ValueError, match="ddp_static_graph=True") if refused else nullcontext():
+            select_engine(trainer)
+    finally:
+        trainer.accelerator.state.distributed_type = DistributedType.NO
+
+
+# What an interrupted step leaves --------------------------------------------------------------------------------------
+
+
+def test_cleanup_happens_once_and_in_reverse() -> None:
+    cleanup, done = Cleanup(), []
+    with cleanup.after(lambda: done.append("outer")):
+        with cleanup.after(lambda: done.append("inner")):
+            pass
+        assert done == ["inner"]
+        with cleanup.after(lambda: done.append("inner")):
+            cleanup.run()
+            assert done == ["inner", "inner", "outer"]
+    assert done == ["inner", "inner", "outer"]
+
+
+def test_what_has_been_cleaned_up_is_not_undone_later() -> None:
+    """A generator whose exit never came ends when the traceback goes: in the middle of another step, maybe."""
+    owner, cleanup = SimpleNamespace(), Cleanup()
+    interrupted = cleanup.replaced(owner, "step", "interrupted")
+    interrupted.__enter__()
+    assert owner.step == "interrupted"
+    cleanup.run()
+    assert vars(owner) == {}
+    with cleanup.replaced(owner, "step", "next"):
+        del interrupted
+        gc.collect()
+        assert owner.step == "next"
+    assert vars(owner) == {}
+    owner.step = "the user's"
+    with cleanup.replaced(owner, "step", "ours"):
+        pass
+    assert owner.step == "the user's"
+
+
+def test_an_interrupted_cleanup_is_finished_by_the_next() -> None:
+    cleanup, tries = Cleanup(), []
+
+    def undo() -> None:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), cleanup.after(undo):
+        pass
+    cleanup.run()
+    cleanup.run()
+    assert tries == [0, 1]

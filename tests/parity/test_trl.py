@@ -1,0 +1,388 @@
+"""TRL's trainers under the mixin: the formulas' weights, through a fused head that returns no logits, and TRL's counts.
+
+The batches are TRL's own, written down as the trainer gets them; everything after that is `tests.reference`.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_fsam import FSAMArguments, FSAMMixin
+from tests import reference, zoo
+from tests.parity.test_parity import assert_same_weights
+from tests.reference import IGNORED, Batch, Problem, Window
+from tests.toys import ON_DEVICE, VOCABULARY, llama
+
+RHO, STEPS, ACCUMULATION = 0.3, 4, 2
+
+
+class FSAMSFTTrainer(FSAMMixin, trl.SFTTrainer):
+    pass
+
+
+class FSAMDPOTrainer(FSAMMixin, trl.DPOTrainer):
+    pass
+
+
+class FSAMRewardTrainer(FSAMMixin, trl.RewardTrainer):
+    pass
+
+
+@dataclass
+class FSAMSFTConfig(FSAMArguments, trl.SFTConfig):
+    pass
+
+
+@dataclass
+class FSAMDPOConfig(FSAMArguments, trl.DPOConfig):
+    pass
+
+
+@dataclass
+class FSAMRewardConfig(FSAMArguments, trl.RewardConfig):
+    pass
+
+
+SETTINGS = {
+    "none": {"fsam_variant": "none"},
+    "sam": {"fsam_variant": "sam", "fsam_precondition": False},
+    "functional": {"fsam_variant": "functional", "fsam_precondition": False},
+    "window": {"fsam_variant": "functional", "fsam_precondition": True, "fsam_ascent_scope": "optimizer_step"},
+    "momentum": {"fsam_variant": "functional", "fsam_precondition": True, "fsam_ascent_direction": "momentum"},
+    "logit": {"fsam_variant": "logit", "fsam_precondition": False},
+}
+settings = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t3"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2")
+
+
+def ids(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def lengths(generator: torch.Generator) -> int:
+    return int(torch.randint(4, 9, (), generator=generator))
+
+
+def conversations() -> Dataset:
+    """Of unequal length; the first two tokens are the prompt."""
+    g = torch.Generator().manual_seed(0)
+    texts = [ids(lengths(g), g) for _ in range(40)]
+    return Dataset.from_list([{"input_ids": t, "completion_mask": [0, 0] + [1] * (len(t) - 2)} for t in texts])
+
+
+def preferences() -> Dataset:
+    g = torch.Generator().manual_seed(0)
+
+    def text(count: int) -> str:
+        return "".join(f" t{i}" for i in ids(count, g))
+
+    rows = [{"prompt": text(3), "chosen": text(lengths(g)), "rejected": text(lengths(g))} for _ in range(20)]
+    return Dataset.from_list(rows)
+
+
+def make_trainer(
+    folder: Path, trainer_class: Any, config_class: Any, model: nn.Module, data: Dataset, **arguments: Any
+) -> Any:
+    optimizer = torch.optim.AdamW(reference.trainable(model).values(), lr=5e-3, eps=1e-3)
+    fsam = issubclass(trainer_class, FSAMMixin)
+    given = {name: value for name, value in arguments.items() if fsam or not name.startswith("fsam_")}
+    trainer = trainer_class(
+        model=model,
+        args=config_class(
+            output_dir=str(folder),
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=ACCUMULATION,
+            gradient_checkpointing=given.pop("gradient_checkpointing", False),
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            **({"fsam_rho": RHO} if fsam else {}),
+            **ON_DEVICE,
+            **given,
+        ),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        optimizers=(optimizer, None),
+    )
+    trainer.batches = []
+    training_step = trainer.training_step
+
+    def written_down(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        trainer.batches.append(
+            {name: x.cpu().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in inputs.items()}
+        )
+        return training_step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = written_down
+    return trainer
+
+
+def check(trainer: Any, start: nn.Module, problem: Problem, setting: str) -> None:
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    chosen = SETTINGS[setting]
+    wanted = reference.train(
+        start,
+        problem,
+        trainer.batches,
+        variant=chosen["fsam_variant"],
+        rho=RHO,
+        precondition=chosen.get("fsam_precondition", False),
+        momentum="fsam_ascent_direction" in chosen,
+        scope=chosen.get("fsam_ascent_scope", "micro_batch"),
+        accumulation=ACCUMULATION,
+        optimizer_factory=lambda model: torch.optim.AdamW(reference.trainable(model).values(), lr=5e-3, eps=1e-3),
+    )
+    if "ref" in getattr(trainer.model, "peft_config", {}):
+        trainer.model.delete_adapter("ref")  # the copy of the adapters that TRL makes for π₀
+    assert_same_weights(trainer.model, start, wanted)
+
+
+# SFT ------------------------------------------------------------------------------------------------------------------
+
+
+def seen_by_the_model(batch: Batch) -> Batch:
+    """Without a cache, with which a model does not look for packed sequences in `position_ids`."""
+    seen = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return seen | {"use_cache": False}
+
+
+SFT = Problem(reference.causal_lm_loss, inputs=seen_by_the_model, count=reference.count_shifted_labels)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 16},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "checkpointed": {"gradient_checkpointing": True},
+    "offloaded": {"fsam_offload_hidden_states": True},
+}
+
+
+@settings
+@pytest.mark.parametrize("layout", ["padded", "packed", "padding_free"])
+def test_sft_is_the_formulas(layout: str, setting: str, tmp_path: Path) -> None:
+    """With the loss on completions alone, as `completion_mask` says."""
+    model = llama()
+    start = copy.deepcopy(model)
+    arguments = SETTINGS[setting] | LAYOUTS[layout]
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **arguments)
+    check(trainer, start, SFT, setting)
+    assert any((batch["labels"] == IGNORED).any() for batch in trainer.batches)
+    assert ("attention_mask" in trainer.batches[0]) == (layout == "padded")
+
+
+@pytest.mark.parametrize("layout", ["checkpointed", "offloaded"])
+def test_sft_with_less_memory(layout: str, tmp_path: Path) -> None:
+    model = llama()
+    start = copy.deepcopy(model)
+    arguments = SETTINGS["window"] | LAYOUTS[layout]
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **arguments)
+    check(trainer, start, SFT, "window")
+
+
+def test_sft_of_a_capped_head(tmp_path: Path) -> None:
+    model = zoo.gemma2()
+    start = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **SETTINGS["functional"])
+    problem = replace(SFT, loss=zoo.capped_loss, logits=reference.head_logits("lm_head"))
+    check(trainer, start, problem, "functional")
+
+
+def test_sft_of_a_head_with_a_bias(tmp_path: Path) -> None:
+    from tests.unit.test_fused_head import phi
+
+    model = phi()
+    start = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **SETTINGS["functional"])
+    check(trainer, start, SFT, "functional")
+    assert all(0 < entry["fsam/functional_sharpness"] < 2 for entry in trainer.state.log_history[:STEPS])
+
+
+@pytest.mark.parametrize("setting", ["functional", "window"])
+def test_sft_with_label_smoothing(setting: str, tmp_path: Path) -> None:
+    """TRL makes the logits for that, and the metrics in a pass of their own, without a gradient."""
+    model = llama()
+    start = copy.deepcopy(model)
+    arguments = SETTINGS[setting] | {"label_smoothing_factor": 0.1}
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **arguments)
+    check(trainer, start, replace(SFT, loss=reference.label_smoothing(shift=True, factor=0.1)), setting)
+
+
+@settings
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_sft_without_a_target(smoothing: float, setting: str, tmp_path: Path) -> None:
+    """A micro-batch, and a whole window, of truncated completions: their gradient is zero, as under TRL."""
+    rows = list(conversations())
+    for row in rows[2:8]:
+        row["completion_mask"] = [0] * len(row["input_ids"])
+    model = llama()
+    start = copy.deepcopy(model)
+    arguments = SETTINGS[setting] | {"label_smoothing_factor": smoothing, "train_sampling_strategy": "sequential"}
+    arguments |= {"max_length": None, "completion_only_loss": True}  # else TRL would leave them out
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, Dataset.from_list(rows), **arguments)
+    loss = reference.label_smoothing(shift=True, factor=smoothing) if smoothing else SFT.loss
+
+    def silent(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        return loss(logits, batch, window) if window.num_items else 0.0 * logits[0].sum()
+
+    check(trainer, start, replace(SFT, loss=silent), setting)
+    counted = [int((batch["labels"] != IGNORED).sum()) for batch in trainer.batches]
+    assert [count > 0 for count in counted] == [True, False, False, False, *[True] * 4]
+
+
+# DPO and rewards ------------------------------------------------------------------------------------------------------
+
+BETA = 0.5
+
+
+def dpo(start: nn.Module) -> Problem:
+    """−log σ(β (Δ log π − Δ log π₀)) over the completions, π₀ the model as it began."""
+
+    def completion_log_probability(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        scores, targets = logits[:, :-1].log_softmax(-1), batch["input_ids"][:, 1:]
+        picked = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * batch["completion_mask"][:, 1:]
+        return picked.sum(1).chunk(2)
+
+    def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+        chosen, rejected = completion_log_probability(logits[0], batch)
+        with torch.no_grad():
+            outputs = start(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            chosen_before, rejected_before = completion_log_probability(outputs.logits, batch)
+        margin = (chosen - chosen_before) - (rejected - rejected_before)
+        return -F.logsigmoid(BETA * margin).mean() / len(window.batches)
+
+    return Problem(loss, inputs=seen_by_the_model)
+
+
+@settings
+def test_dpo_with_lora_is_the_formulas(setting: str, tmp_path: Path) -> None:
+    model = zoo.llama_lora(use_dora=False)
+    arguments = SETTINGS[setting] | {"beta": BETA}
+    start = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, FSAMDPOTrainer, FSAMDPOConfig, model, preferences(), **arguments)
+    check(trainer, start, dpo(copy.deepcopy(start)), setting)
+
+
+def scored_apart(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+    chosen, rejected = logits[0].squeeze(-1).chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean() / len(window.batches)
+
+
+@pytest.mark.parametrize("setting", ["none", "functional", "window"])
+def test_rewards_are_the_formulas(setting: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**zoo.DECODER, num_labels=1))
+    start = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, FSAMRewardTrainer, FSAMRewardConfig, model, preferences(), **SETTINGS[setting])
+    check(trainer, start, Problem(scored_apart, inputs=seen_by_the_model), setting)
+
+
+# Counts ---------------------------------------------------------------------------------------------------------------
+
+TRAINERS: dict[str, tuple[Any, Any, Any, Any, Callable[[], nn.Module], Callable[[], Dataset]]] = {
+    "sft": (FSAMSFTTrainer, FSAMSFTConfig, trl.SFTTrainer, trl.SFTConfig, llama, conversations),
+    "dpo": (
+        FSAMDPOTrainer,
+        FSAMDPOConfig,
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        lambda: zoo.llama_lora(use_dora=False),
+        preferences,
+    ),
+}
+CLOCKS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_batch_is_counted_once(name: str, tmp_path: Path) -> None:
+    """`none` is TRL's own log to the bit; what counts tokens counts the same with every variant; and the metrics are
+    those of the clean weights."""
+    trainer_class, config_class, plain_class, plain_config, model, data = TRAINERS[name]
+
+    def log(trainer_class: Any, config_class: Any, **arguments: Any) -> list[dict[str, float]]:
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, trainer_class, config_class, model(), data(), **arguments)
+        trainer.train()
+        return [
+            {key: value for key, value in entry.items() if key not in CLOCKS} for entry in trainer.state.log_history
+        ]
+
+    plain = log(plain_class, plain_config)
+    assert log(trainer_class, config_class, fsam_variant="none") == plain
+    measured = log(trainer_class, config_class, fsam_variant="none", fsam_diagnostics_steps=2)
+    assert [entry for entry in measured if "fsam/logit_path" not in entry] == plain
+    assert len(measured) > len(plain)
+    first = {key: value for key, value in plain[0].items() if key != "grad_norm"}
+    for setting in ("sam", "functional", "window", "momentum", "logit"):
+        entries = log(trainer_class, config_class, **SETTINGS[setting])
+        assert [entry.get("num_tokens") for entry in entries] == [entry.get("num_tokens") for entry in plain]
+        assert {key: entries[0][key] for key in first} == pytest.approx(first, rel=1e-5), setting
+
+
+def test_a_trainer_that_generates_is_refused(tmp_path: Path) -> None:
+    class Generates(trl.SFTTrainer):
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            return self.model.generate(**inputs)
+
+    class Over(FSAMMixin, Generates):
+        pass
+
+    with pytest.raises(ValueError, match="generates what it trains on"):
+        make_trainer(tmp_path, Over, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
+
+
+def test_a_trl_whose_fused_head_has_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["trl.trainer.utils"], "_ChunkedLogProbFunction")
+    given = (tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations())
+    with pytest.raises(ValueError, match=r"fused head of this TRL.*trl==1\.16\.\*, or set fsam_variant='sam'"):
+        make_trainer(*given, **SETTINGS["functional"])
+    make_trainer(*given, fsam_variant="sam")
+
+
+def test_another_trl_that_keeps_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    function: Any = trl.trainer.utils._ChunkedLogProbFunction
+    forward = function.forward
+
+    def reordered(ctx: Any, *args: Any) -> Any:
+        save = ctx.save_for_backward
+
+        class Context:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(ctx, name)
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                setattr(ctx, name, value)
+
+            def save_for_backward(self, *tensors: Any) -> None:
+                save(*tensors[:4], tensors[4] + 1.0, *tensors[5:])
+
+        return forward(Context(), *args)
+
+    monkeypatch.setattr(function, "forward", staticmethod(reordered))
+    monkeypatch.setattr("hf_fsam.heads.trl._checked", [])
+    with pytest.raises(ValueError, match=r"install trl==1\.16"):
+        make_trainer(
+            tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"]
+        ).train()

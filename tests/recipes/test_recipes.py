@@ -1,0 +1,570 @@
+"""The recipes: how settings reach them, what they refuse, what a run leaves behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import align
+import config
+import demo
+import dpo
+import finetune
+import pretrain
+import sft
+from data import DatasetArguments
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(config.CONFIGS.glob("*.yaml"))
+TINY = {
+    "corpus_max_bytes": 400_000,
+    "validation_fraction": 0.2,
+    "sequence_length": 64,
+    "validation_blocks": 24,
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "layers": 2,
+    "heads": 2,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "logging_steps": 2,
+    "warmup_steps": 1,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "use_cpu": True,
+}
+
+
+def arguments(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+# ---- Settings ----
+
+
+@dataclass
+class Settings:
+    rate: float = 0.1
+    count: int | None = None
+    flag: bool = True
+    kind: Literal["a", "b", "no"] = "a"
+    names: list[str] = field(default_factory=lambda: ["x"])
+
+
+def parse(tmp_path: Path, text: str, *line: str) -> Settings:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return config.parse((Settings,), [str(path), *line], "recipe.py")[0]
+
+
+def test_yaml_over_defaults_and_command_line_over_yaml(tmp_path: Path) -> None:
+    text = "rate: 1e-3\ncount: 7\nflag: false\nnames: [p, q]\n"  # YAML itself reads 1e-3 as a string
+    assert parse(tmp_path, "") == Settings()
+    assert parse(tmp_path, text) == Settings(rate=0.001, count=7, flag=False, names=["p", "q"])
+    assert parse(tmp_path, text, "--rate=-2e-4", "--flag", "--names", "r") == Settings(-2e-4, 7, True, "a", ["r"])
+    assert parse(tmp_path, "rate:\nkind: b") == Settings(kind="b")
+    assert parse(tmp_path, "kind: no") == Settings(kind="no")  # which YAML reads as false
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("rat: 1", [], "'rat' in .*settings.yaml is not an argument of recipe.py. Did you mean rate"),
+        ("", ["--cuont=1"], "'cuont' on the command line is not an argument.*Did you mean count"),
+        ("", ["stray"], "'stray' on the command line"),
+        ("", ["--coun=1"], "'coun' on the command line"),  # no guessing from a prefix
+        ("rate: fast", [], "--rate: invalid float value: 'fast'"),
+        ("count: 1.5", [], "--count: invalid int value: '1.5'"),
+        ("kind: c", [], "--kind: invalid choice: 'c'"),
+        ("flag: perhaps", [], "--flag.*perhaps"),
+        ("count: [1, 2]", [], r"count=\[1, 2\] in .* is a list, but count takes one value"),
+        ("- 1", [], "holds list"),
+    ],
+)
+def test_settings_are_refused_by_name(tmp_path: Path, text: str, line: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, text, *line)
+
+
+def test_a_missing_configuration_is_refused() -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        pretrain.run(["absent.yaml"])
+    with pytest.raises(ValueError, match=r"first argument.*pretrain_tiny\.yaml"):
+        pretrain.run(["--fsam_rho", "0.1"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_parses(path: Path) -> None:
+    # bf16 is checked against the hardware, which is not what this is about.
+    line = [str(path), "--bf16", "false", "--fsam_rho", "0.07"]
+    settings = yaml.safe_load(path.read_text())
+    if "method" in settings:
+        own = {"sft": sft.FSAMSFTConfig, "dpo": dpo.FSAMDPOConfig}[settings["method"]]
+        types = (finetune.ModelArguments, align.AlignDataArguments, own)
+    elif "model_name_or_path" in settings:
+        types = (finetune.ModelArguments, finetune.FinetuneDataArguments, FSAMTrainingArguments)
+    else:
+        types = (pretrain.ModelArguments, DatasetArguments, FSAMTrainingArguments)
+    training = config.parse(types, line, "recipe.py")[-1]
+    assert training.fsam_rho == 0.07
+    assert training.report_to == []
+    assert Path(training.output_dir) == Path("outputs") / path.stem
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "demo.py", "sft.py", "dpo.py"])
+def test_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = {
+        "pretrain.py": pretrain.run,
+        "finetune.py": finetune.run,
+        "demo.py": demo.main,
+        "sft.py": lambda argv: align.run(argv, "sft.py", *ALIGNED["sft"]),
+        "dpo.py": lambda argv: align.run(argv, "dpo.py", *ALIGNED["dpo"]),
+    }[script]
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"])
+    assert exited.value.code == 0
+    assert ("--output_dir" if script == "demo.py" else "--fsam_rho") in capsys.readouterr().out
+
+
+# ---- The paper's ladder ----
+
+LADDER = {"c4_24m": 24e6, "c4_42m": 42e6, "c4_118m": 118e6, "c4_208m": 208e6, "c4_1.2b": 1.2e9}
+
+
+@pytest.mark.parametrize(("name", "size"), LADDER.items(), ids=LADDER)
+def test_ladder(name: str, size: float) -> None:
+    path = config.CONFIGS / f"{name}.yaml"
+    types = (pretrain.ModelArguments, DatasetArguments, FSAMTrainingArguments)
+    model, data, training = config.parse(types, [str(path), "--bf16", "false"], "pretrain.py")
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(pretrain.build_config(model, model.vocab_size, data.sequence_length))
+    assert sum(parameter.numel() for parameter in built.parameters()) == pytest.approx(size, rel=0.05)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 256
+    assert (model.vocab_size, data.sequence_length, training.max_steps) == (32_000, 512, 10_000)
+    assert (data.dataset, data.dataset_config, data.streaming) == ("allenai/c4", "en", True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_both_families_have_the_asked_shape(architecture: str) -> None:
+    arguments = pretrain.ModelArguments(architecture, hidden_size=32, intermediate_size=48, layers=3, heads=2)
+    built = AutoModelForCausalLM.from_config(pretrain.build_config(arguments, vocab_size=300, sequence_length=16))
+    weights = dict(built.named_parameters())
+    shapes = {tuple(weight.shape) for weight in weights.values()}
+    assert built.get_input_embeddings().weight is built.get_output_embeddings().weight
+    assert built.get_input_embeddings().weight.shape == (300, 32)
+    assert shapes & {(48, 32), (32, 48)}
+    assert sum(name.endswith(("o_proj.weight", "attn.c_proj.weight")) for name in weights) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 30, "heads": 4}, "heads=4 does not cut hidden_size=30"),
+        ({"layers": 0}, "layers=0 is too small"),
+        ({"vocab_size": 100}, "vocab_size=100 is too small"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain.ModelArguments(**settings)
+
+
+# ---- A run from end to end ----
+
+
+@dataclass
+class Run:
+    folder: Path
+    results: dict[str, Any]
+
+    @property
+    def written(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def run_pretrain(folder: Path, cache: str, **settings: Any) -> Run:
+    line = arguments({**TINY, "output_dir": folder, "cache_dir": cache, "hub_token": "secret", **settings})
+    return Run(folder, pretrain.run([str(config.CONFIGS / "pretrain_tiny.yaml"), *line]))
+
+
+def run_finetune(name: str, folder: Path, cache: str, base: Run, **settings: Any) -> Run:
+    small = {key: TINY[key] for key in TINY if key not in ("corpus_max_bytes", "vocab_size", "hidden_size", "layers")}
+    small = {key: value for key, value in small.items() if key not in ("intermediate_size", "heads")}
+    line = {**small, "model_name_or_path": base.folder, "output_dir": folder, "cache_dir": cache, **settings}
+    return Run(folder, finetune.run([str(config.CONFIGS / f"{name}.yaml"), *arguments(line)]))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Run:
+    return run_pretrain(tmp_path_factory.mktemp("run") / "base", cache)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory, cache: str, pretrained: Run) -> Run:
+    return run_finetune("finetune_topics", tmp_path_factory.mktemp("run") / "lora", cache, pretrained)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory, cache: str, pretrained: Run) -> Run:
+    return run_finetune("finetune_packages", tmp_path_factory.mktemp("run") / "classes", cache, pretrained)
+
+
+def test_pretraining_leaves_a_model_that_reproduces_its_loss(pretrained: Run) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pretrained.folder)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
+    assert model.config.vocab_size == len(tokenizer) == 512
+    metrics = pretrained.results["metrics"]
+    # The library's own loss and the metric's sum are two computations of one number.
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
+    assert 0 <= metrics["eval_next_token_accuracy"] <= 1
+    untrained = math.log(512)
+    assert metrics["eval_loss"] < untrained
+    ids = tokenizer("import os\nimport sys\n", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids, labels=ids).loss < untrained
+
+
+def test_results_tell_what_was_run(pretrained: Run) -> None:
+    written = pretrained.written
+    assert written["metrics"] == pretrained.results["metrics"]
+    assert (written["seed"], written["steps"], written["tokens_seen"]) == (0, 6, 6 * 4 * 64)
+    assert len(written["corpus_sha256"]) == 64
+    assert written["parameters"] == sum(w.numel() for w in load_file(pretrained.folder / "model.safetensors").values())
+    assert {"python", "torch", "transformers", "peft", "hf-fsam"} <= written["versions"].keys()
+    assert written["arguments"]["training"]["fsam_variant"] == "functional"
+    assert written["arguments"]["data"]["sequence_length"] == 64
+    assert written["arguments"]["model"]["layers"] == 2
+    assert 0 < written["train_seconds"] < written["wall_seconds"]
+    assert {"cpu_count", "gpus", "processes"} <= written["machine"].keys()
+    steps = [entry["step"] for entry in written["history"] if "eval_loss" in entry]
+    assert steps == [3, 6, 6]
+    text = (pretrained.folder / "results.json").read_text()
+    assert "secret" not in text
+    assert os.uname().nodename not in text.split('"history"')[0].replace('"localhost"', "")
+
+
+def test_a_run_leaves_curves_and_a_card(pretrained: Run, lora: Run, classifier: Run) -> None:
+    for run in (pretrained, lora, classifier):
+        assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        card = (run.folder / "README.md").read_text()
+        assert "2502.02407" in card
+    card = (pretrained.folder / "README.md").read_text()
+    assert "functional-sam" in card
+    assert "trained from scratch" in card
+
+
+def test_the_same_settings_give_the_same_weights_from_the_cache(pretrained: Run, cache: str, tmp_path: Path) -> None:
+    before = sorted(path.name for path in Path(cache).rglob("*.arrow"))
+    again = run_pretrain(tmp_path / "again", cache)
+    first, second = (load_file(run.folder / "model.safetensors") for run in (pretrained, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sorted(path.name for path in Path(cache).rglob("*.arrow")) == before  # nothing was tokenized again
+
+
+def test_lora_reports_both_domains_before_and_after(lora: Run, pretrained: Run) -> None:
+    domains = lora.written["domains"]
+    assert domains.keys() == {"new", "old"}
+    for name, losses in domains.items():
+        key = f"eval_{name}_loss"
+        evaluated = [(entry["step"], entry[key]) for entry in lora.written["history"] if key in entry]
+        assert evaluated[0] == (0, losses["loss_before"])
+        assert losses["loss_after"] == lora.results["metrics"][f"eval_{name}_loss"]
+        assert losses["change"] == losses["loss_after"] - losses["loss_before"] != 0
+    assert domains["new"]["change"] < 0
+    # Before the first step an adapter changes nothing: the old loss is that of the pretrained model on this text.
+    assert domains["old"]["loss_before"] == pytest.approx(pretrained.results["metrics"]["eval_loss"], abs=0.3)
+
+
+def test_lora_adapter_loads_in_the_three_ways(lora: Run, pretrained: Run) -> None:
+    assert not (lora.folder / "model.safetensors").exists()
+    assert 0 < lora.results["trainable_parameters"] < lora.results["parameters"]
+    ids = torch.arange(20).unsqueeze(0)  # (1, 20)
+    base = AutoModelForCausalLM.from_pretrained(pretrained.folder)
+    plain = base(ids).logits
+    tuned = [
+        PeftModel.from_pretrained(base, lora.folder)(ids).logits,
+        AutoPeftModelForCausalLM.from_pretrained(lora.folder)(ids).logits,
+        AutoModelForCausalLM.from_pretrained(lora.folder)(ids).logits,
+    ]
+    assert all(torch.allclose(each, tuned[0], atol=1e-5) for each in tuned)
+    assert not torch.allclose(plain, tuned[0], atol=1e-4)
+
+
+def test_trained_weights_are_kept_in_fp32_and_frozen_ones_as_they_come(tmp_path: Path, pretrained: Run) -> None:
+    AutoModelForCausalLM.from_pretrained(pretrained.folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    dtypes = {}
+    for adapter in ("none", "lora"):
+        model_args = finetune.ModelArguments(str(tmp_path), adapter)
+        model = finetune.load_model(model_args, AutoModelForCausalLM, pad_token_id=1)
+        dtypes[adapter] = {(weight.dtype, weight.requires_grad) for weight in model.parameters()}
+    assert dtypes["none"] == {(torch.float32, True)}
+    assert dtypes["lora"] == {(torch.bfloat16, False), (torch.float32, True)}
+
+
+def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    settings = {"max_steps": 2, "eval_strategy": "no", "validation_blocks": 8}
+    dora = run_finetune("finetune_topics", tmp_path / "dora", cache, pretrained, adapter="dora", **settings)
+    assert json.loads((dora.folder / "adapter_config.json").read_text())["use_dora"] is True
+    full = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, adapter="none", **settings)
+    assert full.results["trainable_parameters"] == full.results["parameters"]
+    AutoModelForCausalLM.from_pretrained(full.folder)
+
+
+def test_classifier_knows_its_labels(classifier: Run) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(classifier.folder)
+    assert model.config.id2label == dict(enumerate(sorted(model.config.id2label.values())))
+    assert "asyncio" in model.config.label2id
+    metrics = classifier.results["metrics"]
+    assert {"eval_accuracy", "eval_f1"} <= metrics.keys()
+    # Examples are counted, not batches: 353 or so, of one batch size only the last is shorter.
+    assert 0 < metrics["eval_f1"] <= metrics["eval_accuracy"] + 0.5 <= 1.5
+
+
+def test_adapter_with_labels_loads_with_their_number(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    settings = {"adapter": "lora", "max_steps": 2, "eval_strategy": "no"}
+    run = run_finetune("finetune_packages", tmp_path / "out", cache, pretrained, **settings)
+    labels = run.written["labels"]
+    assert labels == sorted(labels)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(run.folder, num_labels=len(labels))
+    saved = load_file(run.folder / "adapter_model.safetensors")
+    head = next(value for name, value in saved.items() if "score" in name)  # (classes, hidden)
+    assert head.shape[0] == len(labels) == 6
+    assert torch.equal(model.base_model.model.score.modules_to_save["default"].weight, head)
+
+
+# ---- Other data ----
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"instruction": f"Add {i}.", "input": "1" if i % 2 else "", "output": f"{i + 1}"} for i in range(40)]
+    rows += [{"instruction": "long " * 200, "input": "", "output": "never seen"}]
+    path = tmp_path_factory.mktemp("instructions") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_instructions_are_masked_up_to_the_answer(pretrained: Run) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
+    for context in ("the context", "", None):
+        row = {"instruction": "Do it.", "input": context, "output": "Done."}
+        encoded = finetune.encoding_instruction(tokenizer, length=1000)(row)
+        learned = [label for label in encoded["labels"] if label != -100]
+        masked = len(encoded["labels"]) - len(learned)
+        assert tokenizer.decode(learned) == "Done." + tokenizer.eos_token
+        assert encoded["labels"][masked:] == encoded["input_ids"][masked:] == learned
+        prompt = tokenizer.decode(encoded["input_ids"][:masked])
+        assert prompt.endswith("### Response:\n")
+        assert ("### Input:\nthe context" in prompt) == bool(context)
+        assert "### Instruction:\nDo it.\n" in prompt
+        assert len(finetune.encoding_instruction(tokenizer, length=5)(row)["input_ids"]) == 5
+
+
+def test_instructions_from_a_local_file(tmp_path: Path, cache: str, pretrained: Run, instructions: Path) -> None:
+    # The tiny model's 64 positions hold no Alpaca prompt.
+    base = run_pretrain(tmp_path / "base", cache, sequence_length=256, max_steps=1, eval_strategy="no")
+    settings = {"dataset": instructions, "sequence_length": 256, "max_steps": 2, "bf16": False, "eval_strategy": "no"}
+    run = run_finetune("alpaca", tmp_path / "out", cache, base, old_dataset="stdlib", **settings)
+    assert {"eval_new_loss", "eval_old_loss"} <= run.results["metrics"].keys()
+    with pytest.raises(ValueError, match=r"No answer in the training split .* within sequence_length=16"):
+        run_finetune("alpaca", tmp_path / "out", cache, base, **{**settings, "sequence_length": 16})
+
+
+def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": "same" if i % 3 else "other"} for i in range(30)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"dataset": path, "max_steps": 2, "eval_strategy": "no", "dataset_config": "default"}
+    run = run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
+    assert AutoConfig.from_pretrained(run.folder).id2label == {0: "other", 1: "same"}
+    path.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "label": None}])))
+    with pytest.raises(ValueError, match="label_column='label' has rows without a label"):
+        run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
+    with pytest.raises(ValueError, match="label_column='lable' is not a column"):
+        run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings, label_column="lable")
+
+
+def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"line {i} " * 30}) for i in range(200)))
+    monkeypatch.setattr("data.STREAM_VALIDATION_DOCUMENTS", 20)
+    line = {key: value for key, value in TINY.items() if key != "corpus_max_bytes"}
+    line |= {"dataset": path, "streaming": True, "output_dir": tmp_path / "out", "cache_dir": cache, "vocab_size": 300}
+    tiny = str(config.CONFIGS / "pretrain_tiny.yaml")
+    results = pretrain.run([tiny, *arguments(line)])
+    assert results["steps"] == 6
+    assert results["corpus_sha256"] is None
+    with pytest.raises(ValueError, match="streaming=True needs max_steps"):
+        pretrain.run([tiny, *arguments({**line, "max_steps": -1})])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "error", "message"),
+    [
+        ("finetune_topics", {"model_name_or_path": "./absent"}, FileNotFoundError, "'./absent' does not exist.*makes"),
+        ("finetune_topics", {"model_name_or_path": "nobody/no"}, ValueError, "model_name_or_path='nobody/no' holds no"),
+        ("finetune_topics", {"sequence_length": 65}, ValueError, "sequence_length=65 .* maximum of 64"),
+        ("finetune_packages", {"sequence_length": 65}, ValueError, "sequence_length=65 .* maximum of 64"),
+        ("finetune_topics", {"task": "translation"}, ValueError, "--task: invalid choice: 'translation'"),
+        ("finetune_topics", {"adapter": "ia3"}, ValueError, "--adapter: invalid choice: 'ia3'"),
+        ("finetune_topics", {"old_dataset": "./absent"}, FileNotFoundError, "'./absent' does not exist"),
+        ("finetune_packages", {"old_dataset": "stdlib"}, ValueError, "old_dataset='stdlib' is for task='causal_lm'"),
+        ("finetune_packages", {"format": "alpaca"}, ValueError, "format='alpaca' is for task='causal_lm'"),
+        ("finetune_topics", {"streaming": True, "dataset": "x/y"}, ValueError, "streaming=True is for pretrain.py"),
+        ("finetune_packages", {"dataset": "stdlib"}, ValueError, "label_column='label' is not a column of 'stdlib'"),
+        ("finetune_topics", {"format": "alpaca"}, ValueError, "format='alpaca', instruction='instruction' is not a"),
+        ("finetune_topics", {"fsam_rho": -1}, ValueError, "fsam_rho=-1.0"),
+    ],
+)
+def test_fine_tuning_refuses_by_name_before_training(
+    recipe: str,
+    settings: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    cache: str,
+    pretrained: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FSAMTrainer, "train", lambda *args, **kwargs: pytest.fail("training began"))
+    with pytest.raises(error, match=message):
+        run_finetune(recipe, tmp_path, cache, pretrained, **settings)
+
+
+def test_the_default_model_is_the_one_that_pretraining_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = yaml.safe_load((config.CONFIGS / "pretrain_tiny.yaml").read_text())
+    assert tiny["output_dir"] == finetune.ModelArguments().model_name_or_path
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"python recipes/pretrain\.py recipes/configs/pretrain_tiny\.yaml"):
+        finetune.run([str(config.CONFIGS / "finetune_topics.yaml")])
+
+
+def test_a_model_configuration_with_too_few_positions_is_refused(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    with pytest.raises(ValueError, match=r"sequence_length=65 .* maximum of 64"):
+        run_pretrain(tmp_path, cache, model_config=pretrained.folder, sequence_length=65)
+    with pytest.raises(ValueError, match=r"model_config='\./absent' cannot be loaded"):
+        run_pretrain(tmp_path, cache, model_config="./absent")
+    with pytest.raises(ValueError, match=r"tokenizer at '\./absent'"):
+        run_pretrain(tmp_path, cache, tokenizer="./absent")
+
+
+# ---- The demo ----
+
+
+def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.main(["--output_dir", str(tmp_path), *arguments({**TINY, "cache_dir": cache, "logging_steps": 1})])
+    variants = {"adamw": "none", "functional-sam": "functional"}
+    written = {arm: json.loads((tmp_path / arm / "results.json").read_text()) for arm in variants}
+    for arm, variant in variants.items():
+        assert written[arm]["arguments"]["training"]["fsam_variant"] == variant
+    first = [result["history"][0]["loss"] for result in written.values()]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)  # the loss at the same weights on the same batch
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["optimizer"] for row in table] == ["AdamW", "Functional-SAM"]
+    for row, result in zip(table, written.values(), strict=True):
+        assert row["validation loss"] == pytest.approx(result["metrics"]["eval_loss"], abs=1e-4)
+    assert table[0]["cost (AdamW = 1)"] == 1
+    out = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text().strip() in out
+    assert str(tmp_path / "curves.png") in out
+    assert (tmp_path / "curves.png").exists()
+    assert "{'loss'" not in out
+
+
+# ---- Several processes ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [("torchrun", 1), ("torchrun", 2), ("accelerate", 1)],  # accelerate starts several on CPUs through MPI only
+)
+def test_launchers(launcher: str, processes: int, tmp_path: Path) -> None:
+    command = {
+        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--main_process_port=0"],
+    }[launcher]
+    line = arguments({**TINY, "output_dir": tmp_path, "cache_dir": tmp_path / "cache"})
+    run = subprocess.run(
+        [sys.executable, "-m", *command, "recipes/pretrain.py", "recipes/configs/pretrain_tiny.yaml", *line],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("eval_perplexity") == 1  # one process speaks
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["machine"]["processes"] == processes
+    assert written["tokens_per_step"] == processes * 4 * 64
+    metrics = written["metrics"]
+    # Every process's blocks are counted, each once: the metric's sum over 24 blocks is the Trainer's mean loss.
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
+    assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(24, abs=0.5)
+    assert not list(tmp_path.glob("cache/tmp*"))
+
+
+# ---- TRL ----
+
+ALIGNED = {
+    "sft": (sft.FSAMSFTTrainer, sft.FSAMSFTConfig),
+    "dpo": (dpo.FSAMDPOTrainer, dpo.FSAMDPOConfig),
+}
+
+
+def run_aligned(script: str, folder: Path, cache: str, base: Run, **settings: Any) -> Run:
+    names = ("max_steps", "eval_steps", "logging_steps", "warmup_steps", "use_cpu", "validation_blocks")
+    few = {key: TINY[key] for key in (*names, "corpus_max_bytes", "validation_fraction")}
+    own = {"model_name_or_path": base.folder, "output_dir": folder, "cache_dir": cache, "max_length": 48}
+    line = arguments(few | own | {"per_device_train_batch_size": 4, "hub_token": "secret"} | settings)
+    path = config.CONFIGS / f"{script}_docstrings.yaml"
+    return Run(folder, align.run([str(path), *line], f"{script}.py", *ALIGNED[script]))
+
+
+@pytest.mark.parametrize("method", ALIGNED)
+def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretrained: Run) -> None:
+    run = run_aligned(method, tmp_path / "out", cache, pretrained)
+    history = run.written["history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 3, 6, 6]
+    logged = next(entry for entry in history if "loss" in entry)
+    assert logged["fsam/radius"] == pytest.approx(0.03, rel=1e-3)
+    assert "fsam/functional_sharpness" in logged
+    assert "2502.02407" in (run.folder / "README.md").read_text()
+    assert "secret" not in (run.folder / "results.json").read_text()
+    AutoModelForCausalLM.from_pretrained(run.folder)
+
+
+def test_trl_recipes_refuse_what_they_would_ignore(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    for wrong, message in (
+        ({"sequence_length": 64}, "use max_length"),
+        ({"text_column": "body"}, "TRL's own columns"),
+        ({"method": "dpo"}, "for dpo.py, not sft.py"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_aligned("sft", tmp_path, cache, pretrained, **wrong)

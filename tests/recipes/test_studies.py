@@ -1,0 +1,84 @@
+"""The scripts of recipes/studies: what an arm trains with, and what is measured after training."""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
+
+import after_training
+import late
+
+from tests.toys import LENGTH, VOCABULARY, llama, make_trainer, same_bits, weights_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_late_perturbs_in_the_last_share_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, trainer_class=late.LateTrainer, arguments_class=late.LateArguments, perturb_last=0.5, logging_steps=1
+    )
+    trainer.train()
+    perturbed = [entry["step"] for entry in trainer.state.log_history if entry.get("fsam/radius", 0) > 0]
+    assert perturbed == [4, 5, 6]
+    with pytest.raises(ValueError, match="perturb_last=0"):
+        late.LateArguments(output_dir=str(tmp_path), perturb_last=0)
+
+
+def test_the_loss_after_training_is_the_mean_over_all_tokens() -> None:
+    model = llama().eval()
+    ids = torch.randint(3, VOCABULARY, (21, LENGTH))  # not a whole number of batches
+    found = after_training.loss_of(model, Dataset.from_dict({"input_ids": ids.tolist()}), batch=4)
+    with torch.no_grad():
+        z = model(input_ids=ids).logits[:, :-1]
+    assert found == pytest.approx(float(F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())), rel=1e-5)
+
+
+def test_noise_is_a_share_of_each_matrix_and_the_model_stays() -> None:
+    model = llama()
+    before = weights_of(model)
+    noisy = after_training.changed(model, after_training.noisy(0.1, draw=0))
+    assert same_bits(weights_of(model), before)
+    assert same_bits(weights_of(noisy), weights_of(after_training.changed(model, after_training.noisy(0.1, draw=0))))
+    for name, weight in noisy.named_parameters():
+        away = (weight - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
+        assert float(away) == pytest.approx(0.1 if weight.ndim > 1 else 0.0, rel=0.2), name
+
+
+def test_quantized_weights_are_near_to_what_they_were() -> None:
+    """Only where torchao is installed (the extra `quantization`), which the other tests do without."""
+    pytest.importorskip("torchao")
+    model = llama(hidden_size=64)
+    ids = torch.randint(3, VOCABULARY, (2, LENGTH))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        away = {
+            name: float((after_training.changed(model, change)(input_ids=ids).logits - before).norm() / before.norm())
+            for name, change in after_training.quantizations().items()
+        }
+    assert 0 < 4 * away["int8"] < away["int4"] < 0.5
+
+
+@pytest.mark.slow
+def test_after_training_adds_what_the_model_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(model: Any) -> None:
+        for weight in model.parameters():
+            weight.data = weight.data.round(decimals=2)
+
+    monkeypatch.setattr(after_training, "quantizations", lambda: {"int8": copy.copy, "int4": coarse})
+    short = {"max_steps": 4, "warmup_steps": 0, "eval_steps": 4, "validation_blocks": 16, "later_epochs": 1}
+    argv = [str(ROOT / "recipes" / "configs" / "study.yaml"), "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
+    results = after_training.run([*argv, *(str(part) for name in short for part in (f"--{name}", short[name]))])
+    metrics = results["metrics"]
+    assert metrics["int8_rise"] == pytest.approx(0, abs=1e-6)  # nothing was changed
+    assert metrics["int4_rise"] != 0
+    assert metrics["noise_rise"] != 0
+    assert metrics["forgotten"] != 0  # four steps leave nothing to forget
+    assert metrics["new_loss"] > 0

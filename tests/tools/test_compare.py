@@ -1,0 +1,687 @@
+"""`hf-fsam compare`: what is run, what is not run twice, and what the table makes of it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tqdm import tqdm
+
+from hf_fsam import FSAMTrainingArguments
+from hf_fsam.arguments import FSAMArguments, plain_passes
+from hf_fsam.studies.compare import Runner, main, read_results, run_study, total_weight
+from hf_fsam.studies.masking import masked, masked_command
+from hf_fsam.studies.report import Difference, cost, rho_curve, setting, table
+from hf_fsam.studies.study import Study, load_studies
+
+ROOT = Path(__file__).parents[2]
+COMPARE = [sys.executable, "-m", "hf_fsam.studies.compare"]
+
+# A recipe that takes no time: the loss is a parabola in the learning rate and in ρ, with noise that a seed shares.
+RECIPE = """
+import json, sys, time
+from pathlib import Path
+settings = json.loads(Path(sys.argv[1]).read_text())
+folder = Path(settings["output_dir"])
+with (Path(__file__).parent / "called.txt").open("a") as file:
+    file.write(json.dumps(settings) + "\\n")
+time.sleep(settings.get("sleep", 0))
+if settings.get("fail"):
+    sys.exit("no such optimizer")
+rate, rho = settings.get("learning_rate", 1), settings.get("fsam_rho", 0)
+loss = 2 + (rate - 3) ** 2 + (rho - 0.2) ** 2 + 0.1 * settings["seed"]
+if settings.get("diverge"):
+    loss = float("nan")
+steps = settings.get("max_steps", 2)
+history = [{"step": 1, "eval_loss": loss - 1}, {"step": steps, "eval_loss": loss}]
+results = {"metrics": {"eval_loss": loss}, "history": history, "steps": steps, "train_seconds": 2.0}
+(folder / "results.json").write_text(json.dumps(results))
+"""
+
+ARMS = {
+    "AdamW": {"fsam_variant": "none", "learning_rate": [1, "3e0", 5]},
+    "FSAM": {"like": "AdamW", "fsam_variant": "functional", "fsam_rho": [0.1, 0.2]},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return tmp_path
+
+
+def write_study(folder: Path, **keys: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "recipe.py", "arms": ARMS, "seeds": [0, 1], **keys}, sort_keys=False))
+    return path
+
+
+def study_of(folder: Path, **keys: Any) -> Study:
+    (study,) = load_studies(write_study(folder, **keys))
+    return study
+
+
+def called(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "called.txt"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def compare(folder: Path, *argv: str) -> None:
+    main([str(folder / "study.yaml"), "--out", str(folder / "out"), *argv])
+
+
+def run(study: Study, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    with Runner(study, folder / "out", **options) as runner:
+        return run_study(study, runner)
+
+
+def test_tunes_on_its_own_seeds_and_hands_what_it_chose_on(folder: Path) -> None:
+    rows = run(study_of(folder), folder)
+    final = [row for row in rows if row["stage"] == "final"]
+    assert [(row["arm"], row["seed"]) for row in final] == [("AdamW", 0), ("FSAM", 0), ("AdamW", 1), ("FSAM", 1)]
+    assert {row["settings"]["learning_rate"] for row in final} == {3.0}
+    assert {row["settings"].get("fsam_rho") for row in final if row["arm"] == "FSAM"} == {0.2}
+    assert {row["seed"] for row in rows if row["stage"] == "tuning"} == {100}
+    assert len(called(folder)) == 3 + 2 + 4
+    assert [row["passes"] for row in final] == [1.0, 2.0, 1.0, 2.0]
+    assert not list((folder / "out" / "runs").iterdir())  # models are not left behind
+
+
+def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    write_study(folder)
+    compare(folder)
+    first, table_before = len(called(folder)), (folder / "out" / "study.md").read_text()
+    log = folder / "out" / "runs.jsonl"
+    log.write_text(log.read_text() + '{"key": "cut off whe')  # the machine went down
+    compare(folder)
+    assert len(called(folder)) == first
+    assert (folder / "out" / "study.md").read_text() == table_before
+    compare(folder, "--seeds", "0", "1", "2")
+    compare(folder, "--seeds", "0", "1", "2")
+    assert len(called(folder)) == first + 2
+    compare(folder, "--max_steps", "7")  # other settings, other runs
+    assert {each.get("max_steps") for each in called(folder)[first + 2 :]} == {7}
+    assert "minus AdamW" in capsys.readouterr().out
+    compare(folder, "--baseline", "FSAM")
+    assert "minus FSAM" in capsys.readouterr().out
+    assert (folder / "out" / "study.png").stat().st_size > 1000
+
+
+def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm] = []
+    monkeypatch.setattr("hf_fsam.studies.compare.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    write_study(folder, seeds=[0])
+    compare(folder)
+    compare(folder)
+    compare(folder, "--seeds", "0", "1")
+    first, again, more = bars
+    assert (first.initial, first.n) == (0, pytest.approx(total_weight(study_of(folder, seeds=[0]))))
+    assert again.initial == again.n == first.n
+    assert (more.initial, more.n) == (first.n, pytest.approx(total_weight(study_of(folder, seeds=[0, 1]))))
+
+
+def test_a_name_with_a_point_names_its_report(folder: Path) -> None:
+    write_study(folder, seeds=[0]).rename(folder / "size_1.2b.yaml")
+    main([str(folder / "size_1.2b.yaml"), "--out", str(folder / "out")])
+    assert {path.name for path in (folder / "out").glob("size*")} == {"size_1.2b.md", "size_1.2b.png"}
+
+
+def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
+    write_study(folder, settings={"sleep": 3}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
+    command = [
+        sys.executable,
+        "-m",
+        "hf_fsam.studies.compare",
+        str(folder / "study.yaml"),
+        "--out",
+        str(folder / "out"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(called(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len((folder / "out" / "runs.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(RuntimeError, match="is in use"):  # by the run that was left behind
+        compare(folder)
+    while time.monotonic() < deadline:
+        try:
+            compare(folder)
+            break
+        except RuntimeError:
+            time.sleep(0.1)
+    assert [each["rate"] for each in called(folder)] == [1, 2, 2]
+
+
+def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
+    write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
+    command = [
+        sys.executable,
+        "-m",
+        "hf_fsam.studies.compare",
+        str(folder / "study.yaml"),
+        "--out",
+        str(folder / "out"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not called(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=20) != 0
+    study = study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0])
+    run(study, folder)  # nobody holds the lock
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}}, seeds=[0])
+    run(study, folder, keep=True)
+    (left,) = (folder / "out" / "runs").iterdir()
+    for step, whole in ((3, True), (20, True), (100, False)):  # the last was cut off while it was written
+        (left / f"checkpoint-{step}").mkdir()
+        if whole:
+            (left / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (folder / "out" / "runs.jsonl").write_text("")
+    (row,) = run(study, folder, keep=True)
+    assert called(folder)[-1]["resume_from_checkpoint"] == str(left / "checkpoint-20")
+    assert row["resumed"]
+    assert not called(folder)[0].get("resume_from_checkpoint")
+
+
+def test_a_failing_run_says_which_and_why(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {"fail": True}}, seeds=[0])
+    with pytest.raises(RuntimeError, match=r"(?s)study: B, seed 0, ended with code 1.*no such optimizer"):
+        run(study, folder)
+    assert len((folder / "out" / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_runs_in_parallel_get_their_share_of_the_cores(folder: Path) -> None:
+    recipe = RECIPE.replace("import json,", "import os, json,").replace(
+        "file.write(", 'file.write(os.environ.get("OMP_NUM_THREADS", "") + "|" + '
+    )
+    times = '\nat = Path(__file__).parent / f"at_{settings[\'rate\']}"\nat.write_text(f"{began} {time.monotonic()}")\n'
+    (folder / "recipe.py").write_text(recipe.replace("settings =", "began = time.monotonic()\nsettings =", 1) + times)
+    study = study_of(folder, settings={"sleep": 5}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
+    rows = run(study, folder, parallel=2)
+    assert [row["arm"] for row in rows] == ["A", "B"]
+    threads = [line.split("|")[0] for line in (folder / "called.txt").read_text().splitlines()]
+    assert threads == [str(max(1, (os.cpu_count() or 1) // 2))] * 2
+    began, ended = zip(*(map(float, each.read_text().split()) for each in folder.glob("at_*")), strict=True)
+    assert max(began) < min(ended)  # side by side
+
+
+def test_arms_with_the_same_settings_share_a_run(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {"rate": 1}, "B": {"rate": 1}}, seeds=[0])
+    rows = run(study, folder)
+    assert [row["arm"] for row in rows] == ["A", "B"]
+    assert len(called(folder)) == 1
+
+
+def test_scripts_of_one_name_and_other_launches_are_other_runs(folder: Path) -> None:
+    (folder / "x").mkdir()
+    (folder / "x" / "recipe.py").write_text(
+        RECIPE.replace("loss = 2 +", "loss = 9 +").replace(".parent /", ".parent.parent /")
+    )
+    study = study_of(folder, arms={"A": {}, "B": {"recipe": "x/recipe.py"}}, seeds=[0])
+    first, second = run(study, folder)
+    assert second["metrics"]["eval_loss"] == first["metrics"]["eval_loss"] + 7
+    run(study, folder, launch=[sys.executable, "-B"])
+    assert len(called(folder)) == 4
+
+
+def test_studies_share_their_runs_and_a_new_metric_needs_none_again(folder: Path) -> None:
+    first = study_of(folder, arms={"A": {"rate": 1}}, seeds=[0])
+    run(first, folder)
+    second = study_of(folder, arms={"B": {"rate": 1, "passes": 3}}, seeds=[0], metrics=["best_eval_loss", "eval_loss"])
+    (found,) = run(second, folder)
+    assert (found["arm"], found["passes"]) == ("B", 3)
+    assert found["metrics"]["best_eval_loss"] == found["metrics"]["eval_loss"] - 1
+    assert len(called(folder)) == 1
+
+
+def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0])
+    rows = run(study, folder)
+    assert "CAUTION" not in "\n".join(setting(study, rows, "command"))
+    (folder / "recipe.py").write_text(RECIPE + "\n# changed\n")
+    assert "their recipe, which is another one now" in "\n".join(setting(study, rows, "command"))
+    rows[0]["corpus_sha256"] = "other"
+    assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
+
+
+def test_longer_multiplies_what_the_settings_end_with(folder: Path) -> None:
+    arms = {"A": {"fsam_variant": "none"}, "A2": {"like": "A", "longer": 2}, "A3": {"like": "A2", "longer": 1.5}}
+    study = study_of(folder, arms=arms, settings={"max_steps": 10, "warmup_steps": 1}, seeds=[0])
+    rows = run(study, folder)
+    assert [row["settings"]["max_steps"] for row in rows] == [10, 20, 30]
+    assert [row["settings"]["warmup_steps"] for row in rows] == [1, 2, 3]
+    assert "longer" not in rows[1]["settings"]
+    study = study_of(folder, arms=arms, settings={"max_steps": -1, "num_train_epochs": 1, "warmup_steps": 0.1})
+    (settings,) = study.arms["A3"].candidates(study.settings)
+    assert settings["num_train_epochs"] == 1.5  # not whole, and not none
+    assert (settings["max_steps"], settings["warmup_steps"]) == (-1, 0.1)  # no length, a share
+    assert total_weight(study) > 0
+
+
+def test_a_launcher_and_what_it_started_end_together(folder: Path, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test runner may ignore
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    launcher = folder / "launcher.py"
+    launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]])\n")
+    study = study_of(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
+    launch = [sys.executable, str(launcher)]
+    with Runner(study, folder / "out", launch=launch) as runner:
+
+        def interrupt() -> None:
+            while not called(folder):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, runner)
+    run(study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0]), folder)  # nobody holds the lock
+
+
+def test_each_run_gets_one_of_the_gpus_that_are_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "recipe.py").write_text(
+        "import os, sys\nopen(sys.argv[1] + '.gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n" + RECIPE
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    study = study_of(folder, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0], settings={"sleep": 1})
+    run(study, folder, parallel=2, keep=True)
+    assert {path.read_text() for path in (folder / "out" / "runs").glob("*/run.json.gpu")} == {"2", "3"}
+    run(study, folder, launch=[sys.executable, "-B"], keep=True)
+    seen = [path.read_text() for path in (folder / "out" / "runs").glob("*/run.json.gpu")]
+    assert seen.count("2,3") == 2  # a launcher divides them itself
+
+
+def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
+    arms = {"A": {"diverge": [True, False]}, "B": {"diverge": [True]}}
+    study = study_of(folder, arms=arms, seeds=[0, 1])
+    rows = run(study, folder)
+    assert [row["settings"]["diverge"] for row in rows if row["stage"] == "final"] == [False, True, False, True]
+    assert rows[0]["metrics"]["eval_loss"] is None
+    assert "2 diverged" in "\n".join(table(study, rows))
+    assert "diverged 2/2" in "\n".join(table(study, rows))
+    study = study_of(folder, arms={"A": {"rate": 3}, "B": {"diverge": [True], "rate": [3, 4]}}, seeds=[0, 1])
+    assert "diverged 2/2" in "\n".join(table(study, run(study, folder)))  # with every candidate: a result, too
+    study = study_of(folder, arms={"A": {"diverge": [True], "rate": [1, 2]}})
+    with pytest.raises(RuntimeError, match="no candidate ended with a finite eval_loss"):
+        run(study, folder)
+
+
+# ---- The table ----
+
+
+def row(arm: str, seed: int, loss: float | None, **more: Any) -> dict[str, Any]:
+    base = {"stage": "final", "settings": {}, "passes": 1.0, "steps": 100, "train_seconds": 10.0, "resumed": False}
+    return {"arm": arm, "seed": seed, "metrics": {"eval_loss": loss}, "curve": [], **base, **more}
+
+
+def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0, 1, 2])
+    rows = [row("A", seed, 2.0 + seed) for seed in range(3)]
+    rows += [row("B", seed, 2.0 + seed + 0.1 * (seed + 1), passes=2.0, train_seconds=19.0) for seed in range(3)]
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    # 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, t(0.975, 2) = 4.3027: 4.3027 × 0.1 / √3 = 0.2484
+    assert "+0.2000 [-0.0484, +0.4484]" in line
+    assert "undecided" in line
+    assert "3.2000 ± 1.1000" in line
+    assert "| 2.00 " in line
+    assert "| 1.90 " in line
+    # A resumed run's clock began anew.
+    for each in rows:
+        each["resumed"], each["train_seconds"] = (
+            each["seed"] == 0,
+            each["train_seconds"] * (1 + 9 * (each["seed"] == 0)),
+        )
+    rows[3]["train_seconds"] = rows[4]["train_seconds"] = 1.0
+    rows[5]["train_seconds"] = 21.0
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    assert "| 1.10 " in line  # of 0.1 and 2.1, without the first seed's 0.01
+    assert Difference.of([-0.1, -0.12, -0.11]).verdict() == "better"
+    assert Difference.of([0.1, 0.12, 0.11]).verdict() == "worse"
+    assert Difference.of([0.1, 0.12, 0.11]).verdict(greater_is_better=True) == "better"
+    assert Difference.of([0.1]).verdict() == "undecided"
+
+
+def test_an_arm_that_lost_a_seed_is_not_better(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0, 1, 2])
+    rows = [row("A", seed, 2.0) for seed in range(3)] + [row("B", seed, 1.0 + 0.01 * seed) for seed in range(2)]
+    rows.append(row("B", 2, None))
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    assert "diverged 1/3" in line
+    assert "better" not in line
+    rows = [row("A", seed, 2.0 if seed else None) for seed in range(3)]
+    rows += [row("B", seed, 2.5 + 0.01 * seed) for seed in range(3)]
+    line = next(line for line in table(study, rows) if line.startswith("| B"))
+    assert "A diverged 1/3" in line
+    assert "worse" not in line
+
+
+def test_what_is_better_when_greater_is_tuned_for(folder: Path) -> None:
+    (folder / "recipe.py").write_text(RECIPE.replace('"metrics": {"eval_loss": loss}', '"metrics": {"eval_f1": -loss}'))
+    keys = {"metrics": ["eval_f1"], "arms": {"A": {"rate": 3, "learning_rate": [1, 2]}, "B": {"learning_rate": 3}}}
+    study = study_of(folder, **keys, greater_is_better=True)
+    rows = run(study, folder)
+    final = [each for each in rows if each["stage"] == "final"]
+    assert {each["settings"]["learning_rate"] for each in final if each["arm"] == "A"} == {2}
+    assert any(line.startswith("| B") and "better" in line for line in table(study, rows))
+    with pytest.raises(ValueError, match="say `greater_is_better: true`"):
+        study_of(folder, **keys)
+
+
+def test_cost_counts_steps_and_passes() -> None:
+    base = {0: row("A", 0, 1.0)}
+    assert cost({0: row("B", 0, 1.0, settings={"per_device_train_batch_size": 16})}, base) == 2.0
+    assert cost({0: row("B", 0, 1.0, steps=50, passes=2.0)}, base) == 1.0
+    assert cost({0: row("B", 0, 1.0, settings={"gradient_accumulation_steps": 4})}, base) == 4.0
+    assert plain_passes(FSAMArguments(fsam_variant="none")) == 1
+    assert plain_passes(FSAMArguments(fsam_variant="sam")) == 2
+    assert plain_passes(FSAMArguments(fsam_rho=0.0)) == 1
+    assert plain_passes(FSAMArguments(fsam_ascent_direction="momentum")) == pytest.approx(4 / 3)
+    assert plain_passes(FSAMArguments(fsam_every_steps=4)) == 1.25
+    assert plain_passes(FSAMArguments(fsam_variant="logit")) == pytest.approx(7 / 3)
+
+
+def test_tuned_values_at_the_edge_are_marked_and_the_radius_has_a_curve(folder: Path) -> None:
+    study = study_of(folder)
+    rows = run(study, folder)
+    lines = table(study, rows)
+    assert any("learning_rate 3 " in line for line in lines)  # of 1, 3, 5
+    assert any("rho 0.2!" in line for line in lines)  # of 0.1, 0.2
+    curve = rho_curve([each for each in rows if each["stage"] == "tuning"], "FSAM", "eval_loss")
+    assert [rho for rho, _ in curve] == [0.1, 0.2]
+    assert curve[0][1] == pytest.approx(12 + 0.01)  # 2 + (0.1 - 0.2)² + 0.1 · 100
+
+
+def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
+    history = [
+        {"step": 2, "fsam/top_curvature": 3},
+        {"step": 5, "eval_loss": 1.5},
+        {"step": 5, "fsam/top_curvature": 7},
+        {"step": 10, "eval_loss": float("nan")},
+        {"step": 10, "train_runtime": 8.0, "train_loss": 2.0},
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (tmp_path / "all_results.json").write_text(json.dumps({"eval_accuracy": 0.5}))
+    found = read_results(tmp_path, "eval_loss")
+    expected = {"eval_loss": None, "best_eval_loss": 1.5, "eval_accuracy": 0.5, "fsam/top_curvature": 7}
+    assert expected.items() <= found["metrics"].items()
+    assert found["curve"] == [[5, 1.5]]
+    assert (found["steps"], found["train_seconds"]) == (10, 8.0)
+    (tmp_path / "all_results.json").write_text(json.dumps({"eval_loss": 1.25}))  # evaluated after the training
+    assert read_results(tmp_path, "best_eval_loss")["metrics"]["best_eval_loss"] == 1.25
+    with pytest.raises(RuntimeError, match=r"neither results\.json nor trainer_state.json"):
+        read_results(tmp_path / "nowhere", "eval_loss")
+
+
+def test_a_run_whose_metric_was_mistyped_is_not_lost(folder: Path) -> None:
+    study = study_of(folder, metrics=["eval_los"], arms={"A": {}}, seeds=[0])
+    with pytest.raises(RuntimeError, match=r"A, seed 0, has no metric 'eval_los'\. It has .*best_eval_loss"):
+        run(study, folder)
+    run(study_of(folder, arms={"A": {}}, seeds=[0]), folder)
+    assert len(called(folder)) == 1
+
+
+def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
+    """Without curve, cost and time."""
+    (folder / "recipe.py").write_text(
+        "import json, sys\n"
+        "settings = json.load(open(sys.argv[1]))\n"
+        "results = {'metrics': {'eval_loss': settings['loss'] + settings['seed']}}\n"
+        "json.dump(results, open(settings['output_dir'] + '/results.json', 'w'))\n"
+    )
+    write_study(folder, arms={"A": {"loss": 1.0}, "B": {"loss": 2.0}})
+    compare(folder)
+    line = next(line for line in (folder / "out" / "study.md").read_text().splitlines() if line.startswith("| B"))
+    assert "+1.0000 [+1.0000, +1.0000] | worse" in line
+    assert "nan" not in line
+    assert (folder / "out" / "study.png").stat().st_size > 1000
+
+
+# ---- The file ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"recipe": "nowhere.py"}, "recipe: .*nowhere.py does not exist"),
+        ({"seedz": [1]}, "'seedz' is not a key of the study"),
+        ({"arms": {}}, "needs 'arms'"),
+        ({"baseline": "Adam"}, "baseline: 'Adam' is not an arm; there are 'AdamW', 'FSAM'"),
+        ({"arms": {"A": {"like": "B"}, "B": {"like": "A"}}}, "in a circle"),
+        ({"arms": {"A": {"like": "C"}}}, "A: like: 'C' is not an arm"),
+        ({"seeds": [0.5]}, r"seeds=\[0.5\] is not a list of whole numbers"),
+        ({"tuning_seeds": [0]}, "tuning_seeds must be others than seeds"),
+        ({"arms": {"A": {"fsam_rho": [0.1, -1]}}}, "fsam_rho=-1 is not a radius"),
+        ({"arms": {"A": {"fsam_variant": "vanilla"}}}, "fsam_variant='vanilla' is unknown"),
+        ({"arms": {"A": {"fsam_rho": []}}}, "fsam_rho has no candidates"),
+        ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number above 0"),
+        ({"arms": {"A": {"longer": 0}}}, "longer=0 is not a number above 0"),
+        ({"arms": {"A": {"longer": 2}}}, "A: longer=2 needs max_steps or num_train_epochs"),
+        ({"arms": {"A": {"fsam_rh": 0.1}}}, "A: 'fsam_rh' is none of fsam_"),
+        ({"arms": {"A": "none"}}, "A is str, not a mapping"),
+        ({"arms": ["A", "B"]}, "arms is list, not a mapping"),
+        ({"settings": [1]}, "settings is list, not a mapping"),
+        ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+        ({"arms": {"A": {"seed": 3}}}, "'seed' is `compare`'s own to set: list them under `seeds`"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, Any], message: str) -> None:
+    write_study(folder, **keys)
+    with pytest.raises(SystemExit, match=message):
+        compare(folder)
+    assert not called(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rate", "1"], "--learning_rate is for all arms, but AdamW set it"),
+        (["--parallel", "2", "--launch", "torchrun"], "--parallel with --launch"),
+        (["--seed", "1"], "'seed' is `compare`'s own to set: list them under `seeds`, or use --seeds"),
+        (["--output_dir", "here"], "'output_dir' is `compare`'s own to set: use --out"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(
+    folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    write_study(folder)
+    with pytest.raises(SystemExit) as error:
+        compare(folder, *options)
+    assert message in str(error.value) + capsys.readouterr().err
+    assert not called(folder)
+
+
+def test_the_file_comes_first(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--max_steps", "20", str(write_study(folder))])
+    assert "20 does not exist: the study's YAML file comes before other settings" in capsys.readouterr().err
+
+
+SECRET = "hf_0deadbeef1e5"
+GIVEN = [
+    ["--hub_token", SECRET],
+    [f"--hub_token={SECRET}"],
+    ["--api-key", SECRET, "--password", "0123456"],
+    ["--tracker", json.dumps({"token": SECRET, "url": "here"})],
+    ["--launch", f"env WANDB_API_KEY={SECRET} {sys.executable}"],
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: given[0])
+def test_secrets_reach_the_run_and_nothing_that_is_written_or_printed(
+    folder: Path, given: list[str], capfd: pytest.CaptureFixture
+) -> None:
+    write_study(folder, arms={"A": {}, "B": {"learning_rate": [1, 2]}}, seeds=[0])
+    compare(folder, *given, "--keep")
+    assert sum(SECRET in json.dumps(each) for each in called(folder)) == (0 if "--launch" in given else 4)
+    if "--password" in given:
+        assert {each["password"] for each in called(folder)} == {"0123456"}  # not the number that YAML reads there
+    (folder / "called.txt").unlink()
+    compare(folder, *given)
+    assert not called(folder)  # what has been run is known again
+    shown = capfd.readouterr()
+    assert "_TOKEN>" in shown.out or "KEY>" in shown.out or "<TOKEN>" in shown.out
+    for text in (shown.out, shown.err, *everything(folder / "out")):
+        assert SECRET not in text
+        assert "0123456" not in text
+
+
+def everything(folder: Path) -> list[str]:
+    return [path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file()]
+
+
+def test_secrets_of_the_files_are_kept_out_too(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    (folder / "config.yaml").write_text(f"push_to_hub_token: {SECRET}\nsub: {{secret_key: '5e5'}}\n")
+    arms = {"A": {"hub_token": SECRET}, "B": {"access_token": ["one-token", "another-token"], "learning_rate": [2, 3]}}
+    write_study(folder, config="config.yaml", arms=arms, seeds=[0])
+    compare(folder)
+    assert {each["push_to_hub_token"] for each in called(folder)} == {SECRET}
+    assert {each["sub"]["secret_key"] for each in called(folder)} == {"5e5"}
+    assert {each.get("access_token") for each in called(folder)} == {None, "one-token", "another-token"}
+    shown = capfd.readouterr()
+    assert "learning_rate 3!" in shown.out  # what is tuned is told apart though its records look alike
+    for text in (shown.out, shown.err, *everything(folder / "out")):
+        assert SECRET not in text
+        assert "one-token" not in text
+
+
+def test_a_run_that_fails_shows_no_secret(folder: Path) -> None:
+    (folder / "recipe.py").write_text("import sys; sys.exit('refused: ' + open(sys.argv[1]).read())")
+    write_study(folder, settings={"hub_token": SECRET}, seeds=[0])
+    with pytest.raises(RuntimeError, match="<HUB_TOKEN>") as error:
+        compare(folder)
+    assert SECRET not in str(error.value)
+    assert not any(SECRET in text for text in everything(folder / "out"))
+
+
+def test_results_of_the_recipes_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import config as recipe_config
+    import report
+
+    args = FSAMTrainingArguments(str(tmp_path), use_cpu=True, hub_token=SECRET, fsam_rho=0.5)
+    args.lr_scheduler_kwargs = {"tracker": {"api_key": SECRET}, "power": 2}
+    written = report.as_dict(args)
+    assert SECRET not in json.dumps(written, default=str)
+    assert written["lr_scheduler_kwargs"]["power"] == 2
+    assert written["fsam_rho"] == 0.5
+    (tmp_path / "a.yaml").write_text(f"hub_token: [{SECRET}]\n")
+    parser = recipe_config.RecipeParser(FSAMTrainingArguments)
+    with pytest.raises(ValueError, match="hub_token='<HUB_TOKEN>'") as error:
+        recipe_config.yaml_to_argv(tmp_path / "a.yaml", parser)
+    (tmp_path / "a.yaml").write_text(f"hub_token: {SECRET}: x\n")
+    with pytest.raises(ValueError, match="line 1") as broken:
+        recipe_config.yaml_to_argv(tmp_path / "a.yaml", parser)
+    assert SECRET not in f"{error.value} {broken.value}"
+
+
+def test_a_value_without_a_name_is_not_repeated(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    write_study(folder)
+    with pytest.raises(SystemExit):
+        compare(folder, "--hub_token", "x", SECRET)
+    assert SECRET not in (shown := capsys.readouterr().err)
+    assert "a value without its name after ['hub_token']" in shown
+
+
+def test_what_is_no_secret_is_written_as_it_is() -> None:
+    settings = {"tokens": 3, "max_new_tokens": 5, "tokenizer": "a", "key": "b", "text": [{"label_key": "c"}]}
+    assert masked(settings) == settings
+    line = ["--tokens", "3", "a b'c", "--question=what is it = that", "x=1"]
+    assert masked_command(line) == line
+
+
+STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_one_its_recipe_understands(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All candidates of all arms go through the recipe's own parser."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import config as recipe_config
+
+    studies = list(load_studies(path))
+    parsed: list[tuple] = []
+
+    class Parsed(Exception):
+        pass
+
+    original = recipe_config.parse
+    monkeypatch.setattr(recipe_config, "parse", lambda *args: stop(*args))
+
+    def stop(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple:
+        parsed.append(original(dataclasses, argv, script))
+        raise Parsed
+
+    for study in studies:
+        assert study.question
+        assert len(study.seeds) >= 3
+        chosen: dict[str, dict] = {}
+        for arms in study.tuning_order():
+            for arm in arms:
+                candidates = arm.candidates(chosen[arm.like] if arm.like else study.settings)
+                chosen[arm.name] = candidates[0]
+                script = arm.recipe or study.recipe
+                for name in ("pretrain", "finetune"):
+                    monkeypatch.delitem(sys.modules, name, raising=False)
+                spec = importlib.util.spec_from_file_location(f"studied_{script.stem}", script)
+                assert spec is not None
+                assert spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                if hasattr(module, "quantizations"):  # they need torchao, the parser does not
+                    monkeypatch.setattr(module, "quantizations", dict)
+                for settings in candidates:
+                    file = tmp_path / "run.json"
+                    here = {"seed": 1, "output_dir": str(tmp_path / "x"), "use_cpu": True, "bf16": False}
+                    file.write_text(json.dumps(settings | here))
+                    with pytest.raises(Parsed):
+                        module.run([str(file)])
+    assert parsed
+
+
+def test_a_real_recipe_gives_all_arms_the_same_batches(tmp_path: Path) -> None:
+    """ρ = 0 is plain training: to the last bit the baseline's loss, so weights and batches were the same."""
+    path = tmp_path / "real.yaml"
+    small = {"max_steps": 2, "warmup_steps": 0, "eval_steps": 1, "validation_blocks": 2, "corpus_max_bytes": 400000}
+    study = {
+        "recipe": str(ROOT / "recipes" / "pretrain.py"),
+        "config": str(ROOT / "recipes" / "configs" / "study.yaml"),
+        "settings": {
+            **small,
+            "validation_fraction": 0.3,
+            "vocab_size": 300,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "layers": 1,
+        },
+        "arms": {
+            "AdamW": {"fsam_variant": "none"},
+            "rho 0": {"fsam_rho": 0.0},
+            "rho 1": {"fsam_rho": 1.0},
+        },
+        "seeds": [5],
+    }
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    main([str(path), "--out", str(tmp_path / "out"), "--parallel", "2"])
+    rows = {each["arm"]: each for each in map(json.loads, (tmp_path / "out" / "runs.jsonl").read_text().splitlines())}
+    losses = {arm: each["metrics"]["eval_loss"] for arm, each in rows.items()}
+    assert losses["rho 0"] == losses["AdamW"]
+    assert losses["rho 1"] != losses["AdamW"]
+    assert [step for step, _ in rows["AdamW"]["curve"]] == [1, 2, 2]
+    assert rows["AdamW"]["corpus_sha256"]

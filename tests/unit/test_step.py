@@ -1,0 +1,932 @@
+"""What holds around the split step: nothing leaks out of it, and nothing is left behind."""
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_fsam import FSAMMixin, FSAMTrainer
+from hf_fsam.perturbation import WeightSwap
+from tests.toys import distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
+
+ACTIVE = ["sam", "functional", "logit"]
+SCOPES = ["micro_batch", "optimizer_step", "rank"]
+
+
+def test_none_and_rho_zero_are_the_plain_trainer_to_the_bit(tmp_path: Path) -> None:
+    plain = train(tmp_path, model=gpt2(0.2), trainer_class=Trainer, arguments_class=TrainingArguments)
+    assert same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="none"), plain)
+    assert same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="functional", fsam_rho=0.0), plain)
+    assert not same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="functional", fsam_rho=0.02), plain)
+
+
+def test_plain_training_arguments_train_with_the_defaults(tmp_path: Path) -> None:
+    swapped = train(tmp_path, arguments_class=TrainingArguments)
+    named = train(
+        tmp_path,
+        fsam_variant="functional",
+        fsam_rho=0.03,
+        fsam_precondition=False,
+        fsam_ascent_scope="micro_batch",
+    )
+    assert same_bits(swapped, named)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_both_passes_draw_the_same_masks_and_leave_the_stream_where_it_belongs(
+    tmp_path: Path, variant: str, scope: str
+) -> None:
+    """With ρ → 0 and dropout 0.2, six steps end on the plain Trainer's weights: a mask drawn anew, or a stream left
+    elsewhere, would show in the first step or in the second."""
+    plain = train(tmp_path, model=gpt2(0.2), fsam_variant="none", gradient_accumulation_steps=2)
+    split = train(
+        tmp_path,
+        model=gpt2(0.2),
+        fsam_variant=variant,
+        fsam_rho=1e-9,
+        fsam_precondition=False,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=2,
+    )
+    assert distance(split, plain) < 1e-6
+
+
+def test_models_that_draw_masks_from_python_and_numpy_see_the_same_ones(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.classifier = nn.Linear(4, 3)
+            self.drawn: list[tuple[float, float]] = []
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            self.drawn.append((random.random(), float(np.random.rand())))
+            logits = self.classifier(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model = Drawing()
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    make_trainer(tmp_path, model, trainer={"train_dataset": data}, max_steps=3).train()
+    first, second = model.drawn[0::2], model.drawn[1::2]
+    assert first == second
+    assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_step_with_learning_rate_zero_leaves_the_weights_bit_for_bit(
+    tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    model = llama().to(dtype)
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=0.5, learning_rate=0.0)
+    trainer.train()
+    assert same_bits(weights_of(model), before)
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=0.1)  # it was really perturbed
+
+
+class _Failing(nn.Module):
+    """Raises `error` in the forward or the backward pass number `at`, counted from 0, two passes a step."""
+
+    def __init__(self, error: BaseException, where: str, at: int) -> None:
+        super().__init__()
+        self.model, self.error, self.where, self.at, self.passes = llama(), error, where, at, 0
+        self.config = self.model.config
+        self.seen: list[Tensor] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        index, self.passes = self.passes, self.passes + 1
+        self.seen.append(self.model.lm_head.weight.detach().clone())
+        if index == self.at and self.where == "forward":
+            raise self.error
+        loss = self.model(input_ids=input_ids, labels=labels).loss
+        if index == self.at and self.where == "backward":
+            loss.register_hook(self._raise)
+        return {"loss": loss}
+
+    def _raise(self, gradient: Tensor) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), KeyboardInterrupt(), torch.OutOfMemoryError("mine")], ids=lambda e: type(e).__name__
+)
+def test_an_exception_in_either_pass_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException, where: str, at: int, scope: str
+) -> None:
+    """Passes 2 and 3 are the clean and the perturbed pass of the second micro-batch (or, with `optimizer_step`, the
+    perturbed passes of the first and the second): the first one's gradient waits in `.grad`."""
+    model = _Failing(error, where, at)
+    before = weights_of(model)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        fsam_rho=0.5,
+        fsam_precondition=False,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=2,
+    )
+    gradients: list[dict[str, Tensor]] = []
+    kept = TrainerCallback()
+    kept.on_substep_end = lambda *_, **__: gradients.append(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    )
+    trainer.add_callback(kept)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert model.passes == at + 1
+    assert not torch.equal(model.seen[-1], before["model.lm_head.weight"]) or (scope, at) == ("micro_batch", 2)
+    assert same_bits(weights_of(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
+    if gradients:  # the first micro-batch had been trained on
+        now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        untouched = where == "forward" or (at == 2 and scope == "micro_batch")
+        assert gradients[0].keys() == now.keys()
+        assert not untouched or same_bits(now, gradients[0])
+    # And the trainer can be used again.
+    model.at = -1
+    trainer.train()
+    assert not same_bits(weights_of(model), before)
+
+
+def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path) -> None:
+    """Thirty interrupts, spread over the step. With a learning rate of zero the weights must be the first ones whenever
+    it strikes."""
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    before = weights_of(model)
+    settings = {"optim": "sgd", "learning_rate": 0.0, "max_steps": 1}  # an optimizer without a state to be broken
+    trainer = make_trainer(tmp_path, model, fsam_rho=1.0, fsam_precondition=False, **settings)
+    struck = 0
+    previous = signal.signal(signal.SIGALRM, strike)
+
+    class Arm(TrainerCallback):
+        delay = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            signal.setitimer(signal.ITIMER_REAL, self.delay)
+
+    arm = Arm()
+    trainer.add_callback(arm)
+    try:
+        for arm.delay in torch.linspace(1e-4, 8e-3, 30).tolist():
+            torch.set_grad_enabled(True)  # torch's own no_grad may have been struck on its way out
+            try:
+                trainer.train()
+            except KeyboardInterrupt:
+                struck += 1
+                assert same_bits(weights_of(model), before)
+                assert not any(module._forward_hooks for module in model.modules())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert struck > 10
+
+
+def test_ctrl_c_on_the_last_line_before_the_restore_leaves_clean_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore, calls = WeightSwap.restore, []
+
+    def struck(self: WeightSwap) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(WeightSwap, "restore", struck)
+    trainer = make_trainer(tmp_path, fsam_rho=1.0, learning_rate=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), weights_of(llama()))
+
+
+def test_the_weights_come_back_even_where_the_arguments_have_turned_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore, calls = WeightSwap.restore, []
+    trainer = make_trainer(tmp_path, fsam_rho=1.0, learning_rate=0.0)
+
+    def struck(self: WeightSwap) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            trainer.args.fsam_variant = "none"
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(WeightSwap, "restore", struck)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), weights_of(llama()))
+
+
+def test_auto_find_batch_size_goes_on_from_clean_weights_after_running_out_of_memory(tmp_path: Path) -> None:
+    model = _Failing(RuntimeError("CUDA out of memory."), "backward", 1)
+    trainer = make_trainer(tmp_path, model, auto_find_batch_size=True, fsam_rho=0.5, max_steps=2)
+    trainer.train()
+    reference = _Failing(RuntimeError(), "backward", -1)
+    make_trainer(tmp_path, reference, per_device_train_batch_size=1, fsam_rho=0.5, max_steps=2).train()
+    assert trainer._train_batch_size == 1
+    assert distance(weights_of(model), weights_of(reference)) < 1e-6
+
+
+def test_training_step_called_by_hand_leaves_no_hook(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # the plain Trainer's loop sets it
+    batch = trainer.data_collator(sentences()[:2])
+    loss = trainer.training_step(trainer.model, batch)
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_training_step_called_by_hand_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = _Failing(ValueError("mine"), "backward", 1)
+    trainer = make_trainer(tmp_path, model, fsam_rho=1.0, fsam_precondition=False)
+    trainer.current_gradient_accumulation_steps = 1
+    with pytest.raises(ValueError, match="mine"):
+        trainer.training_step(model, trainer.data_collator(sentences()[:2]))
+    assert model.passes == 2
+    assert same_bits(weights_of(model), weights_of(_Failing(ValueError(), "", 0)))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class _Watch(TrainerCallback):
+    """Remembers the weights at every event, and whether they are those of the last optimizer step."""
+
+    def __init__(self) -> None:
+        self.events: set[str] = set()
+        self.current: dict[str, Tensor] | None = None
+
+    def on_event(self, event: str, model: nn.Module) -> None:
+        self.events.add(event)
+        weights = weights_of(model)
+        if self.current is None or event == "on_optimizer_step":
+            self.current = weights
+        assert same_bits(weights, self.current), event
+
+    def __getattribute__(self, name: str):
+        if name.startswith("on_") and name != "on_event":
+            return lambda args, state, control, model=None, **kwargs: (
+                self.on_event(name, model) if name != "on_init_end" else None
+            )
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_a_callback_never_sees_perturbed_weights(tmp_path: Path, variant: str, scope: str) -> None:
+    watch = _Watch()
+    trainer = make_trainer(
+        tmp_path,
+        fsam_variant=variant,
+        fsam_rho=1.0,
+        fsam_ascent_scope=scope,
+        gradient_accumulation_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        trainer={"callbacks": [watch], "eval_dataset": sentences(4)},
+    )
+    trainer.train()
+    assert {
+        "on_substep_end",
+        "on_pre_optimizer_step",
+        "on_step_end",
+        "on_save",
+        "on_evaluate",
+        "on_log",
+    } <= watch.events
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dtype: torch.dtype, scope: str) -> None:
+    settings = {
+        "fsam_rho": 0.1,
+        "fsam_precondition": True,
+        "fsam_ascent_scope": scope,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 7,
+    }
+    whole = make_trainer(tmp_path, gpt2(0.2).to(dtype), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, gpt2(0.2).to(dtype), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_bits(weights_of(resumed.model), weights_of(whole.model))
+    logged = [
+        {key: value for key, value in entry.items() if key.startswith(("loss", "fsam/"))}
+        for run in (whole, resumed)
+        for entry in run.state.log_history
+        if "fsam/radius" in entry
+    ]
+    assert len(logged) == 6
+    assert logged[:3] == logged[3:]
+
+
+def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+    keep = TrainerCallback()
+    keep.on_step_end = lambda *_, model, **__: seen.append(weights_of(model))
+    settings = {"fsam_variant": "sam", "fsam_rho": 0.25, "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    trainer = make_trainer(tmp_path, trainer={"callbacks": [keep]}, **settings)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert same_bits(weights_of(type(trainer.model).from_pretrained(checkpoint)), seen[-1])
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FSAMSettings"]["args"] == {
+        "fsam_variant": "sam",
+        "fsam_rho": 0.25,
+        "fsam_precondition": False,
+        "fsam_ascent_scope": "micro_batch",
+        "fsam_ascent_direction": "gradient",
+        "fsam_every_steps": 1,
+        "fsam_boundary": None,
+        "fsam_fused_head": True,
+        "fsam_offload_hidden_states": False,
+        "fsam_diagnostics_steps": 0,
+    }
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert (saved.fsam_variant, saved.fsam_rho) == ("sam", 0.25)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "fsam_variant: sam" in card
+    assert "fsam_rho: 0.25" in card
+
+
+def test_resuming_with_another_rho_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    make_trainer(tmp_path, fsam_rho=0.1, save_strategy="steps", save_steps=3).train()
+    caplog.clear()
+    make_trainer(tmp_path, fsam_rho=0.2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "trained with fsam_rho=0.1, this run goes on with 0.2" in caplog.text
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_logs_show_the_geometry_and_the_clean_loss(tmp_path: Path, fused: bool) -> None:
+    plain = make_trainer(tmp_path, fsam_variant="none", learning_rate=0.0)
+    plain.train()
+    for scope in SCOPES:
+        trainer = make_trainer(
+            tmp_path,
+            fsam_rho=0.3,
+            fsam_precondition=False,
+            fsam_ascent_scope=scope,
+            fsam_fused_head=fused,
+            learning_rate=0.0,
+        )
+        trainer.train()
+        for entry, reference in zip(trainer.state.log_history[:3], plain.state.log_history[:3], strict=True):
+            assert entry["loss"] == pytest.approx(reference["loss"], rel=1e-6 if fused else 0)
+            assert entry["fsam/radius"] == pytest.approx(0.3, rel=1e-3)
+            assert entry["fsam/skipped"] == 0
+            # To first order, the loss rises by ρ ‖g‖ along the gradient.
+            rise = entry["fsam/functional_sharpness" if fused else "fsam/sharpness"]
+            assert 0.3 < rise / (0.3 * entry["fsam/ascent_grad_norm"]) < 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_logged_norm_and_sharpness_are_in_the_units_of_grad_norm_and_loss(
+    tmp_path: Path, scope: str, fused: bool
+) -> None:
+    """Independent of accumulation: the same four rows as one micro-batch and as four."""
+    logs = []
+    for accumulation in (1, 4):
+        trainer = make_trainer(
+            tmp_path,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            fsam_ascent_scope=scope,
+            fsam_precondition=False,
+            fsam_fused_head=fused,
+            fsam_rho=1e-3,
+            learning_rate=0.0,
+            max_steps=1,
+            logging_steps=1,
+        )
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    whole, parts = logs
+    assert whole["fsam/ascent_grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+    if scope == "optimizer_step":
+        rise = "fsam/functional_sharpness" if fused else "fsam/sharpness"
+        assert whole[rise] == pytest.approx(1e-3 * whole["grad_norm"], rel=2e-2)
+        for key in ("loss", "fsam/ascent_grad_norm", rise):
+            assert parts[key] == pytest.approx(whole[key], rel=1e-2), key
+
+
+class _Overflowing(FSAMTrainer):
+    """The gradient of the second step's clean pass is not finite."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.calls == 2:
+            self.model.lm_head.weight.register_hook(_once(lambda gradient: gradient * float("inf")))
+        self.calls += 1
+        return loss
+
+
+def _once(change):
+    done: list[bool] = []
+
+    def hook(gradient: Tensor) -> Tensor | None:
+        if done:
+            return None
+        done.append(True)
+        return change(gradient)
+
+    return hook
+
+
+def test_an_ascent_gradient_that_is_not_finite_skips_the_perturbation_and_is_counted(tmp_path: Path) -> None:
+    settings = {"fsam_rho": 0.2, "fsam_precondition": False, "max_steps": 3, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, trainer_class=_Overflowing, **settings)
+    trainer.train()
+    logs = trainer.state.log_history[:3]
+    assert [entry["fsam/skipped"] for entry in logs] == [0, 1, 0]
+    assert [entry["fsam/radius"] for entry in logs] == pytest.approx([0.2, 0.0, 0.2], rel=1e-3)
+    assert all(torch.isfinite(torch.tensor(value)) for entry in logs for value in entry.values())
+    # The step went on as the plain Trainer's: unperturbed, that is with ρ = 0 there and only there.
+    reference = make_trainer(tmp_path, **settings)
+    toggle = TrainerCallback()
+    toggle.on_step_begin = lambda args, state, control, **_: setattr(
+        args, "fsam_rho", 0.0 if state.global_step == 1 else 0.2
+    )
+    reference.add_callback(toggle)
+    reference.train()
+    assert distance(weights_of(trainer.model), weights_of(reference.model)) < 1e-6
+
+
+@pytest.mark.parametrize("means", [True, False])
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_both_backward_passes_have_one_scale(tmp_path: Path, scope: str, means: bool) -> None:
+    """A loss that is a mean is divided by the micro-batches of the window: in float16, a scale that suits the second
+    pass would overflow in a clean one that is not."""
+
+    class Watching(FSAMTrainer):
+        loss_is_scaled_for_ga = not means
+
+        def _fsam_report(self, split):
+            scales.append((float(split.batch.clean.scale), float(split.second.scale)))
+            super()._fsam_report(split)
+
+    scales: list[tuple[float, float]] = []
+    settings = {"gradient_accumulation_steps": 3, "fsam_ascent_scope": scope, "max_steps": 2}
+    make_trainer(tmp_path, trainer_class=Watching, **settings).train()
+    assert len(scales) == 6
+    for scale in scales:
+        assert scale == pytest.approx((1 / 3, 1 / 3) if means else (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fsam_fused_head": False},
+        {"fsam_variant": "sam"},
+        {"fsam_variant": "logit"},
+        {"fsam_ascent_direction": "momentum"},
+        {"fsam_ascent_scope": "optimizer_step", "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_a_second_pass_that_is_not_finite_shows_in_the_log(tmp_path: Path, settings: dict) -> None:
+    """Its gradient goes to the optimizer, as the plain Trainer's does."""
+
+    class Breaks(FSAMTrainer):
+        at = 2
+
+        def compute_loss(self, model, *args, **kwargs):
+            struck = self.fsam_pass == "second" and self.state.global_step == self.at
+            norm = self.model.model.norm
+            handle = norm.register_forward_hook(lambda module, args, output: output * float("nan")) if struck else None
+            try:
+                return super().compute_loss(model, *args, **kwargs)
+            finally:
+                if handle is not None:
+                    handle.remove()
+
+    trainer = make_trainer(tmp_path, trainer_class=Breaks, logging_steps=1, max_steps=4, **settings)
+    trainer.train()
+    logs = trainer.state.log_history[:4]
+    assert [entry["fsam/not_finite"] > 0 for entry in logs[:3]] == [False, False, True]
+    assert [entry["fsam/skipped"] for entry in logs[:3]] == [0, 0, 0]
+    assert not all(torch.isfinite(tensor).all() for tensor in weights_of(trainer.model).values())
+
+
+def test_a_batch_without_any_label_changes_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    rows = sentences(8)
+    for row in rows[2:4]:
+        row["labels"].fill_(-100)
+    settings = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "max_steps": 2}
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": rows}, fsam_rho=0.1, logging_steps=1, **settings)
+    trainer.train()
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(trainer.model).values())
+    assert [entry["fsam/skipped"] for entry in trainer.state.log_history[:2]] == [0, 0]
+
+
+class _Own(Trainer):
+    """A Trainer of somebody else's: a loss of its own, and something around the step."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps, self.losses = 0, 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.losses += 1
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.steps += 1
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_the_mixin_goes_over_a_trainer_and_a_trainer_over_it(tmp_path: Path) -> None:
+    class Over(FSAMMixin, _Own):
+        pass
+
+    class Under(FSAMTrainer):
+        """The swap in a script that subclasses: `compute_loss` that never calls super."""
+
+        compute_loss = _Own.compute_loss
+        losses = 0
+
+    over = make_trainer(tmp_path, trainer_class=Over, fsam_rho=0.3)
+    over.train()
+    assert (over.steps, over.losses) == (6, 12)
+    under = make_trainer(tmp_path, trainer_class=Under, fsam_rho=0.3)
+    under.train()
+    plain = make_trainer(tmp_path, trainer_class=Over, fsam_variant="none")
+    plain.train()
+    assert (plain.steps, plain.losses) == (6, 6)
+    assert same_bits(weights_of(over.model), weights_of(under.model))
+    assert distance(weights_of(over.model), weights_of(plain.model)) > 1e-3
+
+
+def test_a_training_step_that_never_computes_the_loss_is_an_error_not_a_silent_sam(tmp_path: Path) -> None:
+    class Deaf(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**self._prepare_inputs(inputs)).loss
+            loss.backward()
+            return loss.detach()
+
+    class Over(FSAMMixin, Deaf):
+        pass
+
+    before = weights_of(llama())
+    trainer = make_trainer(tmp_path, trainer_class=Over)
+    with pytest.raises(RuntimeError, match="did not back-propagate the loss of compute_loss"):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), before)
+
+
+class _Augments(Trainer):
+    """Changes the batch in its own step, from the second one on."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step:
+            inputs = {**inputs, "input_ids": inputs["input_ids"].roll(self.state.global_step, 1)}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class _WritesInPlace(Trainer):
+    """Changes the batch in its loss, from the second step on: some of its tensors, and its keys."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.state.global_step:
+            inputs["input_ids"].copy_(inputs["input_ids"].roll(self.state.global_step, 1))
+        inputs["labels"] = inputs.pop("labels").clone()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class _Remembers(Trainer):
+    """What both of them train on."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        rolled = inputs["input_ids"].roll(self.state.global_step, 1)
+        return super().compute_loss(model, {**inputs, "input_ids": rolled}, *args, **kwargs)
+
+
+@pytest.mark.parametrize("parent", [_Augments, _WritesInPlace])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_both_passes_see_a_batch_that_the_step_or_the_loss_changes(
+    tmp_path: Path, parent: type[Trainer], variant: str
+) -> None:
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3}
+    over = type("Over", (FSAMMixin, parent), {})
+    wanted = train(tmp_path, trainer_class=type("Wanted", (FSAMMixin, _Remembers), {}), **settings)
+    assert same_bits(train(tmp_path, trainer_class=over, **settings), wanted)
+    assert not same_bits(train(tmp_path, **settings), wanted)
+
+
+def test_a_batch_that_changes_after_its_ascent_is_an_error(tmp_path: Path) -> None:
+    """With `optimizer_step` the ascent comes before the micro-batches' own steps."""
+    settings = {"fsam_ascent_scope": "optimizer_step", "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, trainer_class=type("Over", (FSAMMixin, _Augments), {}), **settings)
+    with pytest.raises(ValueError, match=r"compute_loss was given another \['input_ids'\].*'micro_batch'"):
+        trainer.train()
+    wanted = train(tmp_path, trainer_class=type("Wanted", (FSAMMixin, _Remembers), {}), **settings)
+    changed = train(tmp_path, trainer_class=type("Over", (FSAMMixin, _WritesInPlace), {}), **settings)
+    assert same_bits(changed, wanted)
+
+
+class _Cached(nn.Module):
+    """A model whose batch holds a list, nested tensors and an object, all of which its forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classifier = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.seen: list[tuple[int, float, int]] = []
+
+    def forward(self, x: Tensor, labels: Tensor, memory: dict, cache: transformers.DynamicCache) -> dict[str, Tensor]:
+        self.seen.append((len(memory["list"]), float(memory["tensor"]), cache.get_seq_length()))
+        memory["list"].append(1)
+        memory["tensor"].add_(1)
+        states = self.body(x)[:, None, None]
+        keys, _ = cache.update(states, states, 0)
+        logits = self.classifier(keys.sum((1, 2)).tanh())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_each_pass_gets_the_containers_and_objects_of_the_batch_as_they_were_fetched(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Tensor]]) -> dict:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        cache = transformers.DynamicCache()
+        cache.update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4), 0)
+        return batch | {"memory": {"list": [0], "tensor": torch.zeros(())}, "cache": cache}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    for settings in ({}, {"fsam_ascent_scope": "optimizer_step"}, {"fsam_variant": "logit"}):
+        model = _Cached()
+        given = {"train_dataset": data, "data_collator": collate}
+        make_trainer(tmp_path, model, trainer=given, max_steps=3, **settings).train()
+        assert set(model.seen) == {(1, 0.0, 1)}
+        assert len(model.seen) == (9 if settings.get("fsam_variant") == "logit" else 6)
+
+
+def test_what_cannot_be_copied_is_named(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Tensor]]) -> dict:
+        return {"features": torch.ones(2, 4), "labels": torch.zeros(2).long(), "lock": threading.Lock()}
+
+    with pytest.raises(TypeError, match=r"the batch's \['lock'\] is a lock that cannot be copied"):
+        train(tmp_path, trainer={"data_collator": collate})
+
+
+def test_a_loss_can_ask_which_pass_it_is_in(tmp_path: Path) -> None:
+    """A memory that advances once a step, at the clean weights, is the plain Trainer's."""
+
+    class Remembering(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            passes.append(self.fsam_pass)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if self.fsam_pass != "second":
+                memory.append(float(loss))
+            return loss
+
+    passes: list[str | None] = []
+    memory: list[float] = []
+    seen = {}
+    for variant in ("none", *ACTIVE):
+        passes.clear()
+        memory.clear()
+        trainer = make_trainer(tmp_path, trainer_class=Remembering, fsam_variant=variant, learning_rate=0.0)
+        trainer.train()
+        assert trainer.fsam_pass is None
+        seen[variant] = (passes[:], memory[:])
+    assert seen["none"][0] == [None] * 6
+    assert seen["sam"][0] == seen["functional"][0] == ["clean", "second"] * 6
+    assert seen["logit"][0] == ["clean", "second", "second"] * 6
+    for variant in ACTIVE:
+        assert seen[variant][1] == pytest.approx(seen["none"][1], rel=1e-6)
+
+
+class _Skips(Trainer):
+    """Leaves out a batch that fails."""
+
+    skipped = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except ValueError:
+            self.skipped += 1
+            return torch.zeros(())
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_step_below_may_leave_out_a_batch_that_fails(tmp_path: Path, at: int, where: str, scope: str) -> None:
+    """In either pass: the weights come back, the batch gives no gradient, and training goes on."""
+    model = _Failing(ValueError("mine"), where, at)
+    over = type("Over", (FSAMMixin, _Skips), {})
+    settings = {"fsam_rho": 0.5, "max_steps": 4, "fsam_ascent_scope": scope, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, model, trainer_class=over, **settings)
+    trainer.train()
+    assert trainer.skipped == 1
+    assert trainer.state.global_step == 4
+    assert same_bits(weights_of(model), weights_of(_Failing(ValueError(), "", -1)))
+    assert trainer.state.log_history[-2]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
+    plain = make_trainer(
+        tmp_path,
+        _Failing(ValueError("mine"), where, 2),
+        trainer_class=type("Plain", (FSAMMixin, _Skips), {}),
+        fsam_variant="none",
+    )
+    plain.train()
+    assert plain.skipped == 1
+
+
+def test_a_batch_may_hold_what_is_not_a_number(tmp_path: Path) -> None:
+    class Ignores(_Failing):
+        def forward(self, input_ids: Tensor, labels: Tensor, gaps: Tensor) -> dict[str, Tensor]:
+            return super().forward(input_ids, labels)
+
+    rows = [{**row, "gaps": torch.tensor([0.0, float("nan")])} for row in sentences()]
+    trainer = make_trainer(tmp_path, Ignores(ValueError(), "", 0), trainer={"train_dataset": rows})
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+class _Evaluates(Trainer):
+    """In its own step, before or after the training's part of it."""
+
+    when = "before"
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.when == "before":
+            self.losses.append(self.evaluate(sentences(4))["eval_loss"])
+            model.train()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.when == "after":
+            self.losses.append(self.evaluate(sentences(4))["eval_loss"])
+        return loss
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_an_evaluation_in_the_step_is_at_the_clean_weights(tmp_path: Path, variant: str, when: str) -> None:
+    def losses(variant: str) -> list[float]:
+        over = type("Over", (FSAMMixin, _Evaluates), {"when": when, "losses": []})
+        settings = {"fsam_variant": variant, "fsam_rho": 1.0, "learning_rate": 0.0, "max_steps": 2}
+        make_trainer(tmp_path, trainer_class=over, **settings).train()
+        return over.losses
+
+    assert losses(variant) == losses("none")
+
+
+def test_along_the_momentum_a_boundary_that_is_not_crossed_is_told(tmp_path: Path) -> None:
+    settings = {"fsam_ascent_direction": "momentum", "optim": "sgd", "optim_args": "momentum=0.9"}
+
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.unused, self.steps = nn.Linear(4, 3), nn.Linear(4, 3), 0
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            self.steps += 1
+            head = self.unused if self.steps < 3 else self.body
+            return {"loss": nn.functional.cross_entropy(head(x), labels)}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    with pytest.raises(ValueError, match="was never crossed"):
+        make_trainer(tmp_path, Later(), trainer={"train_dataset": data}, fsam_boundary="unused", **settings).train()
+
+
+def test_a_step_that_never_comes_to_the_mixin_is_an_error_not_a_plain_training(tmp_path: Path) -> None:
+    class Own(FSAMTrainer):
+        """The swap of the base class in a script with a step of its own."""
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    with pytest.raises(RuntimeError, match="the training_step of Own does not call FSAMMixin's"):
+        train(tmp_path, trainer_class=Own)
+    train(tmp_path, trainer_class=Own, fsam_variant="none")
+    with pytest.raises(TypeError, match=r"put FSAMMixin first, class Wrong\(FSAMMixin, Trainer\)"):
+        type("Wrong", (Trainer, FSAMMixin), {})
+
+
+def test_weights_in_double_precision_train_as_single_ones(tmp_path: Path) -> None:
+    settings = {"fsam_rho": 0.3, "optim": "sgd"}
+    double = train(tmp_path, model=llama().double(), **settings)
+    assert {weight.dtype for weight in double.values()} == {torch.float64}
+    single = train(tmp_path, **settings)
+    assert distance(double, single) < 1e-5
+    assert distance(train(tmp_path, **(settings | {"fsam_rho": 0.0})), single) > 1e-3
+
+
+def test_a_momentum_that_never_comes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, optim="sgd", optim_args="momentum=0.9", fsam_ascent_direction="momentum")
+    assert "two passes" not in caplog.text
+    train(tmp_path, optim="sgd", fsam_ascent_direction="momentum")
+    assert caplog.text.count("the optimizer has none yet") == 1
+
+
+def test_an_optimizer_made_but_not_returned_is_found(tmp_path: Path) -> None:
+    class Forgets(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+    over = type("Over", (FSAMMixin, Forgets), {})
+    trainer = make_trainer(tmp_path, trainer_class=over, fsam_rho=0.1, fsam_precondition=True)
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path) -> None:
+    """Autocast keeps the casts of weights until its outermost region ends: without care, the second pass would run
+    on the casts of the first."""
+
+    class Autocast(Trainer):
+        def train(self, *args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().train(*args, **kwargs)
+
+    class Over(FSAMMixin, Autocast):
+        pass
+
+    settings = {"fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 0.0}
+    outer, inner = make_trainer(tmp_path, trainer_class=Over, **settings), make_trainer(tmp_path, bf16=True, **settings)
+    for trainer in (outer, inner):
+        trainer.train()
+    outer_rise, inner_rise = (trainer.state.log_history[0]["fsam/functional_sharpness"] for trainer in (outer, inner))
+    assert outer_rise == pytest.approx(inner_rise, rel=1e-2)
+
+
+def test_a_plain_trainers_checkpoint_can_be_resumed_and_saved_again(tmp_path: Path) -> None:
+    """The swap in the middle of a run: its trainer_state.json knows nothing of FSAMSettings."""
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, trainer_class=Trainer, arguments_class=TrainingArguments, **settings).train()
+    swapped = make_trainer(tmp_path, fsam_rho=0.1, **settings)
+    swapped.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FSAMSettings"]["args"]["fsam_rho"] == 0.1
+
+
+def test_fields_set_on_plain_arguments_are_kept(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args.fsam_rho = 0.5
+    trainer = FSAMTrainer(model=llama(), args=args)
+    assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
+
+
+def test_the_logged_means_of_one_training_do_not_reach_the_next(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fsam_rho=0.1, max_steps=3, logging_steps=2)
+    trainer.train()  # the third step is never logged
+    trainer.args.fsam_rho = 0.5
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_log_line_of_ones_own_does_not_take_the_means(tmp_path: Path) -> None:
+    class Talking(FSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            self.log({"loss": 1.0})
+            return super().training_step(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path, trainer_class=Talking, fsam_rho=0.1, max_steps=2, logging_steps=2)
+    trainer.train()
+    assert [("fsam/radius" in entry) for entry in trainer.state.log_history[:3]] == [False, False, True]
+
+
+def test_a_new_accelerator_brings_a_new_engine(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.create_accelerator_and_postprocess()  # a hyperparameter search does so for each trial
+    assert trainer._fsam_engine.accelerator is trainer.accelerator
