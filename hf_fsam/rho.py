@@ -126,7 +126,7 @@ class _Finder(TrainerCallback):
         if state.max_steps < self.after:
             raise ValueError(f"--after {self.after}: the script trains for {state.max_steps} steps only.")
         self.probe = Probe(self.trainer, self.batches)
-        self.trainer._fsam_probes.append(self.probe)
+        self.trainer.fsam.probes.append(self.probe)
         args.fsam_variant = "none"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -473,7 +473,7 @@ def engine(name: str, toy: bool) -> Rows:
     for case, settings in cases.items():
         start_anew()
         trainer = trained(engine_model(toy), **SETTINGS[name], **SLOWLY, **settings)
-        kind = type(trainer._fsam_engine).__name__
+        kind = type(trainer.fsam.engine).__name__
         yield Row(f"{case}: held by", kind, "not LocalEngine", kind != "LocalEngine")
         weights = {key: weight.cpu() for key, weight in whole(trainer.model, trainer.is_deepspeed_enabled)[0].items()}
         one = {key: wanted[case][key] for key in weights}  # a tied head is no parameter of its own
@@ -504,7 +504,7 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
     passed: list[bool] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, engine_model(toy), fsam_variant=variant, **settings)
-        perturbed = trainer._fsam_engine.perturbed
+        perturbed = trainer.fsam.engine.perturbed
 
         def ask() -> None:
             offload = trainer.model_wrapped.optimizer.parameter_offload
@@ -523,7 +523,7 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
             if variant == "logit":  # a pass comes next; in the others θ has come back before the optimizer's step
                 ask()
 
-        trainer._fsam_engine.perturbed = watched
+        trainer.fsam.engine.perturbed = watched
         trainer.train()
     return passed
 

@@ -19,12 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_fsam import batches
+from hf_fsam.boundary import Boundary
 from hf_fsam.engines.local import gradients_set_aside
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.heads.trl import Counters
 from hf_fsam.optimizer_state import precondition, second_moments
-from hf_fsam.passes import Boundary, CleanPass, SecondPass
+from hf_fsam.passes import CleanPass, SecondPass
 from hf_fsam.perturbation import Perturbation, WeightSwap, norm, perturb
 
 logger = logging.get_logger(__name__)
@@ -84,9 +85,9 @@ class Probe:
     """
 
     def __init__(self, trainer: Any, count: int) -> None:
-        if not trainer._fsam_engine.gradients_whole:
+        if not trainer.fsam.engine.gradients_whole:
             raise ValueError(
-                f"{type(trainer._fsam_engine).__name__} shards weights or gradients, and the geometry is measured in "
+                f"{type(trainer.fsam.engine).__name__} shards weights or gradients, and the geometry is measured in "
                 "one process or under DDP only. Measure there, on a smaller model if need be: set "
                 "fsam_diagnostics_steps=0 here."
             )
@@ -116,7 +117,7 @@ class Probe:
         of the training."""
         before, training = RandomState.capture(self.device), self.model.training
         self.model.train()
-        cleanup = self.trainer._fsam_cleanup
+        cleanup = self.trainer.fsam.cleanup
         try:
             with (
                 gradients_set_aside(self.weights, cleanup),
@@ -139,7 +140,7 @@ class Probe:
     def clean(self, batch: dict[str, Any], boundary: Boundary) -> Clean:
         recorded = CleanPass()
         with boundary.running(recorded):
-            loss = recorded.see_loss(self.loss(batch))
+            loss = recorded.take_loss(self.loss(batch))
             gradients = self.back_propagate(loss)
         return Clean(loss.detach(), gradients, recorded)
 
@@ -149,14 +150,14 @@ class Probe:
         """J at the weights as they are, times the recorded cotangents, which are used up."""
         second = SecondPass(clean, cotangents)
         with boundary.running(second):
-            return self.back_propagate(second.see_loss(self.loss(batch)))
+            return self.back_propagate(second.take_loss(self.loss(batch)))
 
     def back_propagate(self, loss: Tensor) -> list[Tensor]:
         """The gradient of `loss`, zeros where it reaches no weight."""
         weights = self.weights
         for weight in weights:
             weight.grad = None
-        self.trainer._fsam_engine.scale(loss).backward()
+        self.trainer.fsam.engine.scale(loss).backward()
         unit = self.unit
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad / unit for weight in weights]
         for weight in weights:
@@ -166,11 +167,11 @@ class Probe:
     @property
     def unit(self) -> float:
         """The loss scaler's."""
-        return float(self.trainer._fsam_engine.scale(torch.ones((), device=self.device)))
+        return float(self.trainer.fsam.engine.scale(torch.ones((), device=self.device)))
 
     @contextmanager
     def hooked(self) -> Iterator[Boundary]:
-        boundary = Boundary(self.trainer._fsam_cleanup)
+        boundary = Boundary(self.trainer.fsam.cleanup)
         boundary.attach(self.name, self.boundary)  # without a fused head: the logits themselves cross
         try:
             yield boundary
@@ -294,7 +295,7 @@ class Probe:
         eigenvalue = math.inf
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                loss, unit = self.trainer._fsam_engine.scale(self.loss(batch)), self.unit
+                loss, unit = self.trainer.fsam.engine.scale(self.loss(batch)), self.unit
                 opaque = opaque_node(loss)
                 if opaque is not None:
                     raise RuntimeError(f"the backward pass of {opaque} is its own, and may have no derivative.")

@@ -10,8 +10,9 @@ its logits itself.
 import inspect
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,37 +35,109 @@ def refuse_create_graph() -> None:
         raise LogitsNeeded("depends on a gradient that it has taken with create_graph=True, as a gradient penalty does")
 
 
-class Call(Protocol):
-    """What deferred logits come from."""
+class HeadCall(ABC):
+    """One call of the head in one pass: what deferred logits come from, and where what comes back to them arrives.
 
-    shape: torch.Size  # (..., v)
-    dtype: torch.dtype
-    device: torch.device
-    given: list[Tensor]  # values in memory that somebody has been given
+    Args:
+        shape: of the logits, (..., v).
+        dtype: that the head computes in.
 
+    Attributes:
+        given: logits in memory that somebody was handed.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.given: list[Tensor] = []
+        self._zeros: dict[torch.dtype, Tensor] = {}
+        self._sent_zero = False
+
+    @abstractmethod
     def cross_entropy(
         self, z: "DeferredLogits", targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
     ) -> Tensor:
-        """Σ of the tokens' cross entropies, shape (). rows: of the head's tokens, (n,); None for all. targets: (n,).
-        counted: (n,), whether a target counts; None where all do."""
+        """Σ of the tokens' cross entropies, shape (). rows: which of the head's tokens, (n,); None for all. targets:
+        (n,). counted: (n,), whether a target counts; None where all do. smoothing: of the labels."""
 
+    @abstractmethod
     def log_sum_exp(self, z: "DeferredLogits") -> Tensor:
         """log Σ exp z of each token, (n,)."""
 
+    @abstractmethod
     def values(self, why: str) -> Tensor:
-        """a = h Wᵀ + b, (..., v), without a gradient; the same memory at each call."""
+        """The head's output a = h Wᵀ + b, (..., v), without a gradient; the same memory at each call."""
 
-    def nothing(self, like: Tensor) -> Tensor:
-        """A gradient for deferred logits that says nothing: zeros in the memory of one. In its place, some functions of
-        others would make zeros in memory of None."""
-
-    def nothing_once(self, like: Tensor) -> Tensor | None:
-        """The same, and None from the second time on: the sum of two would be in memory, too."""
-
-    def says_nothing(self, cotangent: Tensor | None) -> bool: ...
-
+    @abstractmethod
     def gradients(self, cotangent: Tensor | None) -> Gradients:
-        """Jᵀu of this call, when a backward pass comes here. u: `cotangent` (..., v), and what came to statistics."""
+        """Jᵀu of this call, once a backward pass has come here. u: `cotangent` (..., v), and what came back to cross
+        entropies and log-sum-exps on their own way."""
+
+    # A gradient for deferred logits that stands for none: zeros in the memory of one number. None in its place would
+    # make some functions of others allocate zeros, as large as the logits.
+
+    def zero(self, like: Tensor) -> Tensor:
+        """A gradient of zeros, in the shape and dtype of `like`."""
+        zero = self._zeros.setdefault(like.dtype, torch.zeros((), dtype=like.dtype, device=like.device))
+        return zero.expand(like.shape)
+
+    def zero_once(self, like: Tensor) -> Tensor | None:
+        """The same, and None from the second time on: autograd would allocate memory for the sum of two."""
+        if self._sent_zero:
+            return None
+        self._sent_zero = True
+        return self.zero(like)
+
+    def is_zero(self, cotangent: Tensor | None) -> bool:
+        """Whether `cotangent` is one of these."""
+        if cotangent is None:
+            return True
+        memory = cotangent.untyped_storage().data_ptr()
+        return any(zero.untyped_storage().data_ptr() == memory for zero in self._zeros.values())
+
+
+def call_head(call: HeadCall, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The deferred logits of `call`, (..., v), which depend on `hidden` (..., d), `weight` (v, d) and `bias` (v,)."""
+    return _Head.apply(call, hidden, gradient_edge(weight), gradient_edge(bias))
+
+
+class _Head(torch.autograd.Function):
+    """The node of the autograd graph that stands for the head; its backward pass is `call.gradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, call: HeadCall, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.shapes = call, [None if each is None else each.shape for each in (hidden, weight, bias)]
+        return DeferredLogits.of(call)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_create_graph()
+        gradients = ctx.call.gradients(None if ctx.call.is_zero(cotangent) else cotangent)
+        given = zip(gradients, ctx.shapes, ctx.needs_input_grad[1:], strict=True)
+        return (None, *(g.view(shape) if needed and g is not None else None for g, shape, needed in given))
+
+
+class _GradientEdge(torch.autograd.Function):
+    """A weight's place in the graph, in its shape but without its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.new_zeros(1).expand(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        if ctx.weight.shape != upstream.shape:
+            # ZeRO-3 has emptied it, and autograd wants the shape of a gradient where it leaves one. The next gathering
+            # puts its own memory there.
+            ctx.weight.data = upstream.new_zeros(1).expand(upstream.shape)
+        return upstream
+
+
+def gradient_edge(weight: Tensor | None) -> Tensor | None:
+    """Where the gradient of `weight` enters the graph. An engine that shards the weights has this one gathered now, and
+    may not have when its gradient comes: the graph must not hold on to its memory."""
+    return None if weight is None else _GradientEdge.apply(weight)
 
 
 # ---- What stands for the logits ----
@@ -81,20 +154,20 @@ class DeferredLogits(Tensor):
         whole: `rows` are all tokens in their order and shape.
     """
 
-    call: Call
+    call: HeadCall
     rows: Tensor
     transform: LogitTransform
     whole: bool
 
     @classmethod
-    def of(cls, call: Call) -> "DeferredLogits":
+    def of(cls, call: HeadCall) -> "DeferredLogits":
         leading = call.shape[:-1]
         rows = torch.arange(leading.numel(), device=call.device).view(leading)
         return cls._new(call, rows, LogitTransform(), call.dtype, True)
 
     @classmethod
     def _new(
-        cls, call: Call, rows: Tensor, transform: LogitTransform, dtype: torch.dtype, whole: bool
+        cls, call: HeadCall, rows: Tensor, transform: LogitTransform, dtype: torch.dtype, whole: bool
     ) -> "DeferredLogits":
         memory = torch.full((), math.nan, dtype=dtype, device=call.device)
         z = memory.expand(*rows.shape, call.shape[-1]).as_subclass(cls)
@@ -216,8 +289,8 @@ class _Derived(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, None, None]:
         if cotangent is None:
             return None, None, None
-        if ctx.z.call.says_nothing(cotangent):
-            return ctx.z.call.nothing(ctx.z), None, None
+        if ctx.z.call.is_zero(cotangent):
+            return ctx.z.call.zero(ctx.z), None, None
         refuse_create_graph()
         values = ctx.z.in_memory("a gradient came back to them").detach().requires_grad_()
         with torch.enable_grad():

@@ -276,6 +276,26 @@ def vjp(
     return Gradients(to_hidden.to(sum_dtype(hidden)), to_weight, to_bias), dot(to_hidden, hidden)
 
 
+def replay(
+    fused: FusedLoss, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Gradients, Tensor]:
+    """:func:`vjp` at other weights, with all that came back to `fused`, in the loss scale that it came with.
+
+    Returns the gradients, and ⟨u, a'⟩ of the head's output a' there, shape (), up to what a bias adds in both passes.
+    """
+    upstream = fused.upstream
+    assert upstream is not None
+    fused.hidden = fused.hidden.to(hidden.device, non_blocking=True)  # it may have waited on the host
+    if upstream.ndim:
+        gradients, product = vjp(fused, upstream, hidden, weight, bias, needs)
+    else:  # one number for all tokens
+        gradients, product = vjp(fused, None, hidden, weight, bias, needs)
+        gradients, product = gradients.times_(upstream), product * upstream
+    if gradients.bias is not None and bias is not None and fused.bias is not None:  # ⟨u, b' − b⟩
+        product = product + dot(gradients.bias.to(product.dtype), bias.detach() - fused.bias)
+    return gradients, product
+
+
 def dense_vjp(u: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Gradients:
     """The gradients of :func:`vjp` for a cotangent u that is in memory, (n, v)."""
     with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
@@ -320,7 +340,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
-def room(device: torch.device) -> int:
+def cotangent_cache_numel(device: torch.device) -> int:
     """How many numbers of a window's cotangents are kept."""
     return _KEPT.get(device.type, _KEPT_ELSEWHERE)
 

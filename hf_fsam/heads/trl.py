@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.heads.fused_head import SAME_FUNCTION, edge, replayed_statistic
-from hf_fsam.heads.fused_loss import FusedLoss, LogitTransform, compute_dtype
+from hf_fsam.heads.deferred_logits import gradient_edge
+from hf_fsam.heads.fused_loss import FusedLoss, LogitTransform, compute_dtype, dot, replay
+from hf_fsam.passes import SAME_FUNCTION, CleanPass, Crossing, SecondPass
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
+_LOG_SUM = 4  # the place of log Σ exp z among the tensors that it saves
 _checked: list[bool] = []
 
 
@@ -31,7 +33,7 @@ def has_unknown_fused_head(trainer_class: type) -> bool:
 
 @dataclass
 class LogProbabilities:
-    """One call of TRL's fused head.
+    """One call of TRL's fused head (a :class:`~hf_fsam.passes.FusedCall`).
 
     Attributes:
         apply: TRL's own function, of hidden (n, d), weight (v, d), bias (v,) or None, and `rest`.
@@ -44,58 +46,56 @@ class LogProbabilities:
     bias: Tensor | None
     rest: tuple
 
-    def made(self) -> tuple:
+    def plain(self) -> tuple:
         return self.apply(self.hidden, self.weight, self.bias, *self.rest)
 
-    def statistic(self, weight: Tensor, bias: Tensor | None) -> tuple[FusedLoss, tuple]:
-        """What it takes to have the cotangents of the log-probabilities again, and TRL's own result.
-
-        weight, bias: as they are now, for later.
-        """
+    def record(self, clean: CleanPass, crossing: Crossing) -> tuple:
         targets, temperature, _, cap, scale, _ = self.rest
-        result = self.made()
-        transform = (
-            LogitTransform(scale / temperature)
-            if cap is None
-            else LogitTransform(scale / cap, cap / temperature, tanh=True)
-        )
-        statistic = FusedLoss(
-            self.hidden.detach(), weight, bias, compute_dtype(self.hidden), transform, targets=targets
-        )
-        statistic.value = result[0].detach()
-        statistic.others = tuple(None if each is None else each.detach() for each in result[1:])
-        statistic.log_sum = result[0].grad_fn.saved_tensors[4]
-        _check_log_sum(statistic)
+        log_p, entropy, *others = self.plain()
+        weight, bias = clean.unperturbed.take(self.weight, self.bias)
+        transform = LogitTransform(scale / temperature)
+        if cap is not None:
+            transform = LogitTransform(scale / cap, cap / temperature, tanh=True)
+        fused = FusedLoss(self.hidden.detach(), weight, bias, compute_dtype(self.hidden), transform, targets=targets)
+        fused.value = log_p.detach()
+        fused.others = tuple(None if each is None else each.detach() for each in (entropy, *others))
+        fused.log_sum = log_p.grad_fn.saved_tensors[_LOG_SUM]
+        _check_log_sum(fused)
+        crossing.fused.append(fused)
+        clean.nodes.add(log_p.grad_fn)
+
+        def take_hidden_gradient(gradient: Tensor) -> None:
+            fused.grad_dot_logits = dot(gradient.to(fused.wide), fused.hidden)
+
+        def came_back(upstream: Tensor) -> None:
+            fused.upstream = upstream.detach().clone()
+            crossing.early += clean.in_compute_loss
+
         if self.hidden.requires_grad:
+            self.hidden.register_hook(take_hidden_gradient)
+        if entropy is not None:
+            entropy.register_hook(_refuse_entropy)
+        at_boundary = clean.from_here(log_p)
+        at_boundary.register_hook(came_back)
+        return at_boundary.clone() if clean.stops_at_boundary else at_boundary, entropy, *others
 
-            def see_gradient(to_hidden: Tensor) -> None:
-                wide = to_hidden.to(statistic.wide).flatten()
-                statistic.grad_dot_logits = torch.dot(wide, statistic.hidden.flatten().to(statistic.wide))
-
-            self.hidden.register_hook(see_gradient)
-        if result[1] is not None:
-            result[1].register_hook(_refuse_entropy)
-        return statistic, result
-
-    def replayed(
-        self,
-        statistic: FusedLoss,
-        see_products: Callable[[Tensor | None, Tensor], None],
-        ratio: Callable[[], Tensor | float],
-    ) -> tuple:
-        """The result of the clean pass, differentiated at these weights with what came back to it."""
-        if self.hidden.shape != statistic.hidden.shape:
+    def replay(self, second: SecondPass, crossing: Crossing) -> tuple:
+        if not crossing.reached:
+            raise RuntimeError(
+                f"the second pass called TRL's fused head where the first did not, or for nothing: {SAME_FUNCTION}"
+            )
+        fused = crossing.fused[0]
+        if self.hidden.shape != fused.hidden.shape:
             raise RuntimeError(
                 f"the second pass took log-probabilities of {len(self.hidden)} tokens where the first had "
-                f"{len(statistic.hidden)}: {SAME_FUNCTION}"
+                f"{len(fused.hidden)}: {SAME_FUNCTION}"
             )
-        values = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        edges = edge(self.weight), edge(self.bias)
-        return _Replayed.apply(self.hidden, *edges, statistic, values, see_products, ratio), *statistic.others
+        edges = gradient_edge(self.weight), gradient_edge(self.bias)
+        return _Replayed.apply(self.hidden, *edges, self, second, crossing), *fused.others
 
 
 class _Replayed(torch.autograd.Function):
-    """Log-probabilities of the clean pass, with the Jacobian of this one. What comes back to them is dropped.
+    """The log-probabilities of the clean pass, with the Jacobian of this one. What comes back to them is dropped.
 
     All is computed in the forward pass, where an engine that shards the weights has the head gathered.
     """
@@ -104,24 +104,26 @@ class _Replayed(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        statistic: FusedLoss,
-        values: tuple[Tensor, Tensor | None],
-        see_products: Callable[[Tensor | None, Tensor], None],
-        ratio: Callable[[], Tensor | float],
+        weight_edge: Tensor,
+        bias_edge: Tensor | None,
+        call: LogProbabilities,
+        second: SecondPass,
+        crossing: Crossing,
     ) -> Tensor:
-        ctx.ratio = ratio
+        ctx.second, ctx.crossing = second, crossing
+        (fused,) = crossing.fused
+        assert fused.upstream is not None
         # Of log p = z[target] − log Σ exp z the gradient is minus the cross entropy's.
-        assert statistic.upstream is not None
-        statistic.upstream = -statistic.upstream
-        ctx.gradients = replayed_statistic(statistic, hidden, *values, ctx.needs_input_grad[1:3], see_products)
-        return statistic.value.clone()
+        fused.upstream = -fused.upstream
+        bias = None if call.bias is None else call.bias.detach()
+        ctx.gradients, product = replay(fused, hidden, call.weight.detach(), bias, ctx.needs_input_grad[1:3])
+        second.take_products(fused.grad_dot_logits, product)
+        return fused.value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.times_(ctx.ratio()), None, None, None, None)
+        return (*gradients.times_(ctx.second.ratio(ctx.crossing)), None, None, None)
 
 
 class Counters:
@@ -166,35 +168,36 @@ class _Intercepted:
     """Stands in the place of TRL's function."""
 
     function: Any
-    call: Callable[[LogProbabilities], tuple]
+    one_pass: CleanPass | SecondPass
 
     def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
+        call = LogProbabilities(self.function.apply, hidden, weight, bias, rest)
         if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-            return self.function.apply(hidden, weight, bias, *rest)
-        return self.call(LogProbabilities(self.function.apply, hidden, weight, bias, rest))
+            return call.plain()
+        return self.one_pass.take_fused(call)
 
 
 @contextmanager
-def intercepted(call: Callable[[LogProbabilities], tuple], cleanup: Cleanup) -> Iterator[None]:
-    """Inside, a fused head of TRL's that has a gradient to compute goes through `call`."""
+def intercepted(one_pass: CleanPass | SecondPass, cleanup: Cleanup) -> Iterator[None]:
+    """Inside, a fused head of TRL's that has a gradient to compute goes through the door of `one_pass`."""
     utils: Any = sys.modules.get(_MODULE)
     function: Any = getattr(utils, _NAME, None)
     if function is None:
         yield
         return
 
-    with cleanup.replaced(utils, _NAME, _Intercepted(function, call)):
+    with cleanup.replaced(utils, _NAME, _Intercepted(function, one_pass)):
         yield
 
 
 @torch.no_grad()
-def _check_log_sum(statistic: FusedLoss) -> None:
+def _check_log_sum(fused: FusedLoss) -> None:
     """Once a process: what was read in one version of TRL may stand elsewhere in another, and gradients be wrong."""
-    if _checked or not len(statistic.hidden):
+    if _checked or not len(fused.hidden):
         return
-    logits = statistic.transform.apply_(statistic.product(statistic.hidden[:1]))
-    found = statistic.log_sum.flatten()[:1]
-    if statistic.log_sum.shape != statistic.hidden.shape[:1] or not torch.allclose(
+    logits = fused.transform.apply_(fused.product(fused.hidden[:1]))
+    found = fused.log_sum.flatten()[:1]
+    if fused.log_sum.shape != fused.hidden.shape[:1] or not torch.allclose(
         logits.logsumexp(-1), found.to(logits.dtype), rtol=1e-2, atol=1e-2
     ):
         raise ValueError(

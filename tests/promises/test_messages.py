@@ -117,7 +117,7 @@ ARGUMENTS = [
     Row("none', which need none", own(_Headless), own(_Headless, fsam_variant="sam")),
     Row("Where the loss takes what no one module puts", own(_Identity), with_identity),
     Row("is no module of", trains(fsam_boundary="head"), trains(fsam_boundary="lm_head")),
-    Row("was never crossed on the way", own(_Unused), own(_Unused, fsam_boundary="top")),
+    Row("nothing crossed the boundary", own(_Unused), own(_Unused, fsam_boundary="top")),
     Row("but the boundary must return", trains(fsam_boundary="model"), trains(fsam_boundary="lm_head")),
     Row(
         "on a way past the boundary",
@@ -275,7 +275,7 @@ def adam_inside(betas: tuple[float, float]) -> Run:
 def geometry(engine: type, **arguments: Any) -> Run:
     def run(folder: Path) -> None:
         trainer = make_trainer(folder, **arguments)
-        trainer._fsam_engine = engine(trainer.accelerator)
+        trainer.fsam.engine = engine(trainer.accelerator)
         if trainer.args.fsam_diagnostics_steps:
             Probe(trainer, 1)
 
@@ -523,7 +523,7 @@ def changes_the_logits(retried: bool, **arguments: Any) -> Run:
 
     def run(folder: Path) -> None:
         trainer = make_trainer(folder, max_steps=1, trainer={"compute_loss_func": loss}, **arguments)
-        trainer._fsam_engine.forward_can_be_retried = retried
+        trainer.fsam.engine.forward_can_be_retried = retried
         trainer.train()
 
     return run
