@@ -804,7 +804,6 @@ ELSEWHERE = {
     "tokens' logits where the first had": "test_a_second_pass_that_takes_other_tokens_is_an_error",
     "log-probabilities of": "as the row before, in TRL's fused head",
     "called TRL's fused head where the first did not": "as the row before",
-    "keeps something else than": "test_another_trl_that_keeps_other_tensors_is_refused",
     "the fused head of this TRL, which": "test_a_trl_whose_fused_head_has_another_name_is_refused",
     "puts a hook on the logits' gradient": "a part of 'which takes logits in memory', which has a row",
     "keeps the logits' gradient": "as the row before",
