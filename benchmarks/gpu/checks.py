@@ -108,10 +108,10 @@ def linear_and_targets(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[FusedLoss, Gradients]:
-    statistic = FusedLoss(hidden.detach(), weight.detach(), None, hidden.dtype, LogitTransform(), targets=targets)
-    gradients = cross_entropy_sum(statistic, (True, True, False))
+    fused = FusedLoss(hidden.detach(), weight.detach(), None, hidden.dtype, LogitTransform(), targets=targets)
+    gradients = cross_entropy_sum(fused, (True, True, False))
     assert gradients is not None
-    return statistic, gradients
+    return fused, gradients
 
 
 def head(toy: bool) -> Rows:
@@ -119,8 +119,8 @@ def head(toy: bool) -> Rows:
     n, d, v = (64, 32, 512) if toy else (2048, 2048, 32_768)
     for dtype, limit in ((torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
         hidden, weight, targets = linear_and_targets(n, d, v, dtype)
-        statistic, ours = fused_loss(hidden, weight, targets)
-        again, _ = vjp(statistic, None, hidden.detach(), weight.detach(), None, (True, False))
+        fused, ours = fused_loss(hidden, weight, targets)
+        again, _ = vjp(fused, None, hidden.detach(), weight.detach(), None, (True, False))
         h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
         exact = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for some in torch.arange(n, device=DEVICE).split(256):  # float64's logits of all would be large
@@ -128,7 +128,7 @@ def head(toy: bool) -> Rows:
             part.backward()
             exact += part.detach()
         for what, found, wanted in (
-            ("loss", statistic.value, exact),
+            ("loss", fused.value, exact),
             ("∂/∂h", ours.hidden, h.grad),
             ("∂/∂W", ours.weight, w.grad),
             ("second pass ∂/∂h", again.hidden, h.grad),

@@ -182,7 +182,7 @@ class CleanCall(_CallInPass):
         differentiated = torch.is_grad_enabled() and z.requires_grad and not self._clean.stops_at_boundary
         cache = self._clean.unperturbed.cotangents
         if differentiated and cache is not None:
-            fused.kept = cache.take(len(fused.hidden), self._weight, self.dtype)
+            fused.cached = cache.take(len(fused.hidden), self._weight, self.dtype)
         # The list gives them up when they are handed on: autograd takes over the memory of a gradient with one owner.
         gradients = [cross_entropy_sum(fused, self._needs if differentiated else (False, False, False))]
 

@@ -290,7 +290,7 @@ def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkey
         statistic = fused_loss.FusedLoss(
             h.detach(), w.detach(), None, torch.bfloat16, fused_loss.LogitTransform(), targets=targets
         )
-        statistic.kept = unperturbed.CotangentCache().take(tokens, w, torch.bfloat16)
+        statistic.cached = unperturbed.CotangentCache().take(tokens, w, torch.bfloat16)
         upstream = torch.tensor(1 / tokens)
         ours = fused_loss.cross_entropy_sum(statistic, (True, True, False))
         again, _ = fused_loss.vjp(statistic, None, h2.detach(), w2, None, (True, False))
