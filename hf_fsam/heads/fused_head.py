@@ -197,7 +197,7 @@ class CleanCall(_CallInPass):
         return _Taken.apply(z, fused, came_back)
 
     def log_sum_exp(self, z: DeferredLogits) -> Tensor:
-        fused = self._take(z, None if z.whole else z.rows.flatten())
+        fused = self._take(z, None if z.all_rows else z.rows.flatten())
         log_sum_exp(fused)
 
         def came_back(upstream: Tensor) -> None:
