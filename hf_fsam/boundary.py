@@ -1,7 +1,7 @@
 """The hook on the boundary, through which a pass sees what crosses it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -12,7 +12,7 @@ from hf_fsam.cleanup import Cleanup
 from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.deferred_logits import DeferredLogits
 from hf_fsam.heads.find import IDENTITY
-from hf_fsam.heads.fused_head import FusedHead
+from hf_fsam.heads.fused_head import DeferringForward, FusedHead
 from hf_fsam.heads.trl import intercepted
 from hf_fsam.passes import CleanPass, SecondPass
 
@@ -68,14 +68,15 @@ class Boundary:
 
         def undo() -> None:
             self._pass, one_pass.ended = None, True
-            if head is not None:
-                head.undefer()
 
-        heads_of_trl = intercepted(one_pass, self._cleanup) if self.attached else nullcontext()
-        with self._cleanup.after(undo), heads_of_trl:
+        with ExitStack() as contexts:
+            contexts.enter_context(self._cleanup.after(undo))
             self._pass = one_pass
+            if self.attached:
+                contexts.enter_context(intercepted(one_pass, self._cleanup))
             if head is not None:
-                head.defer(one_pass)
+                deferring = DeferringForward(head, one_pass)
+                contexts.enter_context(self._cleanup.replaced(head.module, "forward", deferring))
             yield
         if self.attached:
             one_pass.finish(self.name)

@@ -57,16 +57,17 @@ class Crossing:
         return bool(self.cotangents) or any(each.upstream is not None for each in self.fused)
 
 
-class FusedCall(Protocol):
-    """One call of a head that goes from hidden states to the loss, or a part of it, without the logits in between."""
+class Fused(Protocol):
+    """A head that goes from hidden states to the loss, or a part of it, without the logits in between. `args`: of one
+    call."""
 
-    def plain(self) -> Any:
+    def plain(self, *args: Any) -> Any:
         """The result, with a gradient of its own."""
 
-    def record(self, clean: "CleanPass", crossing: Crossing) -> Any:
+    def record(self, clean: "CleanPass", crossing: Crossing, *args: Any) -> Any:
         """The result; what comes back to it is recorded in `crossing`."""
 
-    def replay(self, second: "SecondPass", crossing: Crossing) -> Any:
+    def replay(self, second: "SecondPass", crossing: Crossing, *args: Any) -> Any:
         """The result that was recorded, with the Jacobian of this call and the recorded cotangent."""
 
 
@@ -191,8 +192,8 @@ class CleanPass(Pass):
         at_boundary.register_hook(partial(self.record, crossing))
         return _Through.apply(at_boundary) if self.stops_at_boundary else at_boundary
 
-    def take_fused(self, call: FusedCall) -> Any:
-        return call.record(self, self._next())
+    def take_fused(self, head: Fused, *args: Any) -> Any:
+        return head.record(self, self._next(), *args)
 
     # ---- What comes back ----
 
@@ -268,8 +269,8 @@ class SecondPass(Pass):
             z.register_hook(partial(self._swap, crossing))
         return z
 
-    def take_fused(self, call: FusedCall) -> Any:
-        return call.plain() if self._cotangents is None else call.replay(self, self._next())
+    def take_fused(self, head: Fused, *args: Any) -> Any:
+        return head.plain(*args) if self._cotangents is None else head.replay(self, self._next(), *args)
 
     def shown_loss(self, loss: Tensor) -> Tensor:
         return self.clean.loss.clone()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_fsam.heads.fused_loss import Gradients, LogitTransform
+from hf_fsam.heads.fused_loss import Gradients, LogitTransform, compute_dtype
 
 
 class LogitsNeeded(RuntimeError):
@@ -39,15 +39,19 @@ class HeadCall(ABC):
     """One call of the head in one pass: what deferred logits come from, and where what comes back to them arrives.
 
     Args:
-        shape: of the logits, (..., v).
-        dtype: that the head computes in.
+        hidden: the final hidden states, (..., d).
 
     Attributes:
+        hidden: the same without a gradient, (n, d).
+        shape: of the logits, (..., v).
+        dtype: that the head computes in.
         given: logits in memory that somebody was handed.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+    def __init__(self, hidden: Tensor, vocabulary: int) -> None:
+        self.hidden = hidden.detach().flatten(0, -2)
+        self.shape = torch.Size((*hidden.shape[:-1], vocabulary))
+        self.dtype, self.device = compute_dtype(hidden), hidden.device
         self.given: list[Tensor] = []
         self._zeros: dict[torch.dtype, Tensor] = {}
         self._sent_zero = False

@@ -17,7 +17,6 @@ from hf_fsam.heads.deferred_logits import DeferredLogits, HeadCall, LogitsNeeded
 from hf_fsam.heads.fused_loss import (
     FusedLoss,
     Gradients,
-    compute_dtype,
     cross_entropy_sum,
     dense_vjp,
     dot,
@@ -31,23 +30,32 @@ logger = logging.get_logger(__name__)
 
 
 class FusedHead:
-    """The head of a language model, a linear layer that hands out deferred logits on request.
+    """The head of a language model, a linear layer, for as long as its logits are deferred
+    (a :class:`~hf_fsam.passes.Fused`).
 
     Attributes:
-        off: the loss needed the logits, and the head makes them from now on.
+        off: a loss needed the logits, and the head makes them from the next step on.
     """
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
         self.off = False
 
-    def defer(self, one_pass: CleanPass | SecondPass) -> None:
-        """From now on the module's output goes through the door of `one_pass`, as deferred logits."""
-        self.module.__dict__["forward"] = _DeferringForward(self, one_pass)
+    def plain(self, hidden: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, hidden)
 
-    def undefer(self) -> None:
-        if is_deferring(self.module):
-            del self.module.__dict__["forward"]
+    def record(self, clean: CleanPass, crossing: Crossing, hidden: Tensor) -> Tensor:
+        hidden = clean.from_here(hidden)
+        call = CleanCall(self, hidden, crossing, clean)
+        if clean.stops_at_boundary:
+            return call_head(call, hidden, None, None)
+        z = call_head(call, hidden, self.module.weight, self.module.bias)
+        clean.nodes.add(z.grad_fn)
+        return z
+
+    def replay(self, second: SecondPass, crossing: Crossing, hidden: Tensor) -> Tensor:
+        call = SecondCall(self, hidden, crossing, second)
+        return call_head(call, hidden, self.module.weight, self.module.bias)
 
     def turn_off(self, why: str) -> None:
         if not self.off:
@@ -59,21 +67,16 @@ class FusedHead:
 
 
 @dataclass
-class _DeferringForward:
-    """Stands in the place of a head's `forward`."""
+class DeferringForward:
+    """Stands in the place of the module's `forward` while a pass runs."""
 
     head: FusedHead
     one_pass: CleanPass | SecondPass
 
-    def __call__(self, hidden: Tensor) -> Any:
-        module = self.head.module
-        if not torch.is_grad_enabled() or not (hidden.requires_grad or module.weight.requires_grad):
-            return type(module).forward(module, hidden)
-        return self.one_pass.take_fused(_Call(self.head, hidden))
-
-
-def is_deferring(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), _DeferringForward)
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (hidden.requires_grad or self.head.module.weight.requires_grad):
+            return self.one_pass.take_fused(self.head, hidden)
+        return self.head.plain(hidden)
 
 
 def find_fused_head(model: nn.Module, module: nn.Module, compiled: bool) -> FusedHead | None:
@@ -88,7 +91,7 @@ def find_fused_head(model: nn.Module, module: nn.Module, compiled: bool) -> Fuse
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     obstacles = {
         f"the head is a {kind}, and not a plain torch.nn.Linear": not plain,
-        "the head's forward is replaced": "forward" in module.__dict__ and not is_deferring(module),
+        "the head's forward is replaced": not isinstance(module.__dict__.get("forward"), DeferringForward | None),
         "compiled models can't defer them": compiled,
     }
     for obstacle, holds in obstacles.items():
@@ -102,70 +105,13 @@ def find_fused_head(model: nn.Module, module: nn.Module, compiled: bool) -> Fuse
     return FusedHead(module)
 
 
-@dataclass
-class _Call:
-    """One call of the head, before it is known in which pass (a :class:`~hf_fsam.passes.FusedCall`)."""
-
-    head: FusedHead
-    hidden: Tensor  # (..., d)
-
-    def plain(self) -> Tensor:
-        return F.linear(self.hidden, self.head.module.weight, self.head.module.bias)
-
-    def record(self, clean: CleanPass, crossing: Crossing) -> Tensor:
-        hidden, module = clean.from_here(self.hidden), self.head.module
-        call = CleanCall(self.head, hidden, crossing, clean)
-        if clean.stops_at_boundary:
-            return call_head(call, hidden, None, None)
-        z = call_head(call, hidden, module.weight, module.bias)
-        clean.nodes.add(z.grad_fn)
-        return z
-
-    def replay(self, second: SecondPass, crossing: Crossing) -> Tensor:
-        call = SecondCall(self.head, self.hidden, crossing, second)
-        return call_head(call, self.hidden, self.head.module.weight, self.head.module.bias)
-
-
-class _CallInPass(HeadCall):
-    """
-    Args:
-        hidden: the final hidden states, (..., d).
-        crossing: where the clean pass records what comes back to this call.
-    """
-
-    def __init__(self, head: FusedHead, hidden: Tensor, crossing: Crossing, one_pass: Pass) -> None:
-        shape = torch.Size((*hidden.shape[:-1], head.module.weight.shape[0]))
-        super().__init__(shape, compute_dtype(hidden), hidden.device)
-        self._head, self._crossing, self._pass = head, crossing, one_pass
-        self._hidden = hidden.detach().flatten(0, -2)  # (n, d)
-        self._values: Tensor | None = None
-
-    def _refuse_when_ended(self) -> None:
-        if self._pass.ended:
-            raise RuntimeError(
-                "logits are read after their pass has ended, when the weights that make them are others: read them in "
-                "compute_loss, or set fsam_fused_head=False."
-            )
-
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():  # a metric may read them in inference mode first
-            return F.linear(self._hidden, weight, bias).view(self.shape)
-
-    def _of_all_tokens(self, gradients: Gradients, fused: FusedLoss) -> Gradients:
-        """The gradient of the hidden states that a loss took, as that of all of them, (n, d)."""
-        if fused.rows is None or gradients.hidden is None:
-            return gradients
-        zeros = torch.zeros_like(self._hidden, dtype=gradients.hidden.dtype)
-        return Gradients(zeros.index_add_(0, fused.rows, gradients.hidden), gradients.weight, gradients.bias)
-
-
-class CleanCall(_CallInPass):
+class CleanCall(HeadCall):
     """A call of the head at θ: what comes back to it is recorded in `crossing`."""
 
     def __init__(self, head: FusedHead, hidden: Tensor, crossing: Crossing, clean: CleanPass) -> None:
-        super().__init__(head, hidden, crossing, clean)
-        self._clean = clean
         module = head.module
+        super().__init__(hidden, len(module.weight))
+        self._head, self._crossing, self._clean = head, crossing, clean
         self._weight, self._bias = clean.unperturbed.take(module.weight, module.bias)
         self._needs = (
             hidden.requires_grad,
@@ -173,6 +119,7 @@ class CleanCall(_CallInPass):
             module.bias is not None and module.bias.requires_grad,
         )
         self._arrived = Gradients()
+        self._values: Tensor | None = None
 
     def cross_entropy(
         self, z: DeferredLogits, targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
@@ -214,8 +161,7 @@ class CleanCall(_CallInPass):
         self._crossing.values_read = True
         self._head.turn_off(why)
         if self._values is None:
-            self._refuse_when_ended()
-            self._values = self._linear(self._weight, self._bias)
+            self._values = _linear(self, self._weight, self._bias, self._clean)
         return self._values
 
     def gradients(self, cotangent: Tensor | None) -> Gradients:
@@ -226,11 +172,11 @@ class CleanCall(_CallInPass):
             self._clean.record(self._crossing, cotangent)
             if not self._clean.stops_at_boundary:
                 u = cotangent.flatten(0, -2)  # (n, v)
-                total = total.plus(dense_vjp(u, self._hidden, self._weight, self._needs[1:]))
+                total = total.plus(dense_vjp(u, self.hidden, self._weight, self._needs[1:]))
         return total
 
     def _take(self, z: DeferredLogits, rows: Tensor | None) -> FusedLoss:
-        hidden = self._hidden if rows is None else self._hidden.index_select(0, rows)
+        hidden = self.hidden if rows is None else self.hidden.index_select(0, rows)
         fused = FusedLoss(hidden, self._weight, self._bias, self.dtype, z.transform, rows=rows)
         self._crossing.fused.append(fused)
         return fused
@@ -244,21 +190,20 @@ class CleanCall(_CallInPass):
         self._crossing.early += early
 
     def _add(self, gradients: Gradients, fused: FusedLoss) -> None:
-        self._arrived = self._arrived.plus(self._of_all_tokens(gradients, fused))
+        self._arrived = self._arrived.plus(fused.of_all_tokens(gradients, self.hidden))
 
 
-class SecondCall(_CallInPass):
+class SecondCall(HeadCall):
     """The same call in the second pass. The loss is given what it took in the clean pass, and the gradient is Jᵀu with
     the recorded u. All of it is computed now, in the head's forward pass, where an engine has its weights gathered."""
 
     def __init__(self, head: FusedHead, hidden: Tensor, crossing: Crossing, second: SecondPass) -> None:
-        super().__init__(head, hidden, crossing, second)
-        self._second = second
+        super().__init__(hidden, len(head.module.weight))
+        self._head, self._crossing, self._second = head, crossing, second
         self._left = list(crossing.fused)
         self._depends_on_values = bool(crossing.cotangents)
         weight, bias = head.module.weight, head.module.bias
-        if crossing.values_read:
-            self._values = self._linear(weight, bias)
+        self._values = _linear(self, weight, bias, second) if crossing.values_read else None
         self._gradients = self._replayed(weight, bias)
 
     def _replayed(self, weight: Tensor, bias: Tensor | None) -> Gradients:
@@ -267,15 +212,15 @@ class SecondCall(_CallInPass):
         total, needs = Gradients(), (weight.requires_grad, bias is not None and bias.requires_grad)
         for fused in self._crossing.fused:
             if fused.upstream is not None:
-                hidden = self._hidden if fused.rows is None else self._hidden.index_select(0, fused.rows)
+                hidden = self.hidden if fused.rows is None else self.hidden.index_select(0, fused.rows)
                 gradients, after = replay(fused, hidden, weight, bias, needs)
                 self._second.take_products(fused.grad_dot_logits, after)
-                total = total.plus(self._of_all_tokens(gradients, fused))
+                total = total.plus(fused.of_all_tokens(gradients, self.hidden))
         while self._crossing.cotangents:
             u = self._crossing.cotangents.pop().flatten(0, -2)  # (n, v)
-            gradients = dense_vjp(u, self._hidden, weight.detach(), needs)
+            gradients = dense_vjp(u, self.hidden, weight.detach(), needs)
             assert gradients.hidden is not None
-            self._second.take_products(None, dot(gradients.hidden, self._hidden))
+            self._second.take_products(None, dot(gradients.hidden, self.hidden))
             total = total.plus(gradients)
         return total
 
@@ -299,14 +244,13 @@ class SecondCall(_CallInPass):
     def values(self, why: str) -> Tensor:
         self._head.turn_off(why)
         if self._values is None:  # a metric reads them that the clean pass had no part in
-            self._refuse_when_ended()
             weight = self._head.module.weight
             if type(weight.detach()) is not Tensor or weight.shape[0] != self.shape[-1]:  # sharded, no longer gathered
                 raise RuntimeError(
                     f"the second pass read the logits ({why}), the first did not, and the head's weights are no longer "
                     "here: read them in both, or set fsam_fused_head=False."
                 )
-            self._values = self._linear(weight, self._head.module.bias)
+            self._values = _linear(self, weight, self._head.module.bias, self._second)
         return self._values
 
     def gradients(self, cotangent: Tensor | None) -> Gradients:
@@ -317,6 +261,17 @@ class SecondCall(_CallInPass):
             )
         gradients, self._gradients = self._gradients, Gradients()
         return gradients.times_(self._second.ratio(self._crossing))
+
+
+def _linear(call: HeadCall, weight: Tensor, bias: Tensor | None, one_pass: Pass) -> Tensor:
+    """The head's output in memory, (..., v), without a gradient."""
+    if one_pass.ended:
+        raise RuntimeError(
+            "logits are read after their pass has ended, when the weights that make them are others: read them in "
+            "compute_loss, or set fsam_fused_head=False."
+        )
+    with torch.inference_mode(False), torch.no_grad():  # a metric may be the first to read them, in inference mode
+        return F.linear(call.hidden, weight, bias).view(call.shape)
 
 
 class _Taken(torch.autograd.Function):

@@ -176,6 +176,13 @@ class FusedLoss:
             p.masked_fill_(~self.counted[tokens].unsqueeze(-1), 0.0)
         return p
 
+    def of_all_tokens(self, gradients: "Gradients", hidden: Tensor) -> "Gradients":
+        """The gradient of :attr:`hidden` as that of all the head's hidden states, `hidden` (all, d)."""
+        if self.rows is None or gradients.hidden is None:
+            return gradients
+        total = torch.zeros_like(hidden, dtype=gradients.hidden.dtype).index_add_(0, self.rows, gradients.hidden)
+        return Gradients(total, gradients.weight, gradients.bias)
+
     def cache_for(self, tokens: slice) -> Tensor | None:
         """The memory in which the cotangents of `tokens` will be cached, if they can be computed there."""
         inside = self.cached is not None and tokens.stop <= self.cached.shape[0] and self.cached.dtype == self.wide

@@ -7,7 +7,7 @@ four more tensors, of which the entropy alone may have a gradient.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,31 +47,34 @@ def has_unknown_fused_head(trainer_class: type) -> bool:
 
 
 @dataclass
-class LogProbabilities:
-    """One call of TRL's fused head (a :class:`~hf_fsam.passes.FusedCall`).
+class LogProbabilityHead:
+    """Stands in the place of TRL's function while a pass runs (a :class:`~hf_fsam.passes.Fused`).
 
-    Attributes:
-        apply: TRL's own function, of hidden (n, d), weight (v, d), bias (v,) or None, and `rest`.
-        rest: targets (n,), temperature, chunk_size, final_logit_softcapping, logit_scale, outputs.
+    The arguments of a call are hidden (n, d), weight (v, d), bias (v,) or None, and then targets (n,), temperature,
+    chunk_size, final_logit_softcapping, logit_scale, outputs.
     """
 
-    apply: Callable[..., tuple]
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    rest: tuple
+    function: Any
+    one_pass: CleanPass | SecondPass
 
-    def plain(self) -> tuple:
-        return self.apply(self.hidden, self.weight, self.bias, *self.rest)
+    def apply(self, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple:
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return self.one_pass.take_fused(self, hidden, weight, *rest)
+        return self.plain(hidden, weight, *rest)
 
-    def record(self, clean: CleanPass, crossing: Crossing) -> tuple:
-        targets, temperature, _, cap, scale, _ = self.rest
-        log_p, entropy, *others = self.plain()
-        weight, bias = clean.unperturbed.take(self.weight, self.bias)
+    def plain(self, *args: Any) -> tuple:
+        return self.function.apply(*args)
+
+    def record(
+        self, clean: CleanPass, crossing: Crossing, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple:
+        targets, temperature, _, cap, scale, _ = rest
+        log_p, entropy, *others = self.plain(hidden, weight, bias, *rest)
         transform = LogitTransform(scale / temperature)
         if cap is not None:
             transform = LogitTransform(scale / cap, cap / temperature, tanh=True)
-        fused = FusedLoss(self.hidden.detach(), weight, bias, compute_dtype(self.hidden), transform, targets=targets)
+        unperturbed = clean.unperturbed.take(weight, bias)
+        fused = FusedLoss(hidden.detach(), *unperturbed, compute_dtype(hidden), transform, targets=targets)
         fused.value = log_p.detach()
         fused.others = tuple(None if each is None else each.detach() for each in (entropy, *others))
         fused.log_sum = log_p.grad_fn.saved_tensors[_LOG_SUM]
@@ -85,27 +88,30 @@ class LogProbabilities:
             fused.upstream = upstream.detach().clone()
             crossing.early += clean.in_compute_loss
 
-        if self.hidden.requires_grad:
-            self.hidden.register_hook(take_hidden_gradient)
+        if hidden.requires_grad:
+            hidden.register_hook(take_hidden_gradient)
         if entropy is not None:
             entropy.register_hook(_refuse_entropy)
         at_boundary = clean.from_here(log_p)
         at_boundary.register_hook(came_back)
         return at_boundary.clone() if clean.stops_at_boundary else at_boundary, entropy, *others
 
-    def replay(self, second: SecondPass, crossing: Crossing) -> tuple:
+    def replay(
+        self, second: SecondPass, crossing: Crossing, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple:
         if not crossing.reached:
             raise RuntimeError(
                 f"the second pass called TRL's fused head where the first did not, or for nothing: {SAME_FUNCTION}"
             )
         fused = crossing.fused[0]
-        if self.hidden.shape != fused.hidden.shape:
+        if hidden.shape != fused.hidden.shape:
             raise RuntimeError(
-                f"the second pass took log-probabilities of {len(self.hidden)} tokens where the first had "
+                f"the second pass took log-probabilities of {len(hidden)} tokens where the first had "
                 f"{len(fused.hidden)}: {SAME_FUNCTION}"
             )
-        edges = gradient_edge(self.weight), gradient_edge(self.bias)
-        return _Replayed.apply(self.hidden, *edges, self, second, crossing), *fused.others
+        values = weight.detach(), None if bias is None else bias.detach()
+        log_p = _Replayed.apply(hidden, gradient_edge(weight), gradient_edge(bias), values, second, crossing)
+        return log_p, *fused.others
 
 
 class _Replayed(torch.autograd.Function):
@@ -120,7 +126,7 @@ class _Replayed(torch.autograd.Function):
         hidden: Tensor,
         weight_edge: Tensor,
         bias_edge: Tensor | None,
-        call: LogProbabilities,
+        values: tuple[Tensor, Tensor | None],
         second: SecondPass,
         crossing: Crossing,
     ) -> Tensor:
@@ -129,8 +135,7 @@ class _Replayed(torch.autograd.Function):
         assert fused.upstream is not None
         # Of log p = z[target] − log Σ exp z the gradient is minus the cross entropy's.
         fused.upstream = -fused.upstream
-        bias = None if call.bias is None else call.bias.detach()
-        ctx.gradients, product = replay(fused, hidden, call.weight.detach(), bias, ctx.needs_input_grad[1:3])
+        ctx.gradients, product = replay(fused, hidden, *values, ctx.needs_input_grad[1:3])
         second.take_products(fused.grad_dot_logits, product)
         return fused.value.clone()
 
@@ -177,20 +182,6 @@ def _back_to(mark: tuple[Any, Any]) -> Any:
     return counted
 
 
-@dataclass
-class _Intercepted:
-    """Stands in the place of TRL's function."""
-
-    function: Any
-    one_pass: CleanPass | SecondPass
-
-    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
-        call = LogProbabilities(self.function.apply, hidden, weight, bias, rest)
-        if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-            return call.plain()
-        return self.one_pass.take_fused(call)
-
-
 @contextmanager
 def intercepted(one_pass: CleanPass | SecondPass, cleanup: Cleanup) -> Iterator[None]:
     """Inside, a fused head of TRL's that has a gradient to compute goes through the door of `one_pass`."""
@@ -200,7 +191,7 @@ def intercepted(one_pass: CleanPass | SecondPass, cleanup: Cleanup) -> Iterator[
         yield
         return
 
-    with cleanup.replaced(utils, _NAME, _Intercepted(function, one_pass)):
+    with cleanup.replaced(utils, _NAME, LogProbabilityHead(function, one_pass)):
         yield
 
 
