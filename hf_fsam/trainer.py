@@ -312,7 +312,7 @@ class FSAMMixin(_AnyTrainer):
         ]
         along = None
         if self.args.fsam_ascent_direction == "momentum":
-            along = self._fsam_engine.momentum(model, self.optimizer)
+            along = self._fsam_engine.momentum(model, self._fsam_weights(), self.optimizer)
             if along is None and self.state.global_step > 1:
                 logger.warning_once(
                     "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
@@ -337,9 +337,13 @@ class FSAMMixin(_AnyTrainer):
             # From where the run stands, so that a resumed one rounds alike.
             seed=((self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self._fsam_micro_step) % 2**63,
             cotangents=[u for batch in waiting for crossing in batch.clean.crossings for u in crossing.cotangents],
+            direction=None,
         )
         self._fsam_window = _Window(waiting, perturbation, of_gradient=along is None)
         return self._fsam_window
+
+    def _fsam_weights(self) -> list[Tensor]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def _fsam_clean_passes(
         self,
@@ -353,7 +357,7 @@ class FSAMMixin(_AnyTrainer):
         their gradient."""
         average = self.args.fsam_ascent_scope != "rank"
         passes: AbstractContextManager[Ascent] = (
-            self._fsam_engine.ascent(model, average=average, passes=len(waiting))
+            self._fsam_engine.ascent(model, self._fsam_weights(), average=average, passes=len(waiting))
             if along is None
             else nullcontext(along)
         )
@@ -459,7 +463,9 @@ class FSAMMixin(_AnyTrainer):
         boundary.detach()
         name, module = find_boundary(self.model, self.args.fsam_boundary)
         head = self._fsam_head(module)
-        boundary.attach(name, module, head, self._fsam_engine.keeps, compiled=bool(self.args.torch_compile))
+        boundary.attach(
+            name, module, head, self._fsam_engine.detached_weights_stay, compiled=bool(self.args.torch_compile)
+        )
         self._fsam_attached_to = self.model
 
     def _fsam_detach(self) -> None:
@@ -471,7 +477,9 @@ class FSAMMixin(_AnyTrainer):
         if not self.args.fsam_fused_head:
             return None
         if self._fsam_fused is None or self._fsam_fused[0] is not module:
-            fused = fused_head(self.model, module, self._fsam_engine.keeps, compiled=bool(self.args.torch_compile))
+            fused = fused_head(
+                self.model, module, self._fsam_engine.detached_weights_stay, compiled=bool(self.args.torch_compile)
+            )
             self._fsam_fused = module, fused
         return self._fsam_fused[1]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from hf_fsam.engines.deepspeed_internals import give_shape_of_gradient
 from hf_fsam.heads.deferred_logits import Call, DeferredLogits, LogitsNeeded, refuse_create_graph
 from hf_fsam.heads.fused_loss import (
     FusedLoss,
@@ -180,10 +181,7 @@ class Edge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        if ctx.weight.shape != upstream.shape:
-            # ZeRO-3 has emptied it, and autograd wants the shape of a gradient where it leaves one. The next gathering
-            # puts its own memory there.
-            ctx.weight.data = upstream.new_zeros(1).expand(upstream.shape)
+        give_shape_of_gradient(ctx.weight, upstream)
         return upstream
 
 
