@@ -1,7 +1,7 @@
-"""The optimizer's moments: the first one to ascend along, the second one to precondition with."""
+"""The optimizer's moments: the ascent may go along the first one, and be preconditioned with the second."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,13 @@ from hf_fsam.perturbation import chunks
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """One weight's second moment as an optimizer of the Adam family keeps it.
+    """The second moment of one weight, or of a shard of it, as an optimizer of the Adam family holds it.
 
     Attributes:
-        average: the running average v of g², in the shape of the weight; maybe offloaded from its device.
+        average: the running average v of g², in the shape of the weight; it may be offloaded from its device.
         beta: its decay β₂.
-        step: the steps t that it has averaged over, a number or a tensor of shape (). 0 where a loss scaler has skipped
-            them all: a fused optimizer has made its state by then.
+        step: the steps t that it has averaged over, a number or a tensor of shape (). It is 0 where a loss scaler has
+            skipped every step so far: a fused optimizer has made its state by then.
         eps: the optimizer's own epsilon.
     """
 
@@ -30,100 +30,124 @@ class SecondMoment:
     eps: float
 
     def divide(self, gradient: Tensor) -> None:
-        """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place; g stays where t = 0."""
-        # The device alone may know t: where it is 0, and v with it, divide by 0 / 1 + 1 without asking.
-        stepped = torch.as_tensor(self.step > 0)
-        correction = torch.where(stepped, (1 - self.beta**self.step) ** 0.5, 1.0)
-        eps = torch.where(stepped, self.eps, 1.0)
+        """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place; g is left as it is where t = 0."""
+        # The device alone may know t. Where t is 0, so is v, and dividing by 0 / 1 + 1 is right without asking.
+        stepped = torch.as_tensor(self.step > 0)  # ()
+        correction = torch.where(stepped, (1 - self.beta**self.step) ** 0.5, 1.0)  # ()
+        eps = torch.where(stepped, self.eps, 1.0)  # ()
         for g, v in chunks(gradient, self.average):
             g.div_(v.to(g.device).sqrt().div_(correction).add_(eps))
 
 
 def precondition(gradients: Sequence[Tensor], moments: Iterable[SecondMoment | None]) -> None:
-    """g → g / (√v̂ + eps), in place; g stays where there is no moment yet."""
+    """g → g / (√v̂ + eps), in place; g is left as it is where there is no moment yet."""
     for gradient, moment in zip(gradients, moments, strict=True):
         if moment is not None:
             moment.divide(gradient)
 
 
 def innermost(optimizer: Any) -> Any:
-    """Past the wrappers, Accelerate's and others'."""
+    """The optimizer inside of its wrappers, Accelerate's and others'."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def has_stepped(optimizer: Optimizer) -> bool:
-    """Whether it has taken a step. The host waits for the device where that alone knows: a fused optimizer makes its
-    state in its first step, also if a loss scaler skips that."""
+    """Whether it has taken a step. A fused optimizer makes its state in its first step even if a loss scaler skips
+    that, and only the device knows; the host waits for it."""
     return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)
 
 
 def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that have a momentum, and a copy of it in their dtype, on their device; none before the optimizer's
-    first step.
+    """Those of the weights that have a momentum, and a copy of it in their dtype and on their device; none before the
+    optimizer's first step.
 
     Raises:
-        ValueError: the optimizer has stepped and keeps none.
+        ValueError: the optimizer has stepped and has no momentum.
     """
-    optimizer, found = innermost(optimizer), []
+    optimizer = innermost(optimizer)
+    found, averages = [], []
     for weight in weights:
         state = optimizer.state.get(weight, {})
         average = state.get("exp_avg", state.get("momentum_buffer"))
         if average is not None:
-            found.append((weight, average.to(weight.device, weight.dtype, copy=True)))
+            found.append(weight)
+            averages.append(average.to(weight.device, weight.dtype, copy=True))
         elif state:
             raise ValueError(
-                f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps none (state 'exp_avg' or "
-                f"'momentum_buffer', it has {sorted(state)}). Choose an optimizer that does, or 'gradient'."
+                f"fsam_ascent_direction='momentum': {type(optimizer).__name__} has none (no 'exp_avg' and no "
+                f"'momentum_buffer' in its state, which is {sorted(state)}). Choose an optimizer that has one, or "
+                "fsam_ascent_direction='gradient'."
             )
-    return [weight for weight, _ in found], [average for _, average in found]
+    return found, averages
 
 
 def second_moments(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:
     """The second moment of each weight; None before its first step, and for weights that are not the optimizer's.
 
     Raises:
-        ValueError: the optimizer keeps one of another shape than the weight's.
+        ValueError: the optimizer's has another shape than the weight.
     """
     optimizer = innermost(optimizer)
     group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
-    return [_second_moment(optimizer, group_of.get(weight), weight) for weight in weights]
+    moments: list[SecondMoment | None] = []
+    for weight in weights:
+        group, state = group_of.get(weight), optimizer.state.get(weight, {})
+        if group is None or "exp_avg_sq" not in state:
+            moments.append(None)
+            continue
+        average = state["exp_avg_sq"]
+        if average.shape != weight.shape:
+            raise ValueError(
+                f"fsam_precondition=True: {type(optimizer).__name__} has a second moment of shape "
+                f"{tuple(average.shape)} for a weight of shape {tuple(weight.shape)}, as low-rank optimizers do. Set "
+                "fsam_precondition=False."
+            )
+        moments.append(SecondMoment(average, group["betas"][1], state["step"], group["eps"]))
+    return moments
 
 
-def _second_moment(optimizer: Optimizer, group: dict | None, weight: Tensor) -> SecondMoment | None:
-    state = optimizer.state.get(weight, {})
-    if group is None or "exp_avg_sq" not in state:
-        return None
-    if state["exp_avg_sq"].shape != weight.shape:
+def second_moments_of_shards(optimizer: Optimizer, averages: Iterable[Tensor]) -> Iterator[SecondMoment]:
+    """The same for shards whose running averages are known, while it is not known which group they belong to. Each is
+    taken only when the one before has been used, because offloaded state visits the device.
+
+    Raises:
+        ValueError: the optimizer has no second moment, or its groups differ in β₂ or epsilon.
+    """
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    settings = {(group.get("betas", (0, None))[1], group.get("eps")) for group in groups}
+    state = next((state for state in optimizer.state.values() if "exp_avg_sq" in state), None)
+    if state is None or len(settings) != 1 or None in next(iter(settings)):
         raise ValueError(
-            f"fsam_precondition=True: {type(optimizer).__name__} keeps a second moment of shape "
-            f"{tuple(state['exp_avg_sq'].shape)} for a weight of shape {tuple(weight.shape)}, as low-rank optimizers "
-            "do. Set fsam_precondition=False."
+            f"fsam_precondition=True needs an optimizer of the Adam family with one β₂ and one epsilon for all groups; "
+            f"{type(optimizer).__name__} under DeepSpeed has {settings}. Set fsam_precondition=False."
         )
-    return SecondMoment(state["exp_avg_sq"], group["betas"][1], state["step"], group["eps"])
+    beta, eps = groups[0]["betas"][1], groups[0]["eps"]
+    step = state["step"] if "step" in state else groups[0]["step"]  # DeepSpeed's own optimizers have it in the group
+    return (SecondMoment(average, beta, step, eps) for average in averages)
 
 
 def check_keeps_second_moment(optimizer: Optimizer) -> None:
     """Make sure, before training, that `fsam_precondition` will find what it divides by.
 
-    An optimizer shows its state only after a step, so one of the same class and settings takes a step on a weight of
-    two by two numbers.
+    An optimizer has its state only after a step. So another one of the same class and settings takes a step on a weight
+    of two by two numbers.
 
     Raises:
-        ValueError: it keeps no second moment, or none that is known here; the message names optimizers that do.
+        ValueError: it has no second moment, or none in a form that is known here; the message names optimizers that do.
     """
     optimizer = innermost(optimizer)
     group = next(group for group in optimizer.param_groups if group["params"])
     like = group["params"][0]
-    probe = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)
+    probe = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)  # (2, 2)
     probe.grad = torch.ones_like(probe)
     taken = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in group.items() if key in taken and key != "params"}
     why, error = None, None
     try:
         twin: Any = type(optimizer)([probe], **settings)
-        if callable(getattr(twin, "train", None)):  # a schedule-free one begins in evaluation mode, and does not step
+        if callable(getattr(twin, "train", None)):  # schedule-free ones refuse to step in the mode that they begin in
             twin.train()
         twin.step()
         has = (twin.state[probe].keys(), twin.param_groups[0].keys())
@@ -134,9 +158,9 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
             why = f"keeps none that is known here: no {', no '.join(map(repr, lacks))} (its state is {state})"
         else:
             second_moments(twin, [probe])
-    except Exception as raised:  # whatever an unknown optimizer raises, it could not be asked
+    except Exception as raised:  # an unknown optimizer may raise anything
         if isinstance(optimizer, Adam | AdamW | NAdam | RAdam):
-            return  # a subclass with arguments of its own
+            return  # a subclass whose constructor takes other arguments
         why, error = f"could not be asked ({type(raised).__name__}: {raised})", raised
     if why is not None:
         raise ValueError(

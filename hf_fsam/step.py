@@ -279,7 +279,7 @@ class SplitStep:
         if self.trainer.args.fsam_variant == "logit":
             batch.random.restore()
             with perturbed, fsam.uncounted(model):
-                cotangents = CleanPass(UnperturbedHead(engine.keeps), stops_at_boundary=True)
+                cotangents = CleanPass(UnperturbedHead(engine.detached_weights_stay), stops_at_boundary=True)
                 self._run(cotangents, call, unwrapped(self.trainer.accelerator, model), batch.inputs)
             self.moved, perturbed = cotangents, nullcontext()
         batch.random.restore()
@@ -303,7 +303,7 @@ class SplitStep:
         ]
         momentum = None
         if args.fsam_ascent_direction == "momentum":
-            momentum = engine.momentum(model, trainer.optimizer)
+            momentum = engine.momentum(model, fsam.perturbed_weights(), trainer.optimizer)
             if momentum is None and trainer.state.global_step > 1:
                 logger.warning_once(
                     "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
@@ -329,6 +329,7 @@ class SplitStep:
             # From where the run stands, so that a resumed one rounds alike.
             seed=((args.seed * 1_000_003 + trainer.state.global_step) * 1_009 + fsam.micro_step) % 2**63,
             cotangents=[u for batch in waiting for crossing in batch.clean.crossings for u in crossing.cotangents],
+            direction=trainer.fsam_direction,
         )
         fsam.window = Window(waiting, perturbation, of_gradient=momentum is None)
         return fsam.window
@@ -339,11 +340,12 @@ class SplitStep:
         """A clean pass for each micro-batch of a window. With a `momentum` to ascend along, their backward passes stop
         at the boundary."""
         fsam, engine, args = self.fsam, self.fsam.engine, self.trainer.args
-        unperturbed = UnperturbedHead(engine.keeps, fsam.cotangent_cache)
+        unperturbed = UnperturbedHead(engine.detached_weights_stay, fsam.cotangent_cache)
         ascents: AbstractContextManager[Ascent] = nullcontext(momentum)  # type: ignore[arg-type]
         if momentum is None:
             average = args.fsam_ascent_scope != "rank"
-            ascents = engine.ascent(model, average=average, passes=len(waiting))
+            weights = fsam.perturbed_weights()
+            ascents = engine.ascent(model, weights, average=average, passes=len(waiting))
         with ascents as ascent:
             for batch in waiting:
                 batch.random = RandomState.capture(args.device)

@@ -289,13 +289,14 @@ def train(
     precondition: bool = False,
     momentum: bool = False,
     perturbs: Callable[[int], bool] = lambda step: True,
+    turned: Callable[[Tensors, Tensors], Tensors] = lambda theta, direction: direction,
     scope: Scope = "micro_batch",
     accumulation: int = 1,
     epochs: int = 1,
     max_grad_norm: float = 0.0,
 ) -> Tensors:
     """Train a copy of `model` and return its trainable weights by name. `perturbs`: the optimizer steps, from 0, that
-    are not plain."""
+    are not plain. `turned`: what else makes the direction, of θ and d; ε is 0 for weights that it leaves out."""
     model = copy.deepcopy(model).train()
     parameters = trainable(model)
     optimizer = optimizer_factory(model)
@@ -312,7 +313,7 @@ def train(
                 variant=variant if perturbs(step) else "none",
                 rho=rho,
                 scope=scope,
-                direction=lambda gradient: divided(along(gradient)),
+                direction=lambda gradient: turned(parameters, divided(along(gradient))),
             )
             step += 1
             if max_grad_norm > 0:

@@ -200,7 +200,7 @@ class Probe:
     def away(self, direction: Sequence[Tensor], rho: float) -> Perturbation:
         """θ+ε with ε = ρ d / ‖d‖₂."""
         generator = torch.Generator(self.device).manual_seed(0)
-        return perturb(self.weights, [part.clone() for part in direction], None, rho, generator)
+        return perturb(self.weights, [part.clone() for part in direction], rho, generator)
 
     @torch.no_grad()
     def kept_to_nearest(self, direction: Sequence[Tensor], rho: float) -> float:

@@ -1,20 +1,19 @@
 """FSDP2 (`fully_shard`): weights, gradients and optimizer state are sharded DTensors between the passes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, perturb_shards
-from hf_fsam.engines.local import LocalEngine, gradients_set_aside
-from hf_fsam.optimizer_state import precondition, second_moments
-from hf_fsam.perturbation import Perturbation
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, directions, perturb_shards
+from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
+from hf_fsam.optimizer_state import SecondMoment
+from hf_fsam.perturbation import Direction, Perturbation
 
 
 def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
@@ -46,81 +45,81 @@ def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
 class FSDPEngine(LocalEngine):
     """Every process holds a shard of every weight, and perturbs and restores that."""
 
-    keeps = False  # whole weights are gathered, and moved when gathered anew
+    detached_weights_stay = False  # whole weights are gathered, and may be gathered again into the same memory
     forward_can_be_retried = gradients_whole = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self._model: Any = None
-        self._parameters: list[Any] = []
+        self._weights: list[Any] = []  # DTensors, for which the ascent has a gradient or a momentum
         self._reduce_at_once = True
         self._broken_off = False  # a pass ended early
         self._away: list[list[Tensor]] = []  # [shard, where its θ is]
 
     @contextmanager
-    def ascent(self, model: Any, *, average: bool, passes: int) -> Iterator[Ascent]:
+    def ascent(self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int) -> Iterator[Ascent]:
         if not average:
             raise ValueError(RANK_SET_LATE)
-        self._model, self._parameters = model, []
+        self._model, self._weights = model, []
         self.settle()
         self._broken_off = True  # until the end
-        # Gradients that wait unsharded for the end of the window, as the Trainer has them do, would be reduced with the
-        # ascent of the next micro-batch.
+        # In an accumulation window the Trainer has FSDP reduce the gradients at its end alone. Until then they would
+        # wait unsharded, and be reduced with the ascent of the next micro-batch.
         self._reduce_at_once = passes == 1
         remaining = passes
 
         def backward(loss: Tensor) -> None:
             nonlocal remaining
             remaining -= 1
-            model.set_requires_gradient_sync(remaining == 0)
+            self._model.set_requires_gradient_sync(remaining == 0)
             self._backward(loss)
 
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with gradients_set_aside(parameters, self._cleanup):
+        with gradients_set_aside(trainable(model), self._cleanup):
             ascent = Ascent(model, backward)
-            with self._cleanup.after(lambda: model.set_requires_gradient_sync(self.accelerator.sync_gradients)):
+            with self._cleanup.after(lambda: self._model.set_requires_gradient_sync(self.accelerator.sync_gradients)):
                 yield ascent
             self._broken_off = False
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    self._parameters.append(parameter)
-                    ascent.weights.append(_local(parameter))
-                    ascent.gradients.append(_local(parameter.grad))
+            self._weights = [weight for weight in weights if weight.grad is not None]
+            ascent.weights = [_local(weight) for weight in self._weights]
+            ascent.gradients = [_local(weight.grad) for weight in self._weights]
 
-    def momentum(self, model: Any, optimizer: Optimizer) -> Ascent | None:
+    def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
         self._model, self._reduce_at_once = model, True
-        self._parameters, averages = self._momenta(model, optimizer)
+        self._weights, averages = self._momenta(weights, optimizer)
         if not averages:
             return None
-        return Ascent(model, self._backward, [_local(each) for each in self._parameters], [_local(m) for m in averages])
+        return Ascent(model, self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
 
     def perturb(
-        self, ascent: Ascent, optimizer: Optimizer | None, rho: float, seed: int, cotangents: list[Tensor]
+        self,
+        ascent: Ascent,
+        optimizer: Optimizer | None,
+        rho: float,
+        seed: int,
+        cotangents: list[Tensor],
+        direction: Direction | None,
     ) -> Perturbation:
-        divide = None
-        if optimizer is not None:
-            self._check(optimizer)
-            moments = second_moments(optimizer, self._parameters)
-            local = [moment and replace(moment, average=_local(moment.average)) for moment in moments]
-            divide = partial(precondition, moments=local)
-        return perturb_shards(self.accelerator, ascent.weights, ascent.gradients, divide, rho, seed)
+        moments = None if optimizer is None else self._second_moments(optimizer, self._weights)
+        return perturb_shards(self.accelerator, ascent, rho, seed, directions(moments, direction))
+
+    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:
+        moments = super()._second_moments(optimizer, weights)
+        return [moment and replace(moment, average=_local(moment.average)) for moment in moments]
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         with self._cleanup.after(self._put_back):
             if self._reduce_at_once:
                 self._model.set_requires_gradient_sync(True)
-            self._exchange_contents(perturbation)
+            self._swap_numbers(perturbation)
             self._broken_off = True
             yield
             self._broken_off = False
 
     @torch.no_grad()
-    def _exchange_contents(self, perturbation: Perturbation) -> None:
-        """FSDP gathers from the memory that the shards lie in: the numbers have to change places, not the tensors.
-
-        Its streams wait for the current one at the beginning of each forward pass (torch 2.13).
-        """
+    def _swap_numbers(self, perturbation: Perturbation) -> None:
+        """FSDP gathers from the memory that the shards lie in: the numbers have to change places, not the tensors. Its
+        streams wait for the current one at the beginning of each forward pass (read in torch 2.13)."""
         for shard, value in zip(perturbation.weights, perturbation.values, strict=True):
             theta = shard.clone()
             self._away.append([shard, theta])
@@ -135,9 +134,9 @@ class FSDPEngine(LocalEngine):
             self._forget_gathered()
 
     def settle(self) -> None:
-        """FSDP goes on where a pass was broken off, unless it is told to begin anew, in torch 2.13 by its root."""
+        """FSDP goes on where a pass was broken off, unless its root is told to begin anew (read in torch 2.13)."""
         if self._broken_off and hasattr(self._model, "reset_iter_state"):
-            with suppress(AttributeError):  # it has not had a first pass yet, and what is reset is not there
+            with suppress(AttributeError):  # before its first pass, what is reset does not exist
                 self._model.reset_iter_state()
         self._broken_off = False
 
@@ -150,10 +149,11 @@ class FSDPEngine(LocalEngine):
             value = shard.clone()
             shard.copy_(theta)
             self._away.pop()
-            theta.copy_(value)  # the next micro-batch of the window is perturbed alike
+            theta.copy_(value)  # for the next micro-batch of the window
 
     def _forget_gathered(self) -> None:
-        """A pass that raised before its backward leaves some weights gathered at θ+ε: have them gathered anew."""
+        """A pass that raised before its backward pass leaves some weights gathered at θ+ε. After this they are gathered
+        from the shards when they are next used."""
         from torch.distributed.fsdp import FSDPModule
 
         for module in self._model.modules():

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from hf_fsam.engines import deepspeed as engine
+from hf_fsam.engines import deepspeed_internals as internals
 from tests.engines.worker import start_anew
 from tests.toys import llama, make_trainer, sentences
 
@@ -207,7 +207,7 @@ def train(folder: Path, cured: bool = True, **settings: Any) -> dict[str, Any]:
     if not cured:
 
         def wait(self: Stream, other: Stream) -> None:
-            if sys._getframe(1).f_globals is not vars(engine):
+            if sys._getframe(1).f_globals is not vars(internals):
                 wait_stream(self, other)
 
         Stream.wait_stream = wait  # type: ignore[method-assign]

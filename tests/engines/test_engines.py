@@ -63,6 +63,21 @@ FEATURES: dict[str, dict[str, Any]] = {
     # Rows with few targets count for less: by their number, not by their process.
     "unequal_targets": VARIANTS["functional"] | {"masked": True, "gradient_accumulation_steps": 2},
 }
+# What a subclass of the trainer changes: over which weights, along what.
+SOME = {"perturbs": "attn"}
+ADAPTIVE = SOME | {"adaptive": True}
+SEAMS: dict[str, dict[str, Any]] = {
+    "some-sam": VARIANTS["sam"] | SOME,
+    "some-functional": VARIANTS["functional"] | SOME | {"gradient_accumulation_steps": 2},
+    "some-preconditioned": VARIANTS["preconditioned"] | SOME,
+    "some-window": VARIANTS["preconditioned"]
+    | SOME
+    | {"gradient_accumulation_steps": 2, "fsam_ascent_scope": "optimizer_step"},
+    "some-momentum": VARIANTS["functional"] | SOME | {"fsam_ascent_direction": "momentum"},
+    "adaptive": VARIANTS["preconditioned"] | ADAPTIVE | {"perturbs": ""},
+    "some-adaptive": VARIANTS["logit"] | ADAPTIVE,
+    "some-adaptive-momentum": VARIANTS["functional"] | ADAPTIVE | {"fsam_ascent_direction": "momentum"},
+}
 TWICE = {"gradient_accumulation_steps": 2}
 WINDOW = TWICE | {"fsam_ascent_scope": "optimizer_step"}
 # One process, the other, or both have nothing to learn from: in a micro-batch, in a step, in a window.
@@ -106,7 +121,7 @@ BF16: dict[str, dict[str, Any]] = {
 
 
 def cases_of(engine: str) -> dict[str, dict[str, Any]]:
-    cases = MATRIX | FEATURES | NOTHING
+    cases = MATRIX | FEATURES | SEAMS | NOTHING
     if engine in ("ddp", "zero0"):
         cases |= RANK | SOMETIMES | (DDP if engine == "ddp" else {})
     elif engine in ("zero1", "zero2"):
@@ -189,6 +204,13 @@ def _reference_weights(case: str) -> tuple[Tensors, Tensors]:
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
         return optimizer
 
+    def turned(theta: Tensors, direction: Tensors) -> Tensors:
+        return {
+            name: d * theta[name].detach().square() if settings.get("adaptive") else d
+            for name, d in direction.items()
+            if settings.get("perturbs", "") in name
+        }
+
     ended = reference.train(
         model,
         problem_of(settings),
@@ -197,6 +219,7 @@ def _reference_weights(case: str) -> tuple[Tensors, Tensors]:
         precondition=settings.get("fsam_precondition", False),
         momentum="fsam_ascent_direction" in settings,
         perturbs=lambda step: step % settings.get("fsam_every_steps", 1) == 0,
+        turned=turned,
         rho=settings["fsam_rho"],
         scope=scope,
         accumulation=accumulation,
@@ -271,7 +294,7 @@ def test_the_base_model_stays_under_adapters(engine: str, trained: Any) -> None:
 def test_the_reference_tells_the_cases_apart() -> None:
     """Each two end further apart than the tolerance, so that none can stand in for another."""
     others = ("lora", "untied", "reads_untied", "smoothed")  # other models
-    cases = MATRIX | FEATURES | NOTHING | RANK
+    cases = MATRIX | FEATURES | SEAMS | NOTHING | RANK
     ends = {name: reference_weights(case)[1] for name, case in cases.items() if name not in others}
     # With one micro-batch in the window, both scopes are the same.
     alike = {frozenset((f"{v}-accumulate1-micro_batch", f"{v}-accumulate1-optimizer_step")) for v in VARIANTS}

@@ -3,6 +3,7 @@
 import gc
 from contextlib import nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,12 @@ import torch
 from accelerate.utils import DistributedType
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.engines import select_engine
+from hf_fsam.engines import deepspeed_internals, select_engine
 from hf_fsam.engines.deepspeed import (
     FlatDeepSpeedEngine,
     ReplicatedDeepSpeedEngine,
     ShardedDeepSpeedEngine,
     WholeDeepSpeedEngine,
-    _along,
-    _gradients_to,
     select_deepspeed_engine,
 )
 from hf_fsam.engines.fsdp import FSDPEngine, select_fsdp_engine
@@ -35,6 +34,7 @@ ARGUMENTS: dict[str, Any] = {
 
 
 def select(config: dict[str, Any], **arguments: Any) -> object:
+    pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
     return select_deepspeed_engine(SimpleNamespace(**(ARGUMENTS | arguments)), SimpleNamespace(state=state))
 
@@ -117,8 +117,34 @@ def test_under_fsdp(change: dict[str, Any], named: str) -> None:
         select_fsdp(**change)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "stages"),
+    [
+        ("deepspeed.runtime.engine.DeepSpeedEngine", "was_step_applied", (0, 1, 2, 3)),
+        ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "process_gradients", (1, 2)),
+        ("deepspeed.runtime.base_optimizer.ZeROOptimizer", "_backward_active_depth", (1, 2, 3)),
+        ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "backward_epilogue", (3,)),
+        ("deepspeed.runtime.comm.coalesced_collectives", "reduce_scatter_coalesced", (3,)),
+        ("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", (3,)),
+    ],
+)
+def test_a_deepspeed_without_a_name_that_is_used_is_refused_before_training(
+    owner: str, name: str, stages: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
+    for base in getattr(resolve_name(owner), "__mro__", [resolve_name(owner)]):
+        if name in vars(base):
+            monkeypatch.delattr(base, name)
+    for stage in range(4):
+        refused = pytest.raises(
+            RuntimeError, match=rf"{name}\)\. Run `pip install deepspeed==0\.19\.8`, choose another"
+        )
+        with refused if stage in stages else nullcontext():
+            select(config(stage))
+
+
 class BF16Like:
-    """What DeepSpeed puts around an optimizer, with hooks of its own."""
+    """What DeepSpeed may put around an optimizer, with hooks that are not those of ZeRO."""
 
     def clear_backward_seen_flag(self) -> None: ...
 
@@ -132,33 +158,41 @@ class ZeroLike(BF16Like):
         self._backward_active_depth -= 1
 
 
+def wrapped(optimizer: Any) -> Any:
+    names = {"basic_optimizer": "AdamW", "global_steps": 1, "skipped_steps": 0, "module": torch.nn.Linear(1, 1)}
+    return SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 1, **names)
+
+
 def test_what_deepspeed_puts_around_an_optimizer_is_known_or_refused() -> None:
+    pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
+    with pytest.raises(RuntimeError, match=r"DeepSpeed 0\.19\.8's .*\(BF16Like: process_gradients\)"):
+        deepspeed_internals.check_engine(wrapped(BF16Like()))
+    with pytest.raises(RuntimeError, match=r"\(DeepSpeedEngine: basic_optimizer\)"):
+        deepspeed_internals.check_engine(SimpleNamespace(optimizer=BF16Like()))
+
+
+def test_gradients_of_an_ascent_do_not_reach_zero() -> None:
     taken: list[Any] = []
-
-    def gradients(wrapper: Any, inner: Any = None) -> Any:
-        engine = SimpleNamespace(optimizer=wrapper, basic_optimizer=wrapper if inner is None else inner)
-        return _gradients_to(engine, Cleanup(), taken.append)
-
-    with (
-        pytest.raises(RuntimeError, match=r"does not know DeepSpeed's BF16Like.*DeepSpeed 0\.19\.8"),
-        gradients(BF16Like(), inner="AdamW"),
-    ):
-        pass
-    with gradients(torch.optim.SGD([torch.zeros(1)])):  # stage 0, where it puts nothing
-        pass
     known = ZeroLike()
-    with gradients(known, inner="AdamW"):
+    with deepspeed_internals.gradients_to(wrapped(known), Cleanup(), taken.append):
         known.process_gradients("weight", 0)
     known.process_gradients("another", 0)
     assert taken == ["weight"]
     assert known._backward_active_depth == 0
     assert vars(known).keys() == {"_backward_active_depth"}
+    plain = SimpleNamespace(optimizer="AdamW", basic_optimizer="AdamW")  # stage 0
+    with deepspeed_internals.gradients_to(plain, Cleanup(), taken.append):
+        pass
 
 
 def test_momentum_is_copied_to_the_device_of_the_gradients() -> None:
     """However little of it is there: moments and shards may both be offloaded."""
     moments, shards = [torch.ones(4, dtype=torch.float32)], [torch.zeros(2, 2, dtype=torch.bfloat16)]
-    (copy,) = _along(moments, shards, torch.nn.Linear(1, 1), torch.device("meta")).gradients
+    wrapper = SimpleNamespace(engine=wrapped("AdamW"))
+    accelerator = SimpleNamespace(deepspeed_engine_wrapped=wrapper, device=torch.device("meta"))
+    ascent = ShardedDeepSpeedEngine(accelerator)._ascent_along(moments, shards)
+    assert ascent is not None
+    (copy,) = ascent.gradients
     assert (copy.device.type, copy.dtype, copy.shape) == ("meta", torch.bfloat16, (2, 2))
 
 
@@ -167,8 +201,18 @@ ENGINES += [ShardedDeepSpeedEngine, FSDPEngine]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_only_where_a_pass_has_no_side_effects_is_it_made_again(engine: Any) -> None:
+def test_a_pass_is_made_again_only_where_it_has_no_side_effects(engine: Any) -> None:
     assert engine.forward_can_be_retried == engine.gradients_whole == (engine is LocalEngine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_says_what_it_can_do(engine: Any) -> None:
+    """And does not take it over from another one, of which it may not be true."""
+    said = [vars(kind) for kind in engine.__mro__[: 1 if issubclass(engine, LocalEngine) else 2]]
+    for capability in ("detached_weights_stay", "forward_can_be_retried", "gradients_whole"):
+        assert any(capability in names for names in said), capability
+    moves = (FlatDeepSpeedEngine, ShardedDeepSpeedEngine, FSDPEngine)
+    assert engine.detached_weights_stay == (not issubclass(engine, moves))
 
 
 @pytest.mark.parametrize(("kind", "refused"), [(DistributedType.MULTI_CPU, True), (DistributedType.NO, False)])

@@ -23,7 +23,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from benchmarks.collectives import Collectives
 from benchmarks.peak_memory import PeakMemory
-from hf_fsam import perturbation
+from hf_fsam import FSAMTrainer, perturbation
 from hf_fsam.heads import fused_loss
 from tests.engines.distributed import gated, without_labels
 from tests.toys import WIDE, adapted, gpt2, llama, make_trainer, sentences
@@ -141,6 +141,22 @@ class Measured(TrainerCallback):
             self.peak = self.memory.peak
 
 
+def seams(piece: str, adaptive: bool) -> type[FSAMTrainer]:
+    """A trainer that perturbs the weights with `piece` in their name and, if it is adaptive, in proportion to their
+    squares."""
+
+    class Seams(FSAMTrainer):
+        def fsam_perturbs(self, name: str, weight: Tensor) -> bool:
+            return piece in name
+
+        def fsam_direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+            if adaptive:
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    gradient.mul_(weight.to(gradient.device).square())
+
+    return Seams
+
+
 @torch.no_grad()
 def assert_finite(logits: Any) -> None:
     assert logits.exp().isfinite().all()
@@ -163,6 +179,8 @@ def train(
     evaluated: bool = False,
     struck: dict[str, Any] | None = None,
     progress: str | None = None,
+    perturbs: str = "",
+    adaptive: bool = False,
     **settings: Any,
 ) -> tuple[Any, ...]:
     """One case.
@@ -182,6 +200,7 @@ def train(
         evaluated: find out the loss on four rows, before that.
         struck: arguments of :func:`strike`.
         progress: where :class:`Progress` tells.
+        perturbs, adaptive: attributes of :class:`Seams`.
     """
     if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
@@ -199,6 +218,7 @@ def train(
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
+        seams(perturbs, adaptive),
         train_sampling_strategy="sequential",
         trainer={"train_dataset": without_labels(sentences(rows, masked=masked), unlabelled)},
         **settings,

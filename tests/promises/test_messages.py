@@ -25,13 +25,14 @@ from transformers.utils import logging
 import hf_fsam
 from hf_fsam import FSAMDiagnosticsCallback, FSAMMixin, FSAMTrainer
 from hf_fsam.diagnostics.probe import Probe
-from hf_fsam.engines import _generating, base, select_engine
+from hf_fsam.engines import base, select_engine
 from hf_fsam.engines.deepspeed import (
     FlatDeepSpeedEngine,
     ReplicatedDeepSpeedEngine,
-    _second_moment_settings,
 )
 from hf_fsam.engines.fsdp import FSDPEngine
+from hf_fsam.optimizer_state import second_moments_of_shards
+from hf_fsam.refusals import generating_method
 from hf_fsam.rho import main as rho
 from hf_fsam.studies.compare import Runner, parse, read_results, run_study
 from hf_fsam.studies.study import load_studies
@@ -254,7 +255,7 @@ def deepspeed(bad: dict[str, Any], good: dict[str, Any]) -> dict[str, Run]:
 
 def enters(engine: Any, average: bool) -> Run:
     def run(folder: Path) -> None:
-        engine(Accelerator(cpu=True)).ascent(llama(), average=average, passes=1).__enter__()
+        engine(Accelerator(cpu=True)).ascent(llama(), [], average=average, passes=1).__enter__()
 
     return run
 
@@ -266,8 +267,7 @@ def adam_inside(betas: tuple[float, float]) -> Run:
         optimizer = torch.optim.AdamW(groups)
         sum(weight.sum() for weight in weights).backward()
         optimizer.step()
-        engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer), global_steps=1, skipped_steps=0)
-        _second_moment_settings(engine)
+        second_moments_of_shards(optimizer, [])
 
     return run
 
@@ -444,7 +444,7 @@ OPTIMIZERS = [
         with_optimizer(_LowRank),
     ),
     Row(
-        "Choose an optimizer that does, or 'gradient'",
+        "Choose an optimizer that has one, or fsam_ascent_direction='gradient'",
         with_optimizer(torch.optim.Adagrad, **along_momentum),
         with_optimizer(torch.optim.Adagrad, fsam_ascent_direction="gradient"),
     ),
@@ -798,9 +798,9 @@ ROWS_OF_MESSAGES = [*ARGUMENTS, *ENGINES, *OPTIMIZERS, *STEP, *DIAGNOSTICS, *COM
 
 # Messages without a row: the test that holds them, or why there is none.
 ELSEWHERE = {
-    "can't be cut alike": "two tensors of the package's own that are not of one shape",
+    "can't be cut at the same places": "two tensors of the package's own that are not of one shape",
     "ddp_static_graph=True": "test_a_static_graph_is_refused_where_ddp_would_follow_it",
-    "hf_fsam does not know DeepSpeed's": "test_engine_selection.py",
+    "hf_fsam uses a name of DeepSpeed": "test_a_deepspeed_without_a_name_that_is_used_is_refused_before_training",
     "tokens' logits where the first had": "test_a_second_pass_that_takes_other_tokens_is_an_error",
     "log-probabilities of": "as the row before, in TRL's fused head",
     "called TRL's fused head where the first did not": "as the row before",
@@ -818,7 +818,6 @@ ELSEWHERE = {
     "is in none of DeepSpeed's flat groups": "a layout that no version has had",
     "was set after the start with fsam_ascent_scope": "an engine's state in the middle of a training",
     ": give 1 or more.": "a row for each option",
-    "CUDA graphs, which hold on to the place": "a row for each cure",
 }
 
 
@@ -856,13 +855,13 @@ def test_trl_trainers_that_generate_are_known() -> None:
     import trl
 
     for name in TRLS:
-        assert _generating(getattr(trl, f"{name}Trainer")), name
+        assert generating_method(getattr(trl, f"{name}Trainer")), name
     for name in EXPERIMENTAL:
         package, trainer = name.split(".")
         module = importlib.import_module(f"trl.experimental.{package}")
-        assert _generating(getattr(module, f"{trainer}Trainer")), name
+        assert generating_method(getattr(module, f"{trainer}Trainer")), name
     for name in ("SFT", "DPO", "Reward", "KTO"):
-        assert _generating(getattr(trl, f"{name}Trainer")) is None, name
+        assert generating_method(getattr(trl, f"{name}Trainer")) is None, name
 
 
 def messages() -> Iterator[tuple[str, str]]:

@@ -1,7 +1,5 @@
 """The perturbation of a list of tensors: its length, its direction, its rounding, its way back."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -37,8 +35,8 @@ def test_epsilon_is_rho_times_the_unit_direction_over_all_weights_together(preco
     expected = [w.double() + 0.3 * d / length for w, d in zip(weights, directions, strict=True)]
     whole = torch.cat([g.flatten() for g in gradients]).norm()
 
-    divide = partial(precondition, moments=moments) if preconditioned else None
-    result = perturb(weights, gradients, divide, 0.3, _generator())
+    divide = [lambda weights, gradients: precondition(gradients, moments)] if preconditioned else []
+    result = perturb(weights, gradients, 0.3, _generator(), divide)
     for value, reference in zip(result.values, expected, strict=True):
         torch.testing.assert_close(value.double(), reference, rtol=1e-6, atol=1e-7)
     assert result.radius.item() == pytest.approx(0.3, rel=1e-5)
@@ -47,9 +45,9 @@ def test_epsilon_is_rho_times_the_unit_direction_over_all_weights_together(preco
 
 
 def test_large_tensors_are_worked_on_in_pieces_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = perturb(*_pair((37, 5), (64,)), None, 0.1, _generator())
+    whole = perturb(*_pair((37, 5), (64,)), 0.1, _generator())
     monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
-    pieces = perturb(*_pair((37, 5), (64,)), None, 0.1, _generator())
+    pieces = perturb(*_pair((37, 5), (64,)), 0.1, _generator())
     assert all(map(torch.equal, whole.values, pieces.values))
     assert pieces.radius.item() == pytest.approx(whole.radius.item(), rel=1e-5)
 
@@ -97,7 +95,7 @@ def test_a_second_moment_that_has_averaged_nothing_yet_leaves_the_gradient(step:
 def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     weights, gradients = _pair((3, 4), (5,))
     gradients[1][2] = bad
-    result = perturb(weights, gradients, None, 0.1, _generator())
+    result = perturb(weights, gradients, 0.1, _generator())
     assert all(map(torch.equal, result.values, weights))
     assert result.skipped
     assert result.radius == 0
@@ -105,7 +103,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
 
 def test_a_gradient_of_zero_moves_nothing_and_is_no_failure() -> None:
     weights, gradients = _pair((3, 4))
-    result = perturb(weights, [g.zero_() for g in gradients], None, 0.1, _generator())
+    result = perturb(weights, [g.zero_() for g in gradients], 0.1, _generator())
     assert torch.equal(result.values[0], weights[0])
     assert not result.skipped
     assert result.radius == 0
@@ -113,12 +111,12 @@ def test_a_gradient_of_zero_moves_nothing_and_is_no_failure() -> None:
 
 def test_a_gradient_too_short_to_be_scaled_moves_nothing() -> None:
     weights, gradients = _pair((3, 4))
-    result = perturb(weights, [g.mul_(1e-42) for g in gradients], None, 0.1, _generator())
+    result = perturb(weights, [g.mul_(1e-42) for g in gradients], 0.1, _generator())
     assert torch.equal(result.values[0], weights[0])
 
 
 def test_no_weights_at_all() -> None:
-    assert perturb([], [], None, 0.1, _generator()).radius == 0
+    assert perturb([], [], 0.1, _generator()).radius == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -132,7 +130,7 @@ def test_bfloat16_keeps_the_radius_along_the_direction_where_rounding_to_nearest
     kept = torch.dot(nearest.float() - weights[0].float(), direction).item() / rho
     if dtype == torch.bfloat16:
         assert kept < 0.2
-    result = perturb(weights, gradients, None, rho, _generator())
+    result = perturb(weights, gradients, rho, _generator())
     along = torch.dot(result.values[0].float() - weights[0].float(), direction).item()
     assert along == pytest.approx(rho, rel=0.05)
     assert result.radius.item() == pytest.approx(along, rel=1e-2)
@@ -141,7 +139,7 @@ def test_bfloat16_keeps_the_radius_along_the_direction_where_rounding_to_nearest
 def test_bfloat16_keeps_the_radius_at_a_hundred_million_weights() -> None:
     weights, gradients = _pair((10_000, 10_000), dtype=torch.bfloat16)
     length = gradients[0].double().norm().item()
-    result = perturb(weights, gradients, None, 0.05, _generator())
+    result = perturb(weights, gradients, 0.05, _generator())
     assert result.gradient_norm.item() == pytest.approx(length, rel=1e-3)
     assert result.radius.item() == pytest.approx(0.05, rel=0.01)  # the mean is exact; its error is 0.4 % here
 
@@ -170,7 +168,7 @@ def test_the_exchange_is_exact_and_undone_by_any_exception() -> None:
     weights, gradients = _pair((3, 4), (5,), dtype=torch.bfloat16)
     parameters = [torch.nn.Parameter(w) for w in weights]
     before, places = [p.detach().clone() for p in parameters], [p.data_ptr() for p in parameters]
-    result = perturb(parameters, gradients, None, 1.0, _generator())
+    result = perturb(parameters, gradients, 1.0, _generator())
     exchange = WeightSwap()
 
     def interrupted() -> None:

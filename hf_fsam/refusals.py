@@ -1,0 +1,189 @@
+"""What is not supported of a trainer's way of running, whatever the engine. Asked before training."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+_FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_LAUNCH = "run one process a device under `torchrun` or `accelerate launch`, with DDP, FSDP2 or DeepSpeed ZeRO"
+
+
+def refusals(trainer: Any) -> Iterator[tuple[str, str]]:
+    """What is not supported, and what to do about it."""
+    yield from _launch(trainer.args, trainer.accelerator)
+    yield from _parallelism(trainer, trainer.accelerator)
+    yield from _training(trainer.args)
+    yield from _cuda_graphs(trainer.args, trainer.model)
+    yield from _loss(trainer.args, type(trainer))
+    yield from _weights(trainer.model)
+
+
+def _launch(args: Any, accelerator: Any) -> Iterator[tuple[str, str]]:
+    """How the processes were started."""
+    if args.n_gpu > 1:
+        yield f"DataParallel (n_gpu={args.n_gpu} without a launcher)", f"{_LAUNCH}, or set CUDA_VISIBLE_DEVICES=0"
+    if accelerator.distributed_type not in _SUPPORTED:
+        yield f"distributed_type={accelerator.distributed_type.value}", _LAUNCH
+    if args.parallel_mode.value.startswith(("sagemaker", "tpu")):
+        yield f"parallel_mode={args.parallel_mode.value!r}", _LAUNCH
+
+
+def _parallelism(trainer: Any, accelerator: Any) -> Iterator[tuple[str, str]]:
+    """How the model is spread over devices."""
+    if trainer.is_model_parallel:
+        yield (
+            "a model spread over several devices (hf_device_map)",
+            "load it without device_map, and shard what one device can't hold with FSDP2 or DeepSpeed ZeRO-3",
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        yield (
+            "a model sharded at load time (DistributedConfig)",
+            "load it without distributed_config, and shard it with FSDP2 (fsdp_config version: 2) or DeepSpeed ZeRO-3",
+        )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    kinds = [kind for kind in ("tp", "cp", "sp") if getattr(parallelism, f"{kind}_enabled", False)]
+    if kinds:
+        yield (
+            f"tensor, context and sequence parallelism (parallelism_config with {'_size, '.join(kinds)}_size > 1)",
+            "set these sizes to 1, and shard with FSDP2 or DeepSpeed ZeRO-3",
+        )
+    ddp = getattr(accelerator, "ddp_handler", None)
+    if accelerator.distributed_type.value.startswith("MULTI") and getattr(ddp, "static_graph", False):
+        yield (
+            "ddp_static_graph=True (or Accelerate's static_graph), with which DDP takes the first pass that it sees "
+            "for the training's",
+            "leave it out",
+        )
+
+
+def _training(args: Any) -> Iterator[tuple[str, str]]:
+    """What a step must not do before its end."""
+    optim = str(getattr(args.optim, "value", args.optim) or "")
+    if "lomo" in optim or "layerwise" in optim:
+        yield (
+            f"optim={optim!r}, which steps inside the backward pass",
+            f"set optim={optim.removesuffix('_layerwise')!r}" if "layerwise" in optim else "set optim='adamw_torch'",
+        )
+
+
+def _cuda_graphs(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """CUDA graphs read the weights where these were when the graph was recorded, and would miss the perturbed ones."""
+    if args.torch_compile_mode in ("reduce-overhead", "max-autotune"):
+        yield (
+            f"torch_compile_mode={args.torch_compile_mode!r}, whose CUDA graphs read the weights where they once were",
+            "set torch_compile_mode='default' or 'max-autotune-no-cudagraphs'",
+        )
+    if args.torch_compile_backend == "cudagraphs":
+        yield "CUDA graphs (torch_compile_backend='cudagraphs')", "set torch_compile_backend='inductor'"
+    if args.torch_compile:
+        import torch._inductor.config
+
+        if torch._inductor.config.triton.cudagraphs:
+            yield (
+                "CUDA graphs (torch._inductor.config.triton.cudagraphs, or TORCHINDUCTOR_CUDAGRAPHS in the "
+                "environment)",
+                "set it to False, or 0",
+            )
+    for name, module in model.named_modules():
+        # The first is what model.compile() sets, the second what torch.compile(model) and
+        # model.forward = torch.compile(model.forward) do.
+        for compiled in (vars(module).get("_compiled_call_impl"), vars(module).get("forward")):
+            # Read in torch 2.13: inductor's callables have this method, which returns its settings together with what
+            # its mode makes of them. Those of other backends don't.
+            config: dict | None = getattr(compiled, "get_compiler_config", dict)()
+            if config and config.get("triton.cudagraphs"):
+                yield (
+                    f"CUDA graphs ({name or type(module).__name__} is compiled with them)",
+                    "compile it with mode='default' or 'max-autotune-no-cudagraphs'",
+                )
+
+
+def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
+    """How the loss comes about."""
+    # Here, because heads import from engines, which import this module.
+    from hf_fsam.heads.trl import has_unknown_fused_head
+
+    if args.use_liger_kernel:
+        yield (
+            "use_liger_kernel=True, whose fused loss replaces the model's own",
+            "set use_liger_kernel=False: with fsam_fused_head a language model makes no logits either",
+        )
+    method = generating_method(trainer_class)
+    if method is not None:
+        yield (
+            f"a trainer that generates what it trains on, as {method} does: the second pass would be on other text",
+            "generate before the training, into the data set, and what is only looked at in a TrainerCallback",
+        )
+    if args.fsam_variant in ("functional", "logit") and has_unknown_fused_head(trainer_class):
+        yield (
+            "the fused head of this TRL, which is another than that of TRL 1.16",
+            "install trl==1.16.*, or set fsam_variant='sam'",
+        )
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.dtype not in _FORMATS:
+            yield (
+                f"trainable weights of {weight.dtype} ({name}), which have no norm or no rounding here",
+                "keep that weight in float32 (a complex one as two real ones, torch.view_as_real), or freeze it with "
+                "requires_grad_(False)",
+            )
+
+
+_GENERATES = re.compile(r"(^|_)generate(_|$)|for_generation")
+# Methods that these call are not looked into: they may be an evaluation.
+_STEPS = ("training_step", "compute_loss")
+_DO_NOT_GENERATE = ("transformers", "hf_fsam", "builtins")
+
+
+def generating_method(trainer_class: type) -> str | None:
+    """The method that generates text, and makes a batch or a loss of it; None where none does.
+
+    Found by the names in its code. TRL 1.16's GRPO, RLOO, distillation, GOLD, A2PO and their like generate in
+    `_prepare_inputs`, or in methods that it calls; online DPO and GKD in `training_step`.
+    """
+    owners = [each for each in trainer_class.__mro__ if each.__module__.split(".")[0] not in _DO_NOT_GENERATE]
+
+    def generates(name: str, seen: set[str]) -> bool:
+        """seen: methods that have been looked into, and are not looked into again."""
+        for owner in owners:
+            code = getattr(inspect.unwrap(vars(owner).get(name, print)), "__code__", None)
+            for called in _names(code) if code else ():
+                if _GENERATES.search(called):
+                    return True
+                if name not in _STEPS and called not in seen:
+                    seen.add(called)
+                    if generates(called, seen):
+                        return True
+        return False
+
+    for name in ("_prepare_inputs", *_STEPS):
+        if generates(name, {name}):
+            owner = next(each for each in owners if name in vars(each))
+            return f"{owner.__name__}.{name}"
+    return None
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Of everything that the code reads or calls, in the functions inside of it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
