@@ -275,7 +275,8 @@ def adam_inside(betas: tuple[float, float]) -> Run:
 def geometry(engine: type, **arguments: Any) -> Run:
     def run(folder: Path) -> None:
         trainer = make_trainer(folder, **arguments)
-        trainer.fsam.engine = engine(trainer.accelerator)
+        trainer.fsam_engine = lambda: engine(trainer.accelerator)
+        trainer.fsam.forget_engine()
         if trainer.args.fsam_diagnostics_steps:
             Probe(trainer, 1)
 
@@ -578,7 +579,13 @@ def own_log_softmax(outputs: Any, labels: Tensor, num_items_in_batch: Any = None
     return -(outputs.logits * outputs.logits).softmax(-1).log().mean()
 
 
+class _PerturbsNothing(FSAMTrainer):
+    def fsam_perturbs(self, name: str, weight: Tensor) -> bool:
+        return False
+
+
 STEP = [
+    Row("names no trainable weight to perturb", takes(_PerturbsNothing), takes(_Below)),
     Row("stands before FSAMMixin", both_orders("trainer"), both_orders("mixin")),
     Row("does not call FSAMMixin's", takes(_Above), takes(_Below)),
     Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),

@@ -1,0 +1,191 @@
+"""docs/EXTENDING.md: a variant and an engine of one's own, each in a few lines and without a private name."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_fsam import FSAMTrainer
+from hf_fsam.engines import LocalEngine
+from hf_fsam.perturbation import Perturbation
+from tests import reference
+from tests.reference import Tensors
+from tests.toys import distance, llama, make_trainer, same_bits, sentences, weights_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "EXTENDING.md"
+STEPS, RHO = 6, 0.1
+
+
+# A variant ------------------------------------------------------------------------------------------------------------
+
+
+class AdaptiveTrainer(FSAMTrainer):
+    """Ascends along θ² g, which ASAM does (Kwon et al. 2021), in the matrices alone and in the last half of the
+    training."""
+
+    def fsam_is_due(self) -> bool:
+        return super().fsam_is_due() and 2 * self.state.global_step >= self.state.max_steps
+
+    def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
+        return weight.ndim >= 2
+
+    def fsam_direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            gradient.mul_(weight.square())
+
+
+class HalfBatchTrainer(FSAMTrainer):
+    """Ascends on the first half of each micro-batch."""
+
+    def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value[: len(value) // 2] for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+# An engine ------------------------------------------------------------------------------------------------------------
+
+
+class HostBackupEngine(LocalEngine):
+    """Writes θ+ε into the weights, while θ waits on the host: one copy of the weights less on the device."""
+
+    detached_weights_stay = False  # their memory is written to
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self.backup: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+        self.backup = [(weight.data, weight.detach().to("cpu", copy=True)) for weight in perturbation.weights]
+        try:
+            for (weight, _), value in zip(self.backup, perturbation.values, strict=True):
+                weight.copy_(value)
+            yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        super().restore()
+        for weight, theta in self.backup:
+            weight.copy_(theta)
+        self.backup = []
+
+
+class HostBackupTrainer(FSAMTrainer):
+    def fsam_engine(self) -> HostBackupEngine:
+        return HostBackupEngine(self.accelerator)
+
+
+# Both are what they say -----------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "fsam_rho": RHO,
+    "max_steps": STEPS,
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.0,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def trained(folder: Path, trainer_class: type, **settings: Any) -> Tensors:
+    trainer = make_trainer(folder, trainer_class=trainer_class, **SETTINGS, **settings)
+    trainer.train()
+    names = reference.trainable(trainer.model)
+    return {name: weight for name, weight in weights_of(trainer.model).items() if name in names}
+
+
+def expected(**settings: Any) -> Tensors:
+    rows = sentences()
+    batches = [
+        {key: torch.stack([row[key] for row in rows[start : start + 2]]) for key in rows[0]}
+        for start in range(0, 4 * STEPS, 2)
+    ]
+    return reference.train(
+        llama(),
+        reference.Problem(reference.causal_lm_loss, count=reference.count_shifted_labels),
+        batches,
+        variant="functional",
+        rho=RHO,
+        optimizer_factory=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0),
+        accumulation=2,
+        **settings,
+    )
+
+
+def adaptive(theta: Tensors, direction: Tensors) -> Tensors:
+    return {name: d * theta[name].detach().square() for name, d in direction.items() if d.ndim >= 2}
+
+
+def test_a_variant_is_the_formula_that_it_writes_down(tmp_path: Path) -> None:
+    found = trained(tmp_path, AdaptiveTrainer)
+    settings = {"perturbs": lambda step: 2 * step >= STEPS, "turned": adaptive}
+    assert distance(found, expected(**settings)) < 1e-5
+    for other in (settings | {"turned": lambda theta, d: d}, settings | {"perturbs": lambda step: True}):
+        assert distance(found, expected(**other)) > 1e-4
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_ascent_on_other_inputs_keeps_the_cotangents_of_all(tmp_path: Path, scope: str, fused: bool) -> None:
+    """One micro-batch of two rows, of which the first gives ε: the step by hand, from the formulas."""
+    settings = {"fsam_ascent_scope": scope, "fsam_fused_head": fused, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer = make_trainer(
+        tmp_path, trainer_class=HalfBatchTrainer, **(SETTINGS | settings | {"optim": "sgd", "learning_rate": 0.5})
+    )
+    trainer.train()
+    model = llama()
+    batch = {key: torch.stack([row[key] for row in sentences()[:2]]) for key in ("input_ids", "labels")}
+
+    def loss_and_logits(rows: int, of: nn.Module) -> tuple[Tensor, Tensor]:
+        logits = of(input_ids=batch["input_ids"][:rows]).logits
+        targets = batch["labels"][:rows, 1:].reshape(-1)
+        return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets), logits
+
+    parameters = list(model.parameters())
+    ascent = torch.autograd.grad(loss_and_logits(1, model)[0], parameters)
+    loss, logits = loss_and_logits(2, model)
+    (cotangent,) = torch.autograd.grad(loss, logits)
+    moved = copy.deepcopy(model)
+    size = torch.stack([g.norm() for g in ascent]).norm()
+    with torch.no_grad():
+        for weight, g in zip(moved.parameters(), ascent, strict=True):
+            weight.add_(RHO * g / size)
+    gradients = torch.autograd.grad(loss_and_logits(2, moved)[1], list(moved.parameters()), cotangent)
+    with torch.no_grad():
+        for weight, g in zip(parameters, gradients, strict=True):
+            weight.sub_(0.5 * g)
+    assert distance(weights_of(trainer.model), weights_of(model)) < 1e-6
+
+
+def test_an_engine_trains_as_the_formulas_do(tmp_path: Path) -> None:
+    found = trained(tmp_path, HostBackupTrainer)
+    assert distance(found, expected()) < 1e-5
+    assert same_bits(found, trained(tmp_path, FSAMTrainer))
+
+
+def test_an_engine_leaves_nothing_behind_an_exception(tmp_path: Path) -> None:
+    class Raises(HostBackupTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.fsam_pass == "second":
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path, trainer_class=Raises, **SETTINGS)
+    before = weights_of(trainer.model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), before)
+
+
+def test_the_page_shows_this_code() -> None:
+    here = Path(__file__).read_text(encoding="utf-8")
+    blocks = [block.removeprefix("python\n") for block in PAGE.read_text(encoding="utf-8").split("```")[1::2]]
+    assert len(blocks) == 3
+    for block in blocks:
+        for part in block.strip().split("\n\n\n"):
+            assert part.strip() in here
