@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,6 +22,7 @@ from transformers.utils import logging
 from hf_fsam import batches
 from hf_fsam.engines.local import gradients_set_aside
 from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.heads.trl import Counters
 from hf_fsam.optimizer_state import precondition, second_moments
@@ -334,16 +336,10 @@ class Probe:
 def opaque_node(loss: Tensor) -> str | None:
     """The name of a function on the way to `loss` whose backward pass is Python code, as that of a fused kernel is: it
     may have no derivative that autograd knows of."""
-    seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    node: Node
+    for node in autograd_nodes(loss.grad_fn):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             return node.name()
-        stack.extend(parent for parent, _ in node.next_functions)
     return None
 
 

@@ -1,0 +1,20 @@
+"""A walk over the autograd graph, which the probe and the check of the boundary share."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+
+def autograd_nodes(root: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
+    """Yields `root`, a tensor's `grad_fn` or None, and every node that its backward pass leads to, each once.
+
+    Args:
+        stop: nodes that are not yielded, and past which the walk does not go.
+    """
+    seen, stack = set(stop), [root]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
