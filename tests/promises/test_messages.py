@@ -815,7 +815,7 @@ ELSEWHERE = {
     "logits are read after their pass has ended": "test_logits_that_are_read_when_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
-    "pip install 'hf-fsam[studies]'": "test_rho.py",
+    "pip install 'hf-fsam[studies]'": "test_cli.py",
     "is in none of DeepSpeed's flat groups": "a layout that no version has had",
     "was set after the start with fsam_ascent_scope": "an engine's state in the middle of a training",
     ": give 1 or more.": "a row for each option",

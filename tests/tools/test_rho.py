@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
-from hf_fsam import cli, rho
+from hf_fsam import rho
 from hf_fsam.diagnostics.probe import Paths, Probe
 from tests.tools.test_diagnostics import RHO, Formulas, expected_paths, tiny
 from tests.toys import llama, make_trainer, same_bits, sentences, weights_of
@@ -174,29 +174,3 @@ def test_a_script_with_the_plain_trainer_does_not_train(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"train\.py trains with Trainer: let it use FSAMTrainer"):
         rho.main(["--after", "3", str(path)])
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_command_says_what_it_can(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def call(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["hf-fsam", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code
-
-    assert call() == 0
-    assert "compare STUDY.yaml" in capsys.readouterr().out
-    assert call("compar") == 2
-    assert "compare STUDY.yaml" in capsys.readouterr().err
-    assert call("compare", "--help") == 0
-    assert "--parallel" in capsys.readouterr().out
-    assert call("rho", "--help") == 0
-    assert "--after" in capsys.readouterr().out
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["hf-fsam", "compare", "x.yaml"])
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "hf_fsam.studies.compare", raising=False)
-    monkeypatch.delitem(sys.modules, "hf_fsam.studies.study", raising=False)
-    with pytest.raises(SystemExit, match=r"needs yaml: pip install 'hf-fsam\[studies\]'"):
-        cli.main()
