@@ -27,8 +27,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "studies"))
 import pretrain
 from config import CONFIGS
+from late import LateArguments, LateTrainer
 
 from hf_fsam import FSAMTrainer
 from hf_fsam.trainer import _MicroBatch, _Window
@@ -48,35 +50,19 @@ class QuarterBatchTrainer(FSAMTrainer):
         return window
 
 
-class LateTrainer(FSAMTrainer):
-    """Perturbs in the last half of the training alone."""
-
-    begin = 0.5
-
-    @property
-    def _fsam_due(self) -> bool:
-        return super()._fsam_due and self.state.global_step >= self.begin * self.state.max_steps
-
-
-class LaterTrainer(LateTrainer):
-    """In the last quarter."""
-
-    begin = 0.75
-
-
 @dataclass(frozen=True)
 class Arm:
     """
     Args:
-        cost: in passes of plain training a step, over the whole run.
-        settings: of the run.
-        longer: AdamW takes so many times the steps.
+        cost: of a step, averaged over the run, in passes of plain training.
+        settings: of the run, on top of `BASE`.
+        longer: the factor by which the run has more steps than the others.
     """
 
     cost: float
     settings: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0
-    trainer: type = FSAMTrainer
+    trainer: type[FSAMTrainer] = FSAMTrainer
 
 
 def adamw(budget: float) -> Arm:
@@ -97,9 +83,11 @@ ARMS = {
     "ascent on a quarter of the batch": Arm(1 + 1 / 3 + 1 / 4, trainer=QuarterBatchTrainer),
     "every 2nd step": Arm(1.5, {"fsam_every_steps": 2}),
     "every 4th step": Arm(1.25, {"fsam_every_steps": 4}),
-    "the last half": Arm(1.5, trainer=LateTrainer),
-    "the last quarter": Arm(1.25, trainer=LaterTrainer),
-    "momentum, the last half": Arm(7 / 6, {"fsam_ascent_direction": "momentum"}, trainer=LateTrainer),
+    "the last half": Arm(1.5, {"perturb_last": 0.5}, trainer=LateTrainer),
+    "the last quarter": Arm(1.25, {"perturb_last": 0.25}, trainer=LateTrainer),
+    "momentum, the last half": Arm(
+        7 / 6, {"fsam_ascent_direction": "momentum", "perturb_last": 0.5}, trainer=LateTrainer
+    ),
 }
 
 
@@ -109,16 +97,8 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, "seed": seed, "max_steps": steps, "eval_steps": steps, **BASE, **arm.settings}
         options["warmup_steps"] = steps // 10
-        pretrain.FSAMTrainer = arm.trainer
-        try:
-            result = pretrain.run(
-                [
-                    str(CONFIGS / "pretrain_tiny.yaml"),
-                    *(str(part) for key in options for part in (f"--{key}", options[key])),
-                ]
-            )
-        finally:
-            pretrain.FSAMTrainer = FSAMTrainer
+        argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        result = pretrain.run([str(CONFIGS / "pretrain_tiny.yaml"), *argv], arm.trainer, LateArguments)
     return {
         "arm": name,
         "seed": seed,

@@ -15,12 +15,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.diagnostics.probe import Paths, Probe, ratio
 from hf_fsam.optimizer_state import check_keeps_second_moment
 from hf_fsam.trainer import FSAMMixin
@@ -182,11 +182,12 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
         trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))
         return train(trainer, *rest, **options)
 
+    cleanup = Cleanup()
     with (
-        mock.patch.object(sys, "argv", [str(args.script), *args.arguments]),
-        mock.patch.object(sys, "path", [str(args.script.resolve().parent), *sys.path]),  # as Python does for a script
-        mock.patch.object(FSAMMixin, "train", find),
-        mock.patch.object(Trainer, "train", refuse_plain),
+        cleanup.replaced(sys, "argv", [str(args.script), *args.arguments]),
+        cleanup.replaced(sys, "path", [str(args.script.resolve().parent), *sys.path]),  # as Python does for a script
+        cleanup.replaced(FSAMMixin, "train", find),
+        cleanup.replaced(Trainer, "train", refuse_plain),
     ):
         try:
             runpy.run_path(str(args.script), run_name="__main__")

@@ -97,11 +97,15 @@ def build_config(
     )
 
 
-def run(argv: list[str]) -> dict[str, Any]:
-    """Trains as `argv` says and returns what results.json holds."""
+def run(
+    argv: list[str],
+    trainer_class: type[FSAMTrainer] = FSAMTrainer,
+    arguments_class: type[FSAMTrainingArguments] = FSAMTrainingArguments,
+) -> dict[str, Any]:
+    """Trains as `argv` says and returns what results.json holds. `recipes/studies` trains with classes of its own."""
     started = time.perf_counter()
     model_args, data_args, training_args = parse(
-        (ModelArguments, DatasetArguments, FSAMTrainingArguments), argv, "pretrain.py"
+        (ModelArguments, DatasetArguments, arguments_class), argv, "pretrain.py"
     )
     quiet(training_args)
     check_streaming(data_args, training_args.max_steps)
@@ -133,7 +137,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_config(config)
     # Its name is where it will lie; without one the model card calls it a fine-tuned version of nothing.
     model.config._name_or_path = training_args.output_dir
-    trainer = FSAMTrainer(
+    trainer = trainer_class(
         model=model,
         args=evaluate_by_batch(training_args),
         train_dataset=train,  # blocks of (sequence_length,)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -40,9 +39,8 @@ class AfterArguments(FSAMTrainingArguments):
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    quantized = quantizations()  # what is missing is said before the training
-    with mock.patch.object(pretrain, "FSAMTrainingArguments", AfterArguments):
-        results = pretrain.run(argv)
+    quantized = quantizations()  # before the training, so that a missing torchao is found at once
+    results = pretrain.run(argv, arguments_class=AfterArguments)
     _, data, args = parse((pretrain.ModelArguments, DatasetArguments, AfterArguments), argv, Path(__file__).name)
     folder = Path(args.output_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)

@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pretrain
@@ -29,8 +28,7 @@ class LateTrainer(FSAMTrainer):
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    with mock.patch.multiple(pretrain, FSAMTrainer=LateTrainer, FSAMTrainingArguments=LateArguments):
-        return pretrain.run(argv)
+    return pretrain.run(argv, LateTrainer, LateArguments)
 
 
 if __name__ == "__main__":
