@@ -646,11 +646,11 @@ def plain_with_callback(folder: Path) -> None:
 DIAGNOSTICS = [
     Row("is not a count: give 1 or more", with_callback(0), with_callback(1)),
     Row("give it to an FSAMTrainer", plain_with_callback, with_callback(1)),
-    Row("needs a radius to look along", with_callback(1, fsam_rho=0), with_callback(1, fsam_rho=0.1)),
+    Row("needs a radius above 0", with_callback(1, fsam_rho=0), with_callback(1, fsam_rho=0.1)),
     Row("No Hessian for this model", trains(opaque, fsam_diagnostics_steps=1), None, logged=True),
-    Row("is its own, and may have no derivative", trains(opaque, fsam_diagnostics_steps=1), None, logged=True),
-    Row("The diagnostics are left out", starved("paths"), None, logged=True),
-    Row("fsam/top_curvature is left out: the device", starved("top_curvature"), None, logged=True),
+    Row("computes its own backward pass", trains(opaque, fsam_diagnostics_steps=1), None, logged=True),
+    Row("The diagnostics are not logged", starved("paths"), None, logged=True),
+    Row("fsam/top_curvature is not logged: the device", starved("top_curvature"), None, logged=True),
 ]
 
 # ---- Commands ----
@@ -816,6 +816,7 @@ ELSEWHERE = {
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
+    " has no attribute ": "test_cli.py",
     "is in none of DeepSpeed's flat groups": "a layout that no version has had",
     "was set after the start with fsam_ascent_scope": "an engine's state in the middle of a training",
     ": give 1 or more.": "a row for each option",

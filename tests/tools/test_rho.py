@@ -17,7 +17,16 @@ from tests.tools.test_diagnostics import RHO, Formulas, expected_paths, tiny
 from tests.toys import llama, make_trainer, same_bits, sentences, weights_of
 
 ROOT = Path(__file__).parents[2]
-FLAT = Paths(rise=0.0, linear=0.0, gradient=1.0, logit=0.0, functional=0.0, cosine=0.0, kept=1.0, to_nearest=1.0)
+FLAT = Paths(
+    loss_change=0.0,
+    linear_loss_change=0.0,
+    gradient=1.0,
+    logit=0.0,
+    functional=0.0,
+    cosine=0.0,
+    stochastic_share=1.0,
+    nearest_share=1.0,
+)
 
 SCRIPT = """
 import sys
@@ -56,7 +65,7 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     probe = seen(trainer, 1)
     found = rho.measure(probe, (RHO,))[RHO]
     with probe.measuring():
-        rise_random = probe.rise_random(probe.batches[0], RHO)
+        random_loss_change = probe.random_loss_change(probe.batches[0], RHO)
     directions = [[part.double() for part in probe.random_direction(seed)] for seed in (0, 1)]
     names = {weight: name for name, weight in trainer.model.named_parameters()}
     order = [names[weight] for weight in probe.weights]
@@ -65,19 +74,19 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     expected = expected_paths(formulas)
     assert found.logit == pytest.approx(expected["logit_path"], rel=1e-3)
     assert found.functional == pytest.approx(expected["functional_path"], rel=1e-3)
-    assert found.rise == pytest.approx(expected["rise_ascent"], rel=1e-3)
+    assert found.loss_change == pytest.approx(expected["rise_ascent"], rel=1e-3)
     rises = []
     for direction in directions:
         length = float(torch.cat([part.flatten() for part in direction]).norm())
         away = {name: formulas.theta[name] + RHO * d / length for name, d in zip(order, direction, strict=True)}
         rises.append(float(formulas.loss(away) - formulas.loss(formulas.theta)))
-    assert rise_random == pytest.approx(sum(rises) / 2, rel=1e-3)
+    assert random_loss_change == pytest.approx(sum(rises) / 2, rel=1e-3)
     g = formulas.pulled_back(formulas.theta, formulas.cotangent(formulas.theta))
     size = float(torch.cat([part.flatten() for part in g.values()]).norm())
     assert found.gradient == pytest.approx(size, rel=1e-4)
-    assert found.linear == pytest.approx(RHO * size, rel=1e-4)
-    assert found.kept == pytest.approx(1, abs=1e-4)
-    assert found.to_nearest == pytest.approx(1, abs=1e-4)
+    assert found.linear_loss_change == pytest.approx(RHO * size, rel=1e-4)
+    assert found.stochastic_share == pytest.approx(1, abs=1e-4)
+    assert found.nearest_share == pytest.approx(1, abs=1e-4)
 
 
 def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
@@ -86,23 +95,23 @@ def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model=llama().to(torch.bfloat16), fsam_precondition=False)
     trainer.create_optimizer()
     found = rho.measure(seen(trainer, 2), (1e-2, 3.0))
-    assert found[1e-2].to_nearest < 0.7
-    assert found[1e-2].kept == pytest.approx(1, abs=0.15)
-    assert found[3.0].to_nearest == pytest.approx(1, abs=0.05)
+    assert found[1e-2].nearest_share < 0.7
+    assert found[1e-2].stochastic_share == pytest.approx(1, abs=0.15)
+    assert found[3.0].nearest_share == pytest.approx(1, abs=0.05)
 
 
 def test_suggests_the_radius_at_which_the_function_moves() -> None:
     found = {
-        0.01: replace(FLAT, functional=0.01, logit=0.02, rise=0.01, linear=0.01),
-        0.1: replace(FLAT, functional=0.12, logit=0.3, rise=0.11, linear=0.1),
-        1.0: replace(FLAT, functional=0.8, logit=2.0, rise=3.0, linear=1.0),
+        0.01: replace(FLAT, functional=0.01, logit=0.02, loss_change=0.01, linear_loss_change=0.01),
+        0.1: replace(FLAT, functional=0.12, logit=0.3, loss_change=0.11, linear_loss_change=0.1),
+        1.0: replace(FLAT, functional=0.8, logit=2.0, loss_change=3.0, linear_loss_change=1.0),
     }
     suggested, reason = rho.suggest(found)
     assert suggested == 0.1
     assert "another 30%" in reason
     steep, reason = rho.suggest({0.01: found[0.01], 1.0: found[1.0]})
     assert steep == 1.0
-    assert "3.0 times as much as on a plane" in reason
+    assert "rises by 3.0 times its linear part" in reason
     assert rho.suggest({0.01: found[0.01]})[0] is None
     # Of the same size at every ρ: rounding.
     assert rho.suggest({each: replace(FLAT, functional=0.2) for each in (0.001, 0.01, 0.1)})[0] is None
