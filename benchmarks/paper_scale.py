@@ -11,7 +11,6 @@ import argparse
 import math
 from pathlib import Path
 
-from hf_fsam.studies.compare import total_weight
 from hf_fsam.studies.study import Study, load_studies
 
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
@@ -43,7 +42,7 @@ def main() -> None:
         (study,) = load_studies(STUDIES / f"c4_{size}.yaml")
         rate = args.peak * args.gpus * utilization
         step = operations_per_token(study) * tokens_per_step(study) / rate
-        steps = total_weight(study)  # of a plain pass each, all runs together
+        steps = study.total_weight()  # of plain training, over all runs together
         hours_of_all.append(steps * step / 3600)
         one = int(study.settings["max_steps"])
         print(

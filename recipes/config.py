@@ -52,9 +52,9 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
         raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:  # its own message repeats the line, in which a password may stand
+    except yaml.MarkedYAMLError as error:  # its own message repeats the line, which may hold a password
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Mend that line.") from None
+        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Correct that line.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
     actions = {action.dest: action for action in parser._actions}

@@ -572,7 +572,7 @@ def studies(toy: bool) -> Rows:
     """The studies at 24M weights (recipes/studies/gpu.yaml), which go on where they were."""
     out = ROOT / "outputs" / "studies_24m"
     subprocess.run(
-        [sys.executable, "-m", "hf_fsam.studies.compare", "recipes/studies/gpu.yaml", "--out", str(out)],
+        [sys.executable, "-m", "hf_fsam", "compare", "recipes/studies/gpu.yaml", "--out", str(out)],
         cwd=ROOT,
         check=True,
     )

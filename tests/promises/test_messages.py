@@ -33,7 +33,8 @@ from hf_fsam.engines.deepspeed import (
 )
 from hf_fsam.engines.fsdp import FSDPEngine
 from hf_fsam.rho import main as rho
-from hf_fsam.studies.compare import Runner, parse, read_results, run_study
+from hf_fsam.studies.compare import parse, run_study
+from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import load_studies
 from tests.engines.test_selection import config, select, select_fsdp
 from tests.tools.test_compare import RECIPE
@@ -741,29 +742,29 @@ def found() -> None:
 COMMANDS = [
     Row("is not a key of", **study({"seedz": [1]}, {"seeds": [1]})),
     Row("} needs {".replace("}", "").replace("{", ""), **study({"arms": {}}, {"arms": {"A": None}})),
-    Row("does not exist.", **study({"recipe": "nowhere.py"}, {"recipe": "recipe.py"})),
+    Row("does not exist: give the path of a file", **study({"recipe": "nowhere.py"}, {"recipe": "recipe.py"})),
     Row("not `name: value` lines", written("- a list"), written("name: value")),
-    Row("Mend that line", written("a: b: c"), written("a: 'b: c'")),
+    Row("Correct that line", written("a: b: c"), written("a: 'b: c'")),
     Row("`studies` is a list of YAML files", **study({"studies": ["a.yaml"]}, {})),
     Row(" is not a list of names", **study({"metrics": "eval_loss"}, {"metrics": ["eval_loss"]})),
     Row("not a mapping of settings to values", **study({"arms": {"A": "none"}}, {"arms": {"A": {"b": 1}}})),
-    Row("`compare`'s own to set", **study({"arms": {"A": {"seed": 3}}}, {"seeds": [3]})),
+    Row("is set by `compare` for every run", **study({"arms": {"A": {"seed": 3}}}, {"seeds": [3]})),
     Row(
-        "is for all arms, but",
+        "would apply to all arms, but",
         **study({"arms": {"A": {"rate": 1}}}, {"arms": {"A": {"rate": 2}}}, overrides={"rate": 2}),
     ),
     Row("is not an arm; there are", **study({"baseline": "B"}, {"baseline": "A"})),
     Row("is not a list of whole numbers", **study({"seeds": [0.5]}, {"seeds": [5]})),
     Row("is not a number above 0", **study({"arms": {"A": {"passes": 0}}}, {"arms": {"A": {"passes": 2}}})),
     Row(
-        "tuning_seeds must be others than",
+        "so tune on seeds that are not",
         **study(
             {"tuning_seeds": [0], "arms": {"A": {"rate": [1, 2]}}},
             {"tuning_seeds": [1], "arms": {"A": {"rate": [1, 2]}}},
         ),
     ),
     Row(
-        "say `greater_is_better: true`",
+        "`greater_is_better: true`, or false",
         **study({"metrics": ["accuracy"]}, {"metrics": ["accuracy"], "greater_is_better": True}),
     ),
     Row("has no candidates", **study({"arms": {"A": {"rate": []}}}, {"arms": {"A": {"rate": [1]}}})),
@@ -776,7 +777,7 @@ COMMANDS = [
     Row("no candidate ended with a finite", **compares({"arms": {"A": {"diverge": [1, 2]}}}, {})),
     Row("has no metric", **compares({"metrics": ["loss"]}, {"metrics": ["eval_loss"]})),
     Row("the same command goes on from there", **compares({}, {}, recipe="raise SystemExit(3)")),
-    Row("is in use: by another `compare`", in_use(True), in_use(False)),
+    Row("is in use by another `compare`", in_use(True), in_use(False)),
     Row("let the recipe write the first", left("other.json"), left("results.json")),
     Row("the study's YAML file comes before", line("--max_steps", "0", "STUDY"), line("STUDY", "--max_steps", "0")),
     Row("--parallel 0: give 1 or more", line("STUDY", "--parallel", "0"), line("STUDY", "--parallel", "1")),

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from hf_fsam import FSAMTrainingArguments
 from hf_fsam.arguments import FSAMArguments, plain_passes
-from hf_fsam.studies.compare import Runner, main, read_results, run_study, total_weight
+from hf_fsam.studies.compare import main, run_study
 from hf_fsam.studies.masking import masked, masked_command
 from hf_fsam.studies.report import Difference, cost, rho_curve, setting, table
+from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import Study, load_studies
 
 ROOT = Path(__file__).parents[2]
-COMPARE = [sys.executable, "-m", "hf_fsam.studies.compare"]
+COMPARE = [sys.executable, "-m", "hf_fsam", "compare"]
 
 # A recipe that takes no time: the loss is a parabola in the learning rate and in ρ, with noise that a seed shares.
 RECIPE = """
@@ -123,9 +124,9 @@ def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path, mon
     compare(folder)
     compare(folder, "--seeds", "0", "1")
     first, again, more = bars
-    assert (first.initial, first.n) == (0, pytest.approx(total_weight(study_of(folder, seeds=[0]))))
+    assert (first.initial, first.n) == (0, pytest.approx(study_of(folder, seeds=[0]).total_weight()))
     assert again.initial == again.n == first.n
-    assert (more.initial, more.n) == (first.n, pytest.approx(total_weight(study_of(folder, seeds=[0, 1]))))
+    assert (more.initial, more.n) == (first.n, pytest.approx(study_of(folder, seeds=[0, 1]).total_weight()))
 
 
 def test_a_name_with_a_point_names_its_report(folder: Path) -> None:
@@ -136,14 +137,7 @@ def test_a_name_with_a_point_names_its_report(folder: Path) -> None:
 
 def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
     write_study(folder, settings={"sleep": 3}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
-    command = [
-        sys.executable,
-        "-m",
-        "hf_fsam.studies.compare",
-        str(folder / "study.yaml"),
-        "--out",
-        str(folder / "out"),
-    ]
+    command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(called(folder)) < 2 and time.monotonic() < deadline:
@@ -164,14 +158,7 @@ def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
 
 def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
     write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
-    command = [
-        sys.executable,
-        "-m",
-        "hf_fsam.studies.compare",
-        str(folder / "study.yaml"),
-        "--out",
-        str(folder / "out"),
-    ]
+    command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not called(folder) and time.monotonic() < deadline:
@@ -253,7 +240,7 @@ def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
     rows = run(study, folder)
     assert "CAUTION" not in "\n".join(setting(study, rows, "command"))
     (folder / "recipe.py").write_text(RECIPE + "\n# changed\n")
-    assert "their recipe, which is another one now" in "\n".join(setting(study, rows, "command"))
+    assert "their recipe, which has changed since" in "\n".join(setting(study, rows, "command"))
     rows[0]["corpus_sha256"] = "other"
     assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
 
@@ -269,7 +256,7 @@ def test_longer_multiplies_what_the_settings_end_with(folder: Path) -> None:
     (settings,) = study.arms["A3"].candidates(study.settings)
     assert settings["num_train_epochs"] == 1.5  # not whole, and not none
     assert (settings["max_steps"], settings["warmup_steps"]) == (-1, 0.1)  # no length, a share
-    assert total_weight(study) > 0
+    assert study.total_weight() > 0
 
 
 def test_a_launcher_and_what_it_started_end_together(folder: Path, request: pytest.FixtureRequest) -> None:
@@ -377,7 +364,7 @@ def test_what_is_better_when_greater_is_tuned_for(folder: Path) -> None:
     final = [each for each in rows if each["stage"] == "final"]
     assert {each["settings"]["learning_rate"] for each in final if each["arm"] == "A"} == {2}
     assert any(line.startswith("| B") and "better" in line for line in table(study, rows))
-    with pytest.raises(ValueError, match="say `greater_is_better: true`"):
+    with pytest.raises(ValueError, match="add `greater_is_better: true`"):
         study_of(folder, **keys)
 
 
@@ -457,13 +444,13 @@ def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
     ("keys", "message"),
     [
         ({"recipe": "nowhere.py"}, "recipe: .*nowhere.py does not exist"),
-        ({"seedz": [1]}, "'seedz' is not a key of the study"),
-        ({"arms": {}}, "needs 'arms'"),
+        ({"seedz": [1]}, "'seedz' is not a key of a study"),
+        ({"arms": {}}, "needs the key 'arms'"),
         ({"baseline": "Adam"}, "baseline: 'Adam' is not an arm; there are 'AdamW', 'FSAM'"),
         ({"arms": {"A": {"like": "B"}, "B": {"like": "A"}}}, "in a circle"),
         ({"arms": {"A": {"like": "C"}}}, "A: like: 'C' is not an arm"),
         ({"seeds": [0.5]}, r"seeds=\[0.5\] is not a list of whole numbers"),
-        ({"tuning_seeds": [0]}, "tuning_seeds must be others than seeds"),
+        ({"tuning_seeds": [0]}, r"tuning_seeds=\[0\] and seeds=\[0, 1\] overlap"),
         ({"arms": {"A": {"fsam_rho": [0.1, -1]}}}, "fsam_rho=-1 is not a radius"),
         ({"arms": {"A": {"fsam_variant": "vanilla"}}}, "fsam_variant='vanilla' is unknown"),
         ({"arms": {"A": {"fsam_rho": []}}}, "fsam_rho has no candidates"),
@@ -476,7 +463,7 @@ def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
         ({"settings": [1]}, "settings is list, not a mapping"),
         ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
-        ({"arms": {"A": {"seed": 3}}}, "'seed' is `compare`'s own to set: list them under `seeds`"),
+        ({"arms": {"A": {"seed": 3}}}, "'seed' is set by `compare` for every run: list them under `seeds`"),
     ],
 )
 def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, Any], message: str) -> None:
@@ -489,10 +476,10 @@ def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--learning_rate", "1"], "--learning_rate is for all arms, but AdamW set it"),
+        (["--learning_rate", "1"], "--learning_rate would apply to all arms, but AdamW set it"),
         (["--parallel", "2", "--launch", "torchrun"], "--parallel with --launch"),
-        (["--seed", "1"], "'seed' is `compare`'s own to set: list them under `seeds`, or use --seeds"),
-        (["--output_dir", "here"], "'output_dir' is `compare`'s own to set: use --out"),
+        (["--seed", "1"], "'seed' is set by `compare` for every run: list them under `seeds`, or use --seeds"),
+        (["--output_dir", "here"], "'output_dir' is set by `compare` for every run: use --out"),
     ],
 )
 def test_options_that_would_do_nothing_or_harm_are_refused(
@@ -636,7 +623,7 @@ def test_every_study_of_the_repository_is_one_its_recipe_understands(
             for arm in arms:
                 candidates = arm.candidates(chosen[arm.like] if arm.like else study.settings)
                 chosen[arm.name] = candidates[0]
-                script = arm.recipe or study.recipe
+                script = arm.recipe
                 for name in ("pretrain", "finetune"):
                     monkeypatch.delitem(sys.modules, name, raising=False)
                 spec = importlib.util.spec_from_file_location(f"studied_{script.stem}", script)
