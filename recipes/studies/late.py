@@ -1,4 +1,4 @@
-"""pretrain.py with the perturbation in the last share of the training alone: an arm of equal_compute.yaml."""
+"""pretrain.py, but only the last part of the training perturbs: the recipe of some arms of equal_compute.yaml."""
 
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +13,9 @@ from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 @dataclass
 class LateArguments(FSAMTrainingArguments):
-    perturb_last: float = field(default=1.0, metadata={"help": "Share of the steps, at the end, that perturb."})
+    perturb_last: float = field(
+        default=1.0, metadata={"help": "Share of the optimizer steps, at the end of the training, that perturb."}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.perturb_last <= 1:

@@ -250,7 +250,7 @@ def test_a_stream_gives_its_first_documents_to_validation(
         ({"dataset": "nobody/nothing"}, ValueError, "dataset='nobody/nothing'.*cannot be loaded.*Without a network"),
         ({"dataset": "{folder}/empty.jsonl"}, ValueError, "empty.jsonl"),
         ({"dataset": "{folder}/empty.txt"}, ValueError, "empty.txt"),
-        ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), and validation documents are to be split"),
+        ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), of which some are needed for validation"),
         ({"dataset": "{folder}/odd.bin"}, ValueError, "ends in '.bin': give one of .txt"),
         ({"dataset": "{folder}/texts.jsonl", "text_column": "txt"}, ValueError, "text_column='txt'.*has text, other"),
         ({"dataset": "{folder}/texts.jsonl", "train_split": "tain"}, ValueError, "train_split='tain'.*has train"),
@@ -278,7 +278,7 @@ def test_data_that_cannot_be_used_is_refused_by_name(
         ({"sequence_length": 1}, "sequence_length=1 is too small"),
         ({"num_proc": 0}, "num_proc=0 is too small"),
         ({"dataset": "stdlib-topics", "corpus_max_bytes": 10}, "corpus_max_bytes and corpus_installed are for"),
-        ({"streaming": True}, "streaming=True has no use for dataset='stdlib'"),
+        ({"streaming": True}, "streaming=True is of no use with dataset='stdlib'"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str) -> None:

@@ -179,7 +179,7 @@ def test_both_families_have_the_asked_shape(architecture: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_size": 30, "heads": 4}, "heads=4 does not cut hidden_size=30"),
+        ({"hidden_size": 30, "heads": 4}, "heads=4 does not divide hidden_size=30"),
         ({"layers": 0}, "layers=0 is too small"),
         ({"vocab_size": 100}, "vocab_size=100 is too small"),
     ],
