@@ -1,9 +1,9 @@
-"""Where the radius goes: the share of ‖ε‖² that falls on the input embeddings, with and without preconditioning.
+"""Measures the share of ‖ε‖² that the input embeddings take, with and without preconditioning.
 
     python benchmarks/ascent_share.py
 
-Tokens are drawn by Zipf's law, so that rare ones keep turning up: their embeddings have a second moment of zero, or one
-that has long decayed, and g / (√v̂ + eps) is largest there.
+Tokens are drawn by Zipf's law, so that rare ones turn up all the time. Their embeddings have a second moment that is
+zero or has long decayed, and g / (√v̂ + eps) is largest there.
 """
 
 import json

@@ -1,15 +1,16 @@
-"""Validation loss against cost: every way of paying less for the ascent, and AdamW with the same budget.
+"""Measures validation loss against cost, for every way of paying less for the ascent, and for AdamW with that budget.
 
-    python benchmarks/frontier.py                            # all of it, three seeds: about an hour on two CPU cores
-    python benchmarks/frontier.py --steps 20 --seeds 0       # a try
+    python benchmarks/frontier.py                            # all arms, three seeds: about an hour on two CPU cores
+    python benchmarks/frontier.py --steps 20 --seeds 0       # a quick try
 
-Each arm pretrains the Llama of `recipes/configs/pretrain_tiny.yaml` on the embedded corpus. A seed means the same first
-weights and the same batches for all arms. Cost is counted in passes of plain training (a forward pass is a third of
-one): it is what an arm computes, not what a machine makes of it. "Equal compute" is AdamW with so many more steps, its
-schedule stretched over them, at the budget nearest to the arm's.
+Each arm pretrains the Llama of `recipes/configs/pretrain_tiny.yaml` on the embedded corpus. With the same seed all arms
+have the same first weights and the same batches. The cost is what an arm computes, counted in passes of plain training
+(a forward pass is a third of one), and not a measured time. "Equal compute" compares with AdamW that trains for more
+steps, with its schedule stretched over them, at the budget nearest to the arm's.
 
-Runs go to OUT.jsonl as they end, and a run that is there is not repeated. Then the table OUT.md and the plot OUT.png.
-Two ways of paying less were measured here and did not earn a place in the package; they live in this file.
+Every run that ends adds a line to OUT.jsonl, and a run whose line is there is not repeated. At the end the table is in
+OUT.md and the plot in OUT.png. Two of the ways of paying less did not gain enough to become part of the package: the
+ascent on a quarter of the batch, which is in this file, and perturbing late, which is in recipes/studies/late.py.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from hf_fsam.trainer import _MicroBatch, _Window
 
 
 class QuarterBatchTrainer(FSAMTrainer):
-    """Ascends along the gradient of a quarter of the micro-batch; the clean forward pass takes all of it."""
+    """Ascends along the gradient of a quarter of the micro-batch. The clean forward pass is over all of it."""
 
     def _fsam_ascend(self, split: Any, loss_of: Any, model: Any, inputs: dict[str, Any]) -> _Window:
         quarter = {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
@@ -111,7 +112,7 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By arm; differences are paired by seed: to AdamW at equal steps, and at equal compute."""
+    """A row for each arm, with its differences to AdamW at equal steps and at equal compute, paired by seed."""
     losses = {(each["arm"], each["seed"]): each["eval_loss"] for each in runs}
     seconds = {(each["arm"], each["seed"]): each["train_seconds"] for each in runs}
     seeds = sorted({seed for _, seed in losses})
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--threads", type=int, default=0, help="threads of PyTorch (0: as many as it chooses)")
     parser.add_argument("--out", type=Path, default=Path("outputs/frontier"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
