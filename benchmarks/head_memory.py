@@ -27,8 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.boundary import Boundary
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.passes import Boundary, CleanPass
+from hf_fsam.heads.fused_head import FusedHead
+from hf_fsam.passes import CleanPass
 
 FUNCTIONAL = {"fsam_variant": "functional", "fsam_precondition": False}
 
@@ -38,9 +40,9 @@ class FusedPlainTrainer(FSAMTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         boundary = Boundary(Cleanup())
-        boundary.attach("lm_head", self.model.lm_head, self._fsam_head(self.model.lm_head))
+        boundary.attach("lm_head", self.model.lm_head, FusedHead(self.model.lm_head))
         try:
-            with boundary.running(CleanPass(keep=False)):
+            with boundary.running(CleanPass()):
                 return super().compute_loss(*args, **kwargs)
         finally:
             boundary.detach()

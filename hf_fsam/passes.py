@@ -1,104 +1,109 @@
-"""The two passes of a split step, and the boundary between function and loss that both cross.
+"""The two passes of a split step, and what crosses the boundary between function and loss in each of them.
 
 Notation of the paper (arXiv 2502.02407): logits z = F_θ(x), loss ℓ(z, y), cotangent u(θ) = ∂ℓ/∂z at z = F_θ(x). The
-boundary is the module whose output is z. A :class:`CleanPass` records what comes back there, a :class:`SecondPass` has
-it come back again in place of its own. That is all that turns a step of SAM into one of Functional-SAM; nobody
-downstream of the boundary has to know.
+boundary is the module whose output is z. A :class:`CleanPass` records the cotangent that arrives at the boundary. A
+:class:`SecondPass` sends the recorded one on in place of its own. Nothing else distinguishes Functional-SAM from SAM,
+and neither the network nor the loss has to know of it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_fsam.cleanup import Cleanup
-from hf_fsam.heads.deferred_logits import DeferredLogits
 from hf_fsam.heads.find import IDENTITY
-from hf_fsam.heads.fused_head import SAME_FUNCTION, CleanCall, FusedHead, KeptHead, SecondCall, call_head, kept_head
 from hf_fsam.heads.fused_loss import FusedLoss
-from hf_fsam.heads.trl import LogProbabilities, intercepted
+from hf_fsam.heads.unperturbed import UnperturbedHead
+
+SAME_FUNCTION = (
+    "both passes must compute the same function. Let forward and loss depend on the batch, the weights and random "
+    "numbers of torch, NumPy and Python alone, or set fsam_variant='sam'."
+)
 
 CALLED_TWICE = (
     "compute_loss was called twice in one training_step: hf_fsam splits one forward and backward pass a step. Join the "
     "batches, or set fsam_variant='none'."
 )
 
+NOT_BACK_PROPAGATED = (
+    "the training_step below FSAMMixin did not back-propagate the loss of compute_loss, so the gradient could not be "
+    "split. Let it call self.compute_loss and back-propagate what that returns, or set fsam_variant='none'."
+)
+
 
 @dataclass
 class Crossing:
-    """What crossed the boundary at one place of the forward pass, and what came back there.
+    """One tensor on its way from the function to the loss, and all that came back to it.
 
     Attributes:
-        cotangents: ∂(scaled loss)/∂z in the shape and dtype of z, e.g. (batch, length, vocabulary): one for each time
-            that a backward pass came through, none where the loss did not depend on the values of z.
-        statistics: what the loss took of a fused head in place of z, in order, each with what came back to it.
-        read: the values of deferred logits were asked for.
+        cotangents: ∂(scaled loss)/∂z in the shape and dtype of z, e.g. (batch, length, vocabulary): one for each
+            backward pass that came through, none where the loss did not depend on the values of z.
+        fused: what the loss took of a fused head in place of z, in the order of the forward pass.
+        values_read: the loss, or a metric, asked for the values of deferred logits.
         early: how many backward passes came through before `compute_loss` had returned, as those of a loss that
-            differentiates by itself do. The loss scale is not on what they brought.
+            differentiates by itself do. What they brought does not have the loss scale on it.
     """
 
     cotangents: list[Tensor] = field(default_factory=list)
-    statistics: list[FusedLoss] = field(default_factory=list)
-    read: bool = False
+    fused: list[FusedLoss] = field(default_factory=list)
+    values_read: bool = False
     early: int = 0
 
     @property
     def reached(self) -> bool:
-        return bool(self.cotangents) or any(statistic.upstream is not None for statistic in self.statistics)
+        """Whether a backward pass came here."""
+        return bool(self.cotangents) or any(each.upstream is not None for each in self.fused)
 
 
-class _Pass:
-    """One forward and backward pass. Its doors: `logits`, `head`, `log_probabilities`, `see_loss`.
+class FusedCall(Protocol):
+    """One call of a head that goes from hidden states to the loss, or a part of it, without the logits in between."""
+
+    def plain(self) -> Any:
+        """The result, with a gradient of its own."""
+
+    def record(self, clean: "CleanPass", crossing: Crossing) -> Any:
+        """The result; what comes back to it is recorded in `crossing`."""
+
+    def replay(self, second: "SecondPass", crossing: Crossing) -> Any:
+        """The result that was recorded, with the Jacobian of this call and the recorded cotangent."""
+
+
+class Pass:
+    """A forward and a backward pass. Its doors, through which all goes that one pass has to tell the other:
+    `take_logits`, `take_fused` and `take_loss`.
 
     Attributes:
-        fused: whether the head's logits are deferred.
+        defers_logits: the head makes no logits in this pass. None: the boundary has yet to decide.
         backward_ended: the backward pass of the loss came to its end.
-        ended: so did all that belongs to the pass.
+        ended: everything that belongs to the pass did.
     """
 
     def __init__(self) -> None:
-        self.fused = False
+        self.defers_logits: bool | None = None
         self.backward_ended = False
         self.ended = False
         self._loss: Tensor | None = None
         self._scale: Tensor | None = None
 
-    @property
-    def in_compute_loss(self) -> bool:
-        return self._loss is None
-
-    @property
-    def loss(self) -> Tensor:
-        """The value that `compute_loss` returned, shape ()."""
-        return self._seen(self._loss)
-
-    @property
-    def scale(self) -> Tensor:
-        """∂(what was back-propagated)/∂loss, shape (): the factor that loss scaling and the division by the number of
-        accumulated micro-batches put on the gradient."""
-        return self._seen(self._scale)
-
-    def see_loss(self, loss: Tensor) -> Tensor:
-        """Pass what `compute_loss` returned through here; returns the loss to go on with.
+    def take_loss(self, loss: Tensor) -> Tensor:
+        """The door for what `compute_loss` returned; returns the loss to go on with.
 
         Raises:
-            RuntimeError: it is the pass's second.
+            RuntimeError: it is the second in this pass.
         """
         if self._loss is not None:
             raise RuntimeError(CALLED_TWICE)
         self._loss = loss.detach().clone()
         return _Loss.apply(loss, self)
 
-    def value_of(self, loss: Tensor) -> Tensor:
-        """What the caller is told the loss is."""
+    def shown_loss(self, loss: Tensor) -> Tensor:
+        """The value that whoever called `compute_loss` gets to see."""
         return loss.clone()
 
-    def see_scale(self, scale: Tensor) -> None:
+    def take_scale(self, scale: Tensor) -> None:
+        """The backward pass begins, with ∂(what is back-propagated)/∂loss."""
         self._scale = scale
 
         def ended() -> None:
@@ -108,123 +113,106 @@ class _Pass:
         torch.autograd.Variable._execution_engine.queue_callback(ended)
 
     @property
-    def computes_its_loss(self) -> bool:
-        """Whether `loss` is that at the weights of this pass, and not put together from the clean one's."""
-        return True
+    def loss(self) -> Tensor:
+        """The value of `compute_loss` at the weights of this pass, shape ()."""
+        return self._known(self._loss)
 
     @property
-    def finite(self) -> Tensor:
-        """Whether what the pass computed is a number, shape (), bool."""
-        return self.loss.isfinite()
+    def scale(self) -> Tensor:
+        """∂(what was back-propagated)/∂loss, shape (): what the loss scaler and the division by the number of
+        accumulated micro-batches put on the gradient."""
+        return self._known(self._scale)
+
+    @property
+    def in_compute_loss(self) -> bool:
+        return self._loss is None
+
+    @property
+    def was_differentiated(self) -> bool:
+        """Whether it has a loss and a backward pass came from there."""
+        return self._loss is not None and self._scale is not None
 
     @property
     def interrupted(self) -> bool:
-        """Its backward pass began, and raised."""
+        """Whether its backward pass began, and raised."""
         return self._scale is not None and not self.backward_ended
 
-    def _seen(self, tensor: Tensor | None) -> Tensor:
+    @property
+    def finite(self) -> Tensor:
+        """Whether all that the pass computed is a number, shape (), bool."""
+        return self.loss.isfinite()
+
+    def _known(self, tensor: Tensor | None) -> Tensor:
         if tensor is None:
-            raise RuntimeError(
-                "the training_step below FSAMMixin did not back-propagate the loss of compute_loss, so the gradient "
-                "could not be split. Let it call self.compute_loss, or set fsam_variant='none'."
-            )
+            raise RuntimeError(NOT_BACK_PROPAGATED)
         return tensor
 
 
 class _Loss(torch.autograd.Function):
-    """The loss on its way to the caller. Its backward pass comes before every hook on the loss itself."""
+    """The loss on its way to the caller: its backward pass runs before every hook on the loss itself."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, one_pass: _Pass) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, one_pass: Pass) -> Tensor:
         ctx.one_pass = one_pass
-        return one_pass.value_of(loss)
+        return one_pass.shown_loss(loss)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        ctx.one_pass.see_scale(upstream)
+        ctx.one_pass.take_scale(upstream)
         return upstream, None
 
 
-class CleanPass(_Pass):
+class CleanPass(Pass):
     """Records what comes back to the boundary.
 
     Args:
-        keep: what comes back is kept for a second pass.
-        cut: the graph ends at the boundary, and the backward pass is :meth:`differentiate`.
-        kept: one list for all passes at the same weights, in which a fused head keeps its own.
+        unperturbed: the head at the weights of this pass, shared by all passes at the same weights.
+        stops_at_boundary: the graph begins at the boundary, and :meth:`differentiate` is the backward pass.
 
     Attributes:
-        crossings: in the order of the forward pass; none without `keep`.
-        crossed: how many there were.
+        crossings: in the order of the forward pass.
         nodes: the autograd nodes of what crossed, while the pass lasts.
     """
 
-    def __init__(self, *, keep: bool = True, cut: bool = False, kept: list[KeptHead] | None = None) -> None:
+    def __init__(self, unperturbed: UnperturbedHead | None = None, *, stops_at_boundary: bool = False) -> None:
         super().__init__()
-        self.keep, self.cut = keep, cut
+        self.unperturbed = unperturbed or UnperturbedHead()
+        self.stops_at_boundary = stops_at_boundary
         self.crossings: list[Crossing] = []
-        self.crossed = 0
         self.nodes: set[Any] = set()
-        self._kept = [] if kept is None else kept
         self._leaves: list[Tensor] = []
 
     # ---- Doors ----
 
-    def logits(self, z: Tensor) -> Tensor:
-        crossing = self._cross()
+    def take_logits(self, z: Tensor) -> Tensor:
+        crossing = self._next()
         self.nodes.add(z.grad_fn)
-        if self.cut:
-            leaf = self._leaf(z)
-            leaf.register_hook(partial(self.came_back, crossing))
-            return _Through.apply(leaf)
-        if self.keep:
-            z.register_hook(partial(self.came_back, crossing))
-        return z
+        at_boundary = self.from_here(z)
+        at_boundary.register_hook(partial(self.record, crossing))
+        return _Through.apply(at_boundary) if self.stops_at_boundary else at_boundary
 
-    def head(self, head: FusedHead, hidden: Tensor) -> Tensor:
-        if not self._kept:
-            self._kept.append(head.keep())
-        call = CleanCall(head, hidden, self._kept[0], self._cross(), self)
-        if self.cut:
-            return call_head(call, self._leaf(hidden), None, None)
-        z = call_head(call, hidden, head.module.weight, head.module.bias)
-        self.nodes.add(z.grad_fn)
-        return z
-
-    def log_probabilities(self, call: LogProbabilities, detached_weights_stay: bool) -> tuple:
-        """See :mod:`hf_fsam.heads.trl`."""
-        if not self._kept:
-            self._kept.append(kept_head(call.weight, call.bias, detached_weights_stay))
-        crossing = self._cross()
-        statistic, (log_p, *others) = call.statistic(self._kept[0].weight, self._kept[0].bias)
-        crossing.statistics.append(statistic)
-        self.nodes.add(log_p.grad_fn)
-
-        def came_back(upstream: Tensor) -> None:
-            statistic.upstream = upstream.detach().clone()
-            crossing.early += self.in_compute_loss
-
-        if self.cut:
-            leaf = self._leaf(log_p)
-            leaf.register_hook(came_back)
-            return _Through.apply(leaf), *others
-        if self.keep:
-            log_p.register_hook(came_back)
-        return log_p, *others
+    def take_fused(self, call: FusedCall) -> Any:
+        return call.record(self, self._next())
 
     # ---- What comes back ----
 
-    def came_back(self, crossing: Crossing, cotangent: Tensor) -> None:
-        """∂(scaled loss)/∂z has arrived."""
+    def from_here(self, tensor: Tensor) -> Tensor:
+        """`tensor`, or, where the graph begins at the boundary, a leaf in its place."""
+        if not self.stops_at_boundary:
+            return tensor
+        self._leaves.append(tensor.detach().requires_grad_())
+        return self._leaves[-1]
+
+    def record(self, crossing: Crossing, cotangent: Tensor) -> None:
+        """∂(scaled loss)/∂z has arrived at `crossing`."""
         crossing.early += self.in_compute_loss
-        if self.keep:
-            # Two crossings can be handed one and the same tensor (z₁ + z₂), and a second pass scales in place.
-            others = [other.data_ptr() for each in self.crossings for other in each.cotangents]
-            cotangent = cotangent.detach()
-            crossing.cotangents.append(cotangent.clone() if cotangent.data_ptr() in others else cotangent)
+        # Two crossings can be handed one and the same tensor (z₁ + z₂), and a second pass scales in place.
+        others = [other.data_ptr() for each in self.crossings for other in each.cotangents]
+        cotangent = cotangent.detach()
+        crossing.cotangents.append(cotangent.clone() if cotangent.data_ptr() in others else cotangent)
 
     def differentiate(self, loss: Tensor) -> None:
-        """The backward pass where the graph is cut: to the boundary, past which no weight is touched."""
+        """The backward pass where the graph begins at the boundary: no weight is touched."""
         if self._leaves:  # else `finish` says what is wrong
             torch.autograd.grad(loss, self._leaves, allow_unused=True)
 
@@ -235,110 +223,67 @@ class CleanPass(_Pass):
         """
         self.nodes.clear()
         self._leaves.clear()
-        if self.keep and not any(crossing.reached for crossing in self.crossings):
+        if not any(crossing.reached for crossing in self.crossings):
             raise ValueError(
-                f"in this batch the boundary {name!r} was never crossed on the way from the loss to the weights, "
-                "so there is no cotangent to keep: name the module that makes the logits with fsam_boundary. (A model "
-                "with other heads for some batches needs one module that all go through, or fsam_variant='sam'.) "
-                f"{IDENTITY}."
+                f"in this batch nothing crossed the boundary {name!r} on the way from the weights to the loss, so "
+                "there is no cotangent to record: name the module that makes the logits with fsam_boundary. (A model "
+                "with other heads for some batches needs one module that all of them go through, or "
+                f"fsam_variant='sam'.) {IDENTITY}."
             )
 
     def offload(self) -> None:
-        """Final hidden states to the host, until a second pass takes them."""
+        """Move the final hidden states to the host until a second pass needs them."""
         for crossing in self.crossings:
-            for statistic in crossing.statistics:
-                statistic.hidden = _on_host(statistic.hidden)
+            for fused in crossing.fused:
+                fused.hidden = _on_host(fused.hidden)
 
-    def _cross(self) -> Crossing:
-        crossing = Crossing()
-        self.crossed += 1
-        if self.keep:
-            self.crossings.append(crossing)
-        return crossing
-
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        self._leaves.append(tensor.detach().requires_grad_())
-        return self._leaves[-1]
+    def _next(self) -> Crossing:
+        self.crossings.append(Crossing())
+        return self.crossings[-1]
 
 
-class SecondPass(_Pass):
-    """In this pass the loss has the value that it had in `clean`, and the backward pass meets what came back in
-    `cotangents` at the boundary in place of its own (its own where `cotangents` is None: that is SAM).
+class SecondPass(Pass):
+    """A pass in which the loss shows the value that it had in `clean`, and whose backward pass goes on from the
+    boundary with what came back to it in `cotangents`. None: with its own, which is SAM.
 
-    What came back is scaled to what this pass puts on its loss, so loss scalers and gradient accumulation need not be
-    known here; and it is used up.
+    The recorded cotangents are used up. They are scaled by the ratio of the two passes' loss scales, so that loss
+    scalers and gradient accumulation need not be known here.
     """
 
     def __init__(self, clean: CleanPass, cotangents: CleanPass | None) -> None:
         super().__init__()
         self.clean = clean
-        self.fused = cotangents is not None and cotangents.fused
+        self.defers_logits = cotangents is not None and bool(cotangents.defers_logits)
         self._cotangents = cotangents
-        self._crossings = [] if cotangents is None else list(cotangents.crossings)
+        self._left = [] if cotangents is None else list(cotangents.crossings)
         self._hooked: list[Crossing] = []
         self._products: list[tuple[Tensor | None, Tensor]] = []
 
-    def value_of(self, loss: Tensor) -> Tensor:
-        return self.clean.loss.clone()
-
-    def ratio(self, early: int) -> Tensor | float:
-        """Of the loss scale in this pass to that in the one which recorded; known when the backward pass begins.
-        early: see :class:`Crossing`."""
-        if early or self._cotangents is None:
-            return 1.0
-        return self.scale / self._cotangents.scale
-
     # ---- Doors ----
 
-    def logits(self, z: Tensor) -> Tensor:
+    def take_logits(self, z: Tensor) -> Tensor:
         if self._cotangents is not None:
             crossing = self._next()
             self._hooked.append(crossing)
             z.register_hook(partial(self._swap, crossing))
         return z
 
-    def head(self, head: FusedHead, hidden: Tensor) -> Tensor:
-        call = SecondCall(head, hidden, self._next(), self)
-        return call_head(call, hidden, head.module.weight, head.module.bias)
+    def take_fused(self, call: FusedCall) -> Any:
+        return call.plain() if self._cotangents is None else call.replay(self, self._next())
 
-    def log_probabilities(self, call: LogProbabilities, detached_weights_stay: bool) -> tuple:
-        if self._cotangents is None:
-            return call.made()
-        crossing = self._next()
-        if not crossing.reached:
-            raise RuntimeError(
-                f"the second pass called TRL's fused head where the first did not, or for nothing: {SAME_FUNCTION}"
-            )
-        return call.replayed(crossing.statistics[0], self.see_products, partial(self.ratio, crossing.early))
+    def shown_loss(self, loss: Tensor) -> Tensor:
+        return self.clean.loss.clone()
 
-    def see_products(self, before: Tensor | None, after: Tensor) -> None:
-        """⟨u, a⟩, None where it was not computed, and ⟨u, a'⟩ of one crossing, shape ()."""
-        self._products.append((before, after))
+    # ---- What is sent back ----
 
-    @property
-    def linear_loss_change(self) -> Tensor | None:
-        """⟨u, a'⟩ − ⟨u, a⟩ for the cotangent u and the head's output a in the clean pass and a' in this one, shape (),
-        in the units of u; None where that is not known."""
-        changes = [None if before is None else after - before for before, after in self._products]
-        known = [change for change in changes if change is not None]
-        return torch.stack(known).sum() if known and len(known) == len(changes) else None
-
-    @property
-    def computes_its_loss(self) -> bool:
-        return not self._products
-
-    @property
-    def finite(self) -> Tensor:
-        if self.computes_its_loss:
-            return super().finite
-        return torch.stack([after for _, after in self._products]).isfinite().all()
-
-    # ---- What comes back ----
+    def ratio(self, crossing: Crossing) -> Tensor | float:
+        """The loss scale of this pass over that of the pass which recorded, shape (). Known in the backward pass."""
+        if crossing.early or self._cotangents is None:
+            return 1.0
+        return self.scale / self._cotangents.scale
 
     def _next(self) -> Crossing:
-        if not self._crossings:
-            return Crossing()  # whoever comes back to it is told that there was none
-        return self._crossings.pop(0)
+        return self._left.pop(0) if self._left else Crossing()  # an empty one is refused where it is used
 
     def _swap(self, crossing: Crossing, own: Tensor) -> Tensor:
         recorded = crossing.cotangents.pop(0) if crossing.cotangents else None
@@ -347,7 +292,7 @@ class SecondPass(_Pass):
                 f"the second pass crossed the boundary with a tensor {tuple(own.shape)} where the first had "
                 f"{'none' if recorded is None else tuple(recorded.shape)}: {SAME_FUNCTION}"
             )
-        ratio = self.ratio(crossing.early)
+        ratio = self.ratio(crossing)
         crossing.early = max(0, crossing.early - 1)
         return recorded.mul_(ratio) if recorded.is_contiguous() else recorded * ratio
 
@@ -356,122 +301,47 @@ class SecondPass(_Pass):
         Raises:
             RuntimeError: the two passes crossed the boundary differently.
         """
-        if not self.backward_ended:  # whoever called is told by `loss` or `scale`, or has seen it raise
+        if not self.backward_ended:  # `loss` or `scale` tell the caller, or the backward pass has raised
             return
-        left = sum(crossing.reached for crossing in self._crossings) + sum(len(c.cotangents) for c in self._hooked)
+        left = sum(crossing.reached for crossing in self._left) + sum(len(each.cotangents) for each in self._hooked)
         if left:
             raise RuntimeError(f"{left} recorded cotangents met no tensor in the second pass: {SAME_FUNCTION}")
 
+    # ---- What it tells of the loss ----
 
-class Boundary:
-    """A forward hook on the boundary that does nothing except inside :meth:`running`."""
-
-    def __init__(self, cleanup: Cleanup) -> None:
-        self._cleanup = cleanup
-        self.name = ""
-        self.module: nn.Module | None = None
-        self._head: FusedHead | None = None
-        self._detached_weights_stay, self._own_forward = True, False
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
-        self._pass: CleanPass | SecondPass | None = None
+    def take_products(self, before: Tensor | None, after: Tensor) -> None:
+        """⟨u, a⟩ and ⟨u, a'⟩ of one crossing, shape (), with the recorded cotangent u of a fused head's output, which
+        was a in the clean pass and is a' in this one. before: None where it was not computed."""
+        self._products.append((before, after))
 
     @property
-    def head(self) -> FusedHead | None:
-        """The boundary while its logits are deferred."""
-        return None if self._head is None or self._head.off else self._head
-
-    def attach(
-        self,
-        name: str,
-        module: nn.Module,
-        head: FusedHead | None = None,
-        detached_weights_stay: bool = True,
-        compiled: bool = False,
-    ) -> None:
-        """Put the hook on the boundary `module`. It stays between steps: a hook that comes and goes would make
-        torch.compile compile anew each time.
-
-        Args:
-            head: the same module, where its logits can be deferred.
-            detached_weights_stay: see :func:`hf_fsam.heads.fused_head.kept_head`.
-            compiled: torch.compile runs the model. What it has compiled for a model of the class without the hook would
-                pass the hook by: it does not look at hooks (torch 2.13), but whether `forward` is the class's it does.
-        """
-        self.name, self.module, self._head = name, module, head
-        self._detached_weights_stay = detached_weights_stay
-        self._own_forward = compiled and "forward" not in module.__dict__
-        if self._own_forward:
-            module.__dict__["forward"] = MethodType(type(module).forward, module)
-        self._handle = module.register_forward_hook(_Hook(self._see_output))
+    def knows_its_loss(self) -> bool:
+        """False where fused heads hand the loss what they had in the clean pass."""
+        return not self._products
 
     @property
-    def attached(self) -> bool:
-        return self._handle is not None
+    def linear_loss_change(self) -> Tensor | None:
+        """⟨u, a'⟩ − ⟨u, a⟩ summed over the crossings, shape (), in the loss scale of u; None where it is not known."""
+        changes = [None if before is None else after - before for before, after in self._products]
+        known = [change for change in changes if change is not None]
+        return torch.stack(known).sum() if known and len(known) == len(changes) else None
 
-    def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        if self.module is not None and self._own_forward:
-            self.module.__dict__.pop("forward", None)
-        self._handle = self.module = None
-
-    @contextmanager
-    def running(self, one_pass: CleanPass | SecondPass) -> Iterator[None]:
-        """The pass inside crosses the boundary through the doors of `one_pass`."""
-        if isinstance(one_pass, CleanPass):
-            one_pass.fused = self.head is not None
-        head = self._head if one_pass.fused else None
-        log_probabilities = partial(one_pass.log_probabilities, detached_weights_stay=self._detached_weights_stay)
-
-        def undo() -> None:
-            self._pass, one_pass.ended = None, True
-            if head is not None:
-                head.undefer()
-
-        of_trl = nullcontext() if self.module is None else intercepted(log_probabilities, self._cleanup)
-        with self._cleanup.after(undo), of_trl:
-            self._pass = one_pass
-            if head is not None:
-                head.defer(partial(one_pass.head, head))
-            yield
-        one_pass.finish(self.name)
-
-    def _see_output(self, output: Any) -> Tensor | None:
-        if self._pass is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
-            return None
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"fsam_boundary: module {self.name!r} returns {type(output).__name__}, but the boundary must return "
-                f"one tensor, the logits. Name the module that makes them. {IDENTITY}."
-            )
-        return self._pass.logits(output) if output.requires_grad else None
-
-
-class _Hook:
-    """A forward hook that a callback may copy or pickle with the model: the copy's does nothing."""
-
-    def __init__(self, see: Callable[[Any], Tensor | None]) -> None:
-        self.see = see
-
-    # Back-propagation hooks with side effects are not to be traced: the compiled graph breaks here, once.
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        return self.see(output)
-
-    def __reduce__(self) -> tuple:
-        # Takes three arguments, returns None, and loads where this package is not installed.
-        return getattr, (nullcontext(), "__exit__")
+    @property
+    def finite(self) -> Tensor:
+        if self.knows_its_loss:
+            return super().finite
+        return torch.stack([after for _, after in self._products]).isfinite().all()
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Into pinned memory, for which the host need not wait."""
+    """A copy in pinned memory, for which the host need not wait."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class _Through(torch.autograd.Function):
-    """A leaf as what may be changed in place, as the outputs of a head may."""
+    """A leaf as a tensor that may be changed in place, as the output of a head may."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -480,22 +350,3 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-def weights_past_boundary(loss: Tensor, nodes: set[Any], names: dict[Tensor, str]) -> list[str]:
-    """Names of the weights that reach `loss` on a way that does not cross the boundary, at `nodes`.
-
-    Their gradient on that way (a router's balancing loss, say) is not split: both factors are taken at θ+ε.
-    """
-    found: set[str] = set()
-    seen, stack = set(nodes), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and variable in names:
-            found.add(names[variable])
-        stack.extend(parent for parent, _ in node.next_functions)
-    return sorted(found)

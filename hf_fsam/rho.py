@@ -134,7 +134,7 @@ class _Finder(TrainerCallback):
                 "have the script train for longer."
             )
         self.probe = Probe(self.trainer, self.batches)
-        self.trainer._fsam_probes.append(self.probe)
+        self.trainer.fsam.probes.append(self.probe)
         args.fsam_variant = "none"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -108,10 +108,10 @@ def linear_and_targets(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[FusedLoss, Gradients]:
-    statistic = FusedLoss(hidden.detach(), weight.detach(), None, hidden.dtype, LogitTransform(), targets=targets)
-    gradients = cross_entropy_sum(statistic, (True, True, False))
+    fused = FusedLoss(hidden.detach(), weight.detach(), None, hidden.dtype, LogitTransform(), targets=targets)
+    gradients = cross_entropy_sum(fused, (True, True, False))
     assert gradients is not None
-    return statistic, gradients
+    return fused, gradients
 
 
 def head(toy: bool) -> Rows:
@@ -119,8 +119,8 @@ def head(toy: bool) -> Rows:
     n, d, v = (64, 32, 512) if toy else (2048, 2048, 32_768)
     for dtype, limit in ((torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
         hidden, weight, targets = linear_and_targets(n, d, v, dtype)
-        statistic, ours = fused_loss(hidden, weight, targets)
-        again, _ = vjp(statistic, None, hidden.detach(), weight.detach(), None, (True, False))
+        fused, ours = fused_loss(hidden, weight, targets)
+        again, _ = vjp(fused, None, hidden.detach(), weight.detach(), None, (True, False))
         h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
         exact = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for some in torch.arange(n, device=DEVICE).split(256):  # all logits in float64 would be large
@@ -128,7 +128,7 @@ def head(toy: bool) -> Rows:
             part.backward()
             exact += part.detach()
         for what, found, wanted in (
-            ("loss", statistic.value, exact),
+            ("loss", fused.value, exact),
             ("∂/∂h", ours.hidden, h.grad),
             ("∂/∂W", ours.weight, w.grad),
             ("second pass ∂/∂h", again.hidden, h.grad),
@@ -473,7 +473,7 @@ def engine(name: str, toy: bool) -> Rows:
     for case, settings in cases.items():
         start_anew()
         trainer = trained(engine_model(toy), **SETTINGS[name], **SLOWLY, **settings)
-        kind = type(trainer._fsam_engine).__name__
+        kind = type(trainer.fsam.engine).__name__
         yield Row(f"{case}: held by", kind, "not LocalEngine", kind != "LocalEngine")
         weights = {key: weight.cpu() for key, weight in whole(trainer.model, trainer.is_deepspeed_enabled)[0].items()}
         one = {key: wanted[case][key] for key in weights}  # without a tied head, which is not a separate parameter
@@ -504,7 +504,7 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
     passed: list[bool] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, engine_model(toy), fsam_variant=variant, **settings)
-        perturbed = trainer._fsam_engine.perturbed
+        perturbed = trainer.fsam.engine.perturbed
 
         def ask() -> None:
             offload = trainer.model_wrapped.optimizer.parameter_offload
@@ -523,7 +523,7 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
             if variant == "logit":  # a pass follows; with the other variants θ has returned before the optimizer's step
                 ask()
 
-        trainer._fsam_engine.perturbed = watched
+        trainer.fsam.engine.perturbed = watched
         trainer.train()
     return passed
 

@@ -76,7 +76,7 @@ class FSAMDiagnosticsCallback(TrainerCallback):
         if args.fsam_precondition:
             check_keeps_second_moment(self.trainer.optimizer)
         self._probe = Probe(self.trainer, self.batches)
-        self.trainer._fsam_probes.append(self._probe)
+        self.trainer.fsam.probes.append(self._probe)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         probe = self._probe

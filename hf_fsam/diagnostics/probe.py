@@ -20,13 +20,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_fsam import batches
+from hf_fsam.boundary import Boundary
 from hf_fsam.engines.local import gradients_set_aside
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.heads.trl import Counters
 from hf_fsam.optimizer_state import precondition, second_moments
-from hf_fsam.passes import Boundary, CleanPass, SecondPass
+from hf_fsam.passes import CleanPass, SecondPass
 from hf_fsam.perturbation import Perturbation, WeightSwap, norm, perturb
 
 logger = logging.get_logger(__name__)
@@ -72,9 +73,9 @@ class Probe:
     """
 
     def __init__(self, trainer: Any, count: int) -> None:
-        if not trainer._fsam_engine.gradients_whole:
+        if not trainer.fsam.engine.gradients_whole:
             raise ValueError(
-                f"{type(trainer._fsam_engine).__name__} shards weights or gradients, but the diagnostics measure in "
+                f"{type(trainer.fsam.engine).__name__} shards weights or gradients, but the diagnostics measure in "
                 "one process or under DDP only. Set fsam_diagnostics_steps=0 here, and measure in one process or under "
                 "DDP, with a smaller model if this one does not fit."
             )
@@ -101,7 +102,7 @@ class Probe:
     @property
     def loss_scale(self) -> float:
         """The factor of the loss scaler, 1 without one."""
-        return float(self.trainer._fsam_engine.scale(torch.ones((), device=self.device)))
+        return float(self.trainer.fsam.engine.scale(torch.ones((), device=self.device)))
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -109,7 +110,7 @@ class Probe:
         statistics and TRL's counters are again what they were."""
         before, training = RandomState.capture(self.device), self.model.training
         self.model.train()
-        cleanup = self.trainer._fsam_cleanup
+        cleanup = self.trainer.fsam.cleanup
         try:
             with (
                 gradients_set_aside(self.weights, cleanup),
@@ -140,10 +141,10 @@ class Probe:
         """
         weights = self.weights
         with boundary.running(one_pass):
-            loss = one_pass.see_loss(self.loss(batch))
+            loss = one_pass.take_loss(self.loss(batch))
             for weight in weights:
                 weight.grad = None
-            self.trainer._fsam_engine.scale(loss).backward()
+            self.trainer.fsam.engine.scale(loss).backward()
         scale = self.loss_scale
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad / scale for weight in weights]
         for weight in weights:
@@ -189,7 +190,7 @@ class Probe:
     def paths(self, batch: dict[str, Any], rho: float) -> Paths:
         """Takes four passes, and memory for up to seven copies of the trainable weights."""
         clean, moved = CleanPass(), CleanPass()
-        boundary = Boundary(self.trainer._fsam_cleanup)
+        boundary = Boundary(self.trainer.fsam.cleanup)
         boundary.attach(self.name, self.boundary)  # without a fused head, so that the logits themselves cross
         try:
             loss, gradient = self.differentiate(batch, boundary, clean)
@@ -266,7 +267,7 @@ class Probe:
         eigenvalue = math.inf
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                loss, scale = self.trainer._fsam_engine.scale(self.loss(batch)), self.loss_scale
+                loss, scale = self.trainer.fsam.engine.scale(self.loss(batch)), self.loss_scale
                 opaque = opaque_node(loss)
                 if opaque is not None:
                     raise RuntimeError(f"{opaque} computes its own backward pass, which may have no derivative.")

@@ -1,8 +1,13 @@
-"""A language model's linear head and its loss, a tile at a time: tensors in, tensors out.
+"""A language model's linear head and its loss, a tile of logits at a time: tensors in, tensors out.
 
-The head makes a = h Wᵀ + b of final hidden states h, the model may scale and cap them to logits z, and the loss takes
-of each token's logits nothing but log Σ exp z, the target's logit and their mean. So neither a, z nor the cotangent
-u = ∂loss/∂a has to exist for all tokens at once: u of any tile follows from h, W, the targets and log Σ exp z.
+The head makes a = h Wᵀ + b of the final hidden states h, the model may scale and cap that to logits z, and the loss
+takes of each token's logits nothing but log Σ exp z, the target's logit and their mean. So neither a, z nor the
+cotangent u = ∂loss/∂a has to exist for all tokens at once: u of any tile follows from h, W, the targets and log Σ exp
+z.
+
+Why not a kernel (Triton, Liger)? The second pass needs u once more after the loss is gone, in a product with another
+Jacobian, which no published kernel hands out; and this runs wherever torch does. A tile is wide enough for its matrix
+products to take longer than the reading and writing around them.
 
 Shapes: n tokens, width d, vocabulary v.
 """
@@ -16,11 +21,12 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
-# Numbers of logits at a time: near the cache of a CPU, wide enough for matrix products on a GPU.
+# Logits in a tile: 8 MiB in float32 on a CPU, near its cache; on a GPU enough to fill it with one matrix product.
 _TILE = {"cpu": 1 << 21}
 _TILE_ELSEWHERE = 1 << 26
 
-# Numbers of a window's cotangents that are kept, and need not be computed again: a constant, and for small models all.
+# Cotangents of a window that are kept, and need not be computed again: for small models all of them, and for large ones
+# a constant amount of memory.
 _KEPT = {"cpu": 1 << 23}
 _KEPT_ELSEWHERE = 1 << 26
 
@@ -29,7 +35,8 @@ _MOST_IN_A_DOT = 1 << 30  # BLAS counts in 32 bits
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its head's output a: z = before · a, or with a cap z = after · tanh(before · a)."""
+    """What a model does to its head's output a on the way to the logits z: z = before · a (Cohere, Granite), or with a
+    cap z = after · tanh(before · a) (Gemma 2)."""
 
     before: float = 1.0
     after: float = 1.0
@@ -41,13 +48,13 @@ class LogitTransform:
         return replace(self, before=self.before * factor)
 
     def apply_(self, a: Tensor) -> Tensor:
-        """a → z in place."""
+        """a → z in place, in any shape."""
         if self.before != 1.0:
             a.mul_(self.before)
         return a.tanh_().mul_(self.after) if self.tanh else a
 
     def slope(self, z: Tensor) -> Tensor | float:
-        """∂z/∂a."""
+        """∂z/∂a in the shape of z, or one number for all."""
         if not self.tanh:
             return self.before
         return (z / self.after).square_().neg_().add_(1).mul_(self.after * self.before)
@@ -82,7 +89,7 @@ class Gradients:
 
 @dataclass(eq=False)
 class FusedLoss:
-    """What the loss took of the logits of n tokens, and enough to have their cotangent again, tile by tile.
+    """What a loss took of the logits of n tokens, and all that it takes to have their cotangent again, tile by tile.
 
     Attributes:
         hidden: h, (n, d).
@@ -100,7 +107,7 @@ class FusedLoss:
         upstream: ∂(scaled loss)/∂value, in its shape; None until the backward pass, and where the loss ignored it.
         grad_dot_logits: ⟨∂value/∂a, h Wᵀ⟩, times `upstream` from when that is known, shape (); None where it was not
             computed.
-        kept: ∂value/∂a of the first tokens, (some, v).
+        cached: ∂value/∂a of the first tokens, (some, v); None where there was no memory for any.
     """
 
     hidden: Tensor
@@ -117,163 +124,186 @@ class FusedLoss:
     others: tuple = ()
     upstream: Tensor | None = None
     grad_dot_logits: Tensor | None = None
-    kept: Tensor | None = None
+    cached: Tensor | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What sums are taken in."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def head_output(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Some columns of a = h Wᵀ + b, (tokens, columns), in float32 or wider, rounded as the head itself rounds."""
+        bias = None if self.bias is None else self.bias[columns].to(self.dtype)
+        return F.linear(hidden.to(self.dtype), self.weight[columns].to(self.dtype), bias).to(self.wide)
 
     def weighed(self, upstream: Tensor) -> Tensor:
-        """`upstream` of a sum over tokens, (); 0 where none of them counts. A loss that divides by their number has ∞
-        there, and what it is multiplied by is 0."""
+        """`upstream` of a sum over tokens, shape (); 0 where none of them counts. A loss that divides by their number
+        has ∞ there, and what it is multiplied with is 0."""
         if self.counted is not None:
             return torch.where(self.counted.any(), upstream, 0.0)
         return upstream if len(self.hidden) else torch.zeros_like(upstream)
 
     def cotangents(self, columns: slice, upstream: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """u of some columns of the vocabulary, (tokens, columns), in the head's dtype, for some tokens after others.
+        """Which tokens, and their u in some columns of the vocabulary, (tokens, columns), in the head's dtype. First
+        the cached ones, then the others, which are computed again.
 
-        upstream: ∂loss/∂value of each token, (n,); None where that is one number for all, which is left to the caller.
+        upstream: ∂loss/∂value of each token, (n,); None where it is one number for all, which is left to the caller.
         """
-        known = 0 if self.kept is None else self.kept.shape[0]
-        if self.kept is not None:
-            yield slice(0, known), self.kept[:, columns]
+        known = 0 if self.cached is None else self.cached.shape[0]
+        if self.cached is not None:
+            yield slice(0, known), self.cached[:, columns]
         if known == self.hidden.shape[0]:
             return
-        z = self.transform.apply_(self.product(self.hidden[known:], columns))  # (n − known, columns)
+        rest = slice(known, self.hidden.shape[0])
+        z = self.transform.apply_(self.head_output(self.hidden[rest], columns))  # (n − known, columns)
         slope = self.transform.slope(z)
-        u = z.sub_(self.log_sum[known:].unsqueeze(-1)).exp_()
-        if self.targets is not None:
-            self._less_targets(u, self.targets[known:] - columns.start)
-        if self.counted is not None:
-            u.masked_fill_(~self.counted[known:].unsqueeze(-1), 0.0)
+        p = z.sub_(self.log_sum[rest].unsqueeze(-1)).exp_()  # their part of the softmax
+        u = self.subtract_targets_(p, rest, columns.start)
         if upstream is not None:
-            u.mul_(upstream[known:].unsqueeze(-1))
-        yield slice(known, None), _times(u, slope).to(self.dtype)
+            u.mul_(upstream[rest].unsqueeze(-1))
+        yield rest, _times(u, slope).to(self.dtype)
 
-    @property
-    def wide(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+    def subtract_targets_(self, p: Tensor, tokens: slice, first_column: int = 0) -> Tensor:
+        """Some columns of the softmax, (tokens, columns), → ∂value/∂z there, in place."""
+        if self.targets is not None:
+            if self.smoothing:
+                p.sub_(self.smoothing / self.weight.shape[0])
+            column = self.targets[tokens] - first_column  # (tokens,), maybe outside of these columns
+            inside = (column >= 0) & (column < p.shape[-1])
+            share = inside.to(p.dtype).mul_(self.smoothing - 1)
+            p.scatter_add_(-1, column.clamp(0, p.shape[-1] - 1).unsqueeze(-1), share.unsqueeze(-1))
+        if self.counted is not None:
+            p.masked_fill_(~self.counted[tokens].unsqueeze(-1), 0.0)
+        return p
 
-    def product(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
-        """a of some columns, rounded as all of them would be, in float32 or wider."""
-        bias = None if self.bias is None else self.bias[columns].to(self.dtype)
-        return F.linear(hidden.to(self.dtype), self.weight[columns].to(self.dtype), bias).to(self.wide)
+    def cache_for(self, tokens: slice) -> Tensor | None:
+        """The memory in which the cotangents of `tokens` will be cached, if they can be computed there."""
+        inside = self.cached is not None and tokens.stop <= self.cached.shape[0] and self.cached.dtype == self.wide
+        return self.cached[tokens] if self.cached is not None and inside else None
 
-    def place_for(self, tokens: slice) -> Tensor | None:
-        """The memory in which the cotangents of `tokens` will be kept, if they can be computed there."""
-        inside = self.kept is not None and tokens.stop <= self.kept.shape[0] and self.kept.dtype == self.wide
-        return self.kept[tokens] if self.kept is not None and inside else None
-
-    def keep(self, tokens: slice, u: Tensor) -> None:
-        if self.kept is not None and tokens.start < self.kept.shape[0]:
-            place = self.kept[tokens]
+    def cache(self, tokens: slice, u: Tensor) -> None:
+        """Keep u (tokens, v), as far as there is memory for it."""
+        if self.cached is not None and tokens.start < self.cached.shape[0]:
+            place = self.cached[tokens]
             if place.data_ptr() != u.data_ptr():
                 place.copy_(u[: place.shape[0]])
 
-    def _less_targets(self, p: Tensor, place: Tensor) -> None:
-        """Softmax p of some columns → ∂(cross entropy)/∂z. place: of the targets, which may be outside of them."""
-        if self.smoothing:
-            p.sub_(self.smoothing / self.weight.shape[0])
-        inside = (place >= 0) & (place < p.shape[-1])
-        less = inside.to(p.dtype).mul_(self.smoothing - 1)
-        p.scatter_add_(-1, place.clamp(0, p.shape[-1] - 1).unsqueeze(-1), less.unsqueeze(-1))
 
-
-def cross_entropy_sum(statistic: FusedLoss, needs: tuple[bool, bool, bool]) -> Gradients | None:
+def cross_entropy_sum(fused: FusedLoss, needs: tuple[bool, bool, bool]) -> Gradients | None:
     """Fill in `value`, the sum of the tokens' cross entropies, and `log_sum`; and return ∂value/∂(h, W, b), of what
     `needs` names, None if it names nothing.
 
-    The gradient is taken now, while a token's logits are at hand: what comes back to a sum is one number.
+    The gradient is taken now, while a tile's logits are at hand: all that a backward pass adds to it is one factor.
     """
-    assert statistic.targets is not None
-    hidden, weight, bias = statistic.hidden, statistic.weight, statistic.bias
-    wide, smoothing, device = statistic.wide, statistic.smoothing, statistic.hidden.device
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    to_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if any(needs) else None  # (n, d)
-    to_weight = torch.zeros(weight.shape, dtype=wide, device=device) if needs[1] else None  # (v, d)
-    to_bias = torch.zeros(vocabulary, dtype=wide, device=device) if needs[2] else None  # (v,)
+    assert fused.targets is not None
+    hidden, weight, bias = fused.hidden, fused.weight, fused.bias  # (n, d), (v, d), (v,)
+    wide, smoothing, device = fused.wide, fused.smoothing, hidden.device
+    grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if any(needs) else None  # (n, d)
+    grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if needs[1] else None  # (v, d)
+    grad_bias = torch.zeros(len(weight), dtype=wide, device=device) if needs[2] else None  # (v,)
     total = torch.zeros((), dtype=wide, device=device)
-    log_sum = torch.empty(rows, dtype=wide, device=device)
+    log_sum = torch.empty(len(hidden), dtype=wide, device=device)  # (n,)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        narrow = replace(statistic, weight=weight.to(statistic.dtype))
-        for tokens in tiles(rows, vocabulary, hidden.shape[1], device):
-            h = hidden[tokens].to(statistic.dtype)
-            z = statistic.transform.apply_(narrow.product(h))  # (tile, v)
-            target = statistic.targets[tokens].unsqueeze(-1)
-            p = torch.softmax(z, -1, out=statistic.place_for(tokens))
+        narrow = replace(fused, weight=weight.to(fused.dtype))
+        for tokens in tiles(len(hidden), len(weight), hidden.shape[1], device):
+            h = hidden[tokens].to(fused.dtype)  # (tile, d)
+            z = fused.transform.apply_(narrow.head_output(h))  # (tile, v)
+            target = fused.targets[tokens].unsqueeze(-1)  # (tile, 1)
+            p = torch.softmax(z, -1, out=fused.cache_for(tokens))  # (tile, v)
             # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
-            top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()
+            top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()  # (tile, 1), (tile,)
             log_sum[tokens] = top.squeeze(-1) + rest
-            # Each token's by itself, from its top: of confident tokens little is left after the subtraction.
-            losses = rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)
+            # Each token's loss is taken from its largest logit, and not from log Σ exp z: of the confident tokens'
+            # little would be left after the subtraction.
+            losses = rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)  # (tile,)
             if smoothing:
                 losses += smoothing * (top - z.mean(-1, keepdim=True)).squeeze(-1)
-            silent = None if statistic.counted is None else ~statistic.counted[tokens]
-            total += (losses if silent is None else losses.masked_fill_(silent, 0.0)).sum()
-            if to_hidden is None:
+            if fused.counted is not None:
+                losses.masked_fill_(~fused.counted[tokens], 0.0)
+            total += losses.sum()
+            if grad_hidden is None:
                 continue
-            p.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=wide))
-            if smoothing:
-                p.sub_(smoothing / vocabulary)
-            if silent is not None:
-                p.masked_fill_(silent.unsqueeze(-1), 0.0)
-            u = _times(p, statistic.transform.slope(z)).to(statistic.dtype)
-            statistic.keep(tokens, u)
-            _add_product(to_hidden[tokens], u, narrow.weight)
-            if to_weight is not None:
-                _add_product(to_weight, u.t(), h)
-            if to_bias is not None:
-                to_bias += u.sum(0, dtype=wide)
-    statistic.log_sum, statistic.value = log_sum, total
-    if to_hidden is None:
+            u = _times(fused.subtract_targets_(p, tokens), fused.transform.slope(z)).to(fused.dtype)  # (tile, v)
+            fused.cache(tokens, u)
+            _add_product(grad_hidden[tokens], u, narrow.weight)
+            if grad_weight is not None:
+                _add_product(grad_weight, u.t(), h)
+            if grad_bias is not None:
+                grad_bias += u.sum(0, dtype=wide)
+    fused.log_sum, fused.value = log_sum, total
+    if grad_hidden is None:
         return None
-    statistic.grad_dot_logits = dot(to_hidden, hidden)
+    fused.grad_dot_logits = dot(grad_hidden, hidden)
     return Gradients(
-        to_hidden.to(sum_dtype(hidden)),
-        None if to_weight is None else to_weight.to(sum_dtype(weight)),
-        None if to_bias is None or bias is None else to_bias.to(sum_dtype(bias)),
+        grad_hidden.to(sum_dtype(hidden)),
+        None if grad_weight is None else grad_weight.to(sum_dtype(weight)),
+        None if grad_bias is None or bias is None else grad_bias.to(sum_dtype(bias)),
     )
 
 
-def log_sum_exp(statistic: FusedLoss) -> None:
-    """Fill in `value` and `log_sum`, log Σ exp z of each token, (n,)."""
-    hidden = statistic.hidden
-    parts = [torch.zeros(0, dtype=statistic.wide, device=hidden.device)]
+def log_sum_exp(fused: FusedLoss) -> None:
+    """Fill in `value` and `log_sum`, both log Σ exp z of each token, (n,)."""
+    hidden = fused.hidden
+    parts = [torch.zeros(0, dtype=fused.wide, device=hidden.device)]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        narrow = replace(statistic, weight=statistic.weight.to(statistic.dtype))
-        for tokens in tiles(hidden.shape[0], statistic.weight.shape[0], hidden.shape[1], hidden.device):
-            parts.append(statistic.transform.apply_(narrow.product(hidden[tokens])).logsumexp(-1))
-    statistic.log_sum = statistic.value = torch.cat(parts)
+        narrow = replace(fused, weight=fused.weight.to(fused.dtype))
+        for tokens in tiles(len(hidden), len(fused.weight), hidden.shape[1], hidden.device):
+            parts.append(fused.transform.apply_(narrow.head_output(hidden[tokens])).logsumexp(-1))
+    fused.log_sum = fused.value = torch.cat(parts)
 
 
 def vjp(
-    statistic: FusedLoss,
+    fused: FusedLoss,
     upstream: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     needs: tuple[bool, bool],
 ) -> tuple[Gradients, Tensor]:
-    """Jᵀu with the cotangent of `statistic` and the Jacobian of a head at `hidden` (n, d) and `weight` (v, d), its own
+    """Jᵀu with the cotangent u of `fused`, and the Jacobian of a head at `hidden` (n, d) and `weight` (v, d), its own
     or others.
 
-    upstream: see :meth:`FusedLoss.cotangents`. needs: whether W's and b's gradients are asked for.
+    upstream: ∂loss/∂value, () or (n,); None for 1. needs: whether W's and b's gradients are asked for.
 
     Returns the gradients, and ⟨u, h Wᵀ⟩, shape ().
     """
-    dtype, wide, weight = statistic.dtype, statistic.wide, weight.detach()
-    to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    to_weight = torch.zeros_like(weight, dtype=sum_dtype(weight)) if needs[0] else None
-    to_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs[1] else None
+    dtype, wide, weight = fused.dtype, fused.wide, weight.detach()
+    grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)  # (n, d)
+    grad_weight = torch.zeros_like(weight, dtype=sum_dtype(weight)) if needs[0] else None  # (v, d)
+    grad_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if needs[1] else None  # (v,)
+    of_all = upstream if upstream is not None and upstream.ndim == 0 else None
+    of_each = upstream if of_all is None else None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         narrow = hidden.to(dtype)
-        for columns in tiles(weight.shape[0], hidden.shape[0], hidden.shape[1], hidden.device):
-            for tokens, u in statistic.cotangents(columns, upstream):
-                _add_product(to_hidden[tokens], u, weight[columns].to(dtype))
-                if to_weight is not None:
-                    _add_product(to_weight[columns], u.t(), narrow[tokens])
-                if to_bias is not None:
-                    to_bias[columns] += u.sum(0, dtype=wide)
-    if to_bias is not None and bias is not None:
-        to_bias = to_bias.to(sum_dtype(bias))
-    return Gradients(to_hidden.to(sum_dtype(hidden)), to_weight, to_bias), dot(to_hidden, hidden)
+        # Tiles of columns: W and its gradient, which may be the larger ones, are then gone through once.
+        for columns in tiles(len(weight), len(hidden), hidden.shape[1], hidden.device):
+            for tokens, u in fused.cotangents(columns, of_each):  # (tokens, columns)
+                _add_product(grad_hidden[tokens], u, weight[columns].to(dtype))
+                if grad_weight is not None:
+                    _add_product(grad_weight[columns], u.t(), narrow[tokens])
+                if grad_bias is not None:
+                    grad_bias[columns] += u.sum(0, dtype=wide)
+    product = dot(grad_hidden, hidden)
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.to(sum_dtype(bias))
+    gradients = Gradients(grad_hidden.to(sum_dtype(hidden)), grad_weight, grad_bias)
+    return (gradients, product) if of_all is None else (gradients.times_(of_all), product * of_all)
+
+
+def replay(
+    fused: FusedLoss, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Gradients, Tensor]:
+    """:func:`vjp` at other weights, with all that came back to `fused`, in the loss scale in which it came.
+
+    Returns the gradients, and ⟨u, a'⟩ with the head's output a' there, shape (), but for ⟨u, b⟩ of the clean pass,
+    which is not in `grad_dot_logits` either.
+    """
+    assert fused.upstream is not None
+    fused.hidden = fused.hidden.to(hidden.device, non_blocking=True)  # it may have waited on the host
+    gradients, product = vjp(fused, fused.upstream, hidden, weight, bias, needs)
+    if gradients.bias is not None and bias is not None and fused.bias is not None:  # ⟨u, b' − b⟩
+        product = product + dot(gradients.bias.to(product.dtype), bias.detach() - fused.bias)
+    return gradients, product
 
 
 def dense_vjp(u: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Gradients:
@@ -320,7 +350,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
-def room(device: torch.device) -> int:
+def cotangent_cache_numel(device: torch.device) -> int:
     """How many numbers of a window's cotangents are kept."""
     return _KEPT.get(device.type, _KEPT_ELSEWHERE)
 

@@ -1,10 +1,11 @@
-"""The boundary inside of TRL's fused head, which goes from hidden states to log-probabilities and makes no logits.
+"""All that is known of TRL: its fused head, and what its trainers count.
 
-Read in TRL 1.16: `trl.trainer.utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, temperature,
-chunk_size, final_logit_softcapping, logit_scale, outputs)` returns the log-probability of each token's target, its
-entropy and three statistics without a gradient; it saves log Σ exp z as its fifth tensor.
+Read in TRL 1.16. The fused head goes from hidden states to log-probabilities and makes no logits, so the boundary lies
+inside of it: `trl.trainer.utils._ChunkedLogProbFunction.apply` returns the log-probability of each token's target, and
+four more tensors, of which the entropy alone may have a gradient.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,23 +16,39 @@ import torch
 from torch import Tensor
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.heads.fused_head import SAME_FUNCTION, edge, replayed_statistic
-from hf_fsam.heads.fused_loss import FusedLoss, LogitTransform, compute_dtype
+from hf_fsam.heads.deferred_logits import gradient_edge
+from hf_fsam.heads.fused_loss import FusedLoss, LogitTransform, compute_dtype, dot, replay
+from hf_fsam.passes import SAME_FUNCTION, CleanPass, Crossing, SecondPass
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
-_checked: list[bool] = []
+_PARAMETERS = (
+    *("hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
+_LOG_SUM = 4  # log Σ exp z is the fifth tensor that it saves
 
 
 def has_unknown_fused_head(trainer_class: type) -> bool:
-    """A trainer of TRL's that makes its loss in a fused head, which is not the one known here."""
+    """Whether `trainer_class` is a trainer of TRL's that makes its loss in a fused head other than the one known here:
+    under another name, with other parameters, or which saves other tensors."""
     modules = [sys.modules.get(each.__module__) for each in trainer_class.__mro__ if each.__module__.startswith("trl.")]
-    fused = any(hasattr(module, "add_fused_lm_head") for module in modules)
-    return fused and not hasattr(sys.modules.get(_MODULE), _NAME)
+    if not any(hasattr(module, "add_fused_lm_head") for module in modules):
+        return False
+    function = getattr(sys.modules.get(_MODULE), _NAME, None)
+    if function is None or tuple(inspect.signature(function.forward).parameters)[1:] != _PARAMETERS:
+        return True
+    hidden, weight = torch.eye(2, requires_grad=True), torch.arange(6.0).view(3, 2)  # (n, d), (v, d)
+    targets = torch.zeros(2, dtype=torch.long)
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        log_p, *_ = function.apply(hidden, weight, None, targets, 1.0, 2, None, 1.0, ())
+    saved = log_p.grad_fn.saved_tensors
+    wanted = (hidden @ weight.t()).logsumexp(-1)  # (n,)
+    return len(saved) <= _LOG_SUM or not torch.equal(saved[_LOG_SUM].round(decimals=3), wanted.round(decimals=3))
 
 
 @dataclass
 class LogProbabilities:
-    """One call of TRL's fused head.
+    """One call of TRL's fused head (a :class:`~hf_fsam.passes.FusedCall`).
 
     Attributes:
         apply: TRL's own function, of hidden (n, d), weight (v, d), bias (v,) or None, and `rest`.
@@ -44,58 +61,55 @@ class LogProbabilities:
     bias: Tensor | None
     rest: tuple
 
-    def made(self) -> tuple:
+    def plain(self) -> tuple:
         return self.apply(self.hidden, self.weight, self.bias, *self.rest)
 
-    def statistic(self, weight: Tensor, bias: Tensor | None) -> tuple[FusedLoss, tuple]:
-        """What it takes to have the cotangents of the log-probabilities again, and TRL's own result.
-
-        weight, bias: as they are now, for later.
-        """
+    def record(self, clean: CleanPass, crossing: Crossing) -> tuple:
         targets, temperature, _, cap, scale, _ = self.rest
-        result = self.made()
-        transform = (
-            LogitTransform(scale / temperature)
-            if cap is None
-            else LogitTransform(scale / cap, cap / temperature, tanh=True)
-        )
-        statistic = FusedLoss(
-            self.hidden.detach(), weight, bias, compute_dtype(self.hidden), transform, targets=targets
-        )
-        statistic.value = result[0].detach()
-        statistic.others = tuple(None if each is None else each.detach() for each in result[1:])
-        statistic.log_sum = result[0].grad_fn.saved_tensors[4]
-        _check_log_sum(statistic)
+        log_p, entropy, *others = self.plain()
+        weight, bias = clean.unperturbed.take(self.weight, self.bias)
+        transform = LogitTransform(scale / temperature)
+        if cap is not None:
+            transform = LogitTransform(scale / cap, cap / temperature, tanh=True)
+        fused = FusedLoss(self.hidden.detach(), weight, bias, compute_dtype(self.hidden), transform, targets=targets)
+        fused.value = log_p.detach()
+        fused.others = tuple(None if each is None else each.detach() for each in (entropy, *others))
+        fused.log_sum = log_p.grad_fn.saved_tensors[_LOG_SUM]
+        crossing.fused.append(fused)
+        clean.nodes.add(log_p.grad_fn)
+
+        def take_hidden_gradient(gradient: Tensor) -> None:
+            fused.grad_dot_logits = dot(gradient.to(fused.wide), fused.hidden)
+
+        def came_back(upstream: Tensor) -> None:
+            fused.upstream = upstream.detach().clone()
+            crossing.early += clean.in_compute_loss
+
         if self.hidden.requires_grad:
+            self.hidden.register_hook(take_hidden_gradient)
+        if entropy is not None:
+            entropy.register_hook(_refuse_entropy)
+        at_boundary = clean.from_here(log_p)
+        at_boundary.register_hook(came_back)
+        return at_boundary.clone() if clean.stops_at_boundary else at_boundary, entropy, *others
 
-            def see_gradient(to_hidden: Tensor) -> None:
-                wide = to_hidden.to(statistic.wide).flatten()
-                statistic.grad_dot_logits = torch.dot(wide, statistic.hidden.flatten().to(statistic.wide))
-
-            self.hidden.register_hook(see_gradient)
-        if result[1] is not None:
-            result[1].register_hook(_refuse_entropy)
-        return statistic, result
-
-    def replayed(
-        self,
-        statistic: FusedLoss,
-        see_products: Callable[[Tensor | None, Tensor], None],
-        ratio: Callable[[], Tensor | float],
-    ) -> tuple:
-        """The result of the clean pass, differentiated at these weights with what came back to it."""
-        if self.hidden.shape != statistic.hidden.shape:
+    def replay(self, second: SecondPass, crossing: Crossing) -> tuple:
+        if not crossing.reached:
+            raise RuntimeError(
+                f"the second pass called TRL's fused head where the first did not, or for nothing: {SAME_FUNCTION}"
+            )
+        fused = crossing.fused[0]
+        if self.hidden.shape != fused.hidden.shape:
             raise RuntimeError(
                 f"the second pass took log-probabilities of {len(self.hidden)} tokens where the first had "
-                f"{len(statistic.hidden)}: {SAME_FUNCTION}"
+                f"{len(fused.hidden)}: {SAME_FUNCTION}"
             )
-        values = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        edges = edge(self.weight), edge(self.bias)
-        return _Replayed.apply(self.hidden, *edges, statistic, values, see_products, ratio), *statistic.others
+        edges = gradient_edge(self.weight), gradient_edge(self.bias)
+        return _Replayed.apply(self.hidden, *edges, self, second, crossing), *fused.others
 
 
 class _Replayed(torch.autograd.Function):
-    """Log-probabilities of the clean pass, with the Jacobian of this one. What comes back to them is dropped.
+    """The log-probabilities of the clean pass, with the Jacobian of this one. What comes back to them is dropped.
 
     All is computed in the forward pass, where an engine that shards the weights has the head gathered.
     """
@@ -104,24 +118,26 @@ class _Replayed(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        statistic: FusedLoss,
-        values: tuple[Tensor, Tensor | None],
-        see_products: Callable[[Tensor | None, Tensor], None],
-        ratio: Callable[[], Tensor | float],
+        weight_edge: Tensor,
+        bias_edge: Tensor | None,
+        call: LogProbabilities,
+        second: SecondPass,
+        crossing: Crossing,
     ) -> Tensor:
-        ctx.ratio = ratio
+        ctx.second, ctx.crossing = second, crossing
+        (fused,) = crossing.fused
+        assert fused.upstream is not None
         # Of log p = z[target] − log Σ exp z the gradient is minus the cross entropy's.
-        assert statistic.upstream is not None
-        statistic.upstream = -statistic.upstream
-        ctx.gradients = replayed_statistic(statistic, hidden, *values, ctx.needs_input_grad[1:3], see_products)
-        return statistic.value.clone()
+        fused.upstream = -fused.upstream
+        bias = None if call.bias is None else call.bias.detach()
+        ctx.gradients, product = replay(fused, hidden, call.weight.detach(), bias, ctx.needs_input_grad[1:3])
+        second.take_products(fused.grad_dot_logits, product)
+        return fused.value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.times_(ctx.ratio()), None, None, None, None)
+        return (*gradients.times_(ctx.second.ratio(ctx.crossing)), None, None, None)
 
 
 class Counters:
@@ -166,42 +182,26 @@ class _Intercepted:
     """Stands in the place of TRL's function."""
 
     function: Any
-    call: Callable[[LogProbabilities], tuple]
+    one_pass: CleanPass | SecondPass
 
     def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
+        call = LogProbabilities(self.function.apply, hidden, weight, bias, rest)
         if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-            return self.function.apply(hidden, weight, bias, *rest)
-        return self.call(LogProbabilities(self.function.apply, hidden, weight, bias, rest))
+            return call.plain()
+        return self.one_pass.take_fused(call)
 
 
 @contextmanager
-def intercepted(call: Callable[[LogProbabilities], tuple], cleanup: Cleanup) -> Iterator[None]:
-    """Inside, a fused head of TRL's that has a gradient to compute goes through `call`."""
+def intercepted(one_pass: CleanPass | SecondPass, cleanup: Cleanup) -> Iterator[None]:
+    """Inside, a fused head of TRL's that has a gradient to compute goes through the door of `one_pass`."""
     utils: Any = sys.modules.get(_MODULE)
     function: Any = getattr(utils, _NAME, None)
     if function is None:
         yield
         return
 
-    with cleanup.replaced(utils, _NAME, _Intercepted(function, call)):
+    with cleanup.replaced(utils, _NAME, _Intercepted(function, one_pass)):
         yield
-
-
-@torch.no_grad()
-def _check_log_sum(statistic: FusedLoss) -> None:
-    """Once a process: what was read in one version of TRL may stand elsewhere in another, and gradients be wrong."""
-    if _checked or not len(statistic.hidden):
-        return
-    logits = statistic.transform.apply_(statistic.product(statistic.hidden[:1]))
-    found = statistic.log_sum.flatten()[:1]
-    if statistic.log_sum.shape != statistic.hidden.shape[:1] or not torch.allclose(
-        logits.logsumexp(-1), found.to(logits.dtype), rtol=1e-2, atol=1e-2
-    ):
-        raise ValueError(
-            "TRL's fused head keeps something else than log Σ exp z where that of TRL 1.16 does: install trl==1.16.*, "
-            "or set fsam_variant='none'."
-        )
-    _checked.append(True)
 
 
 def _refuse_entropy(gradient: Tensor | None) -> None:

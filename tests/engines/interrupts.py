@@ -99,7 +99,7 @@ def train(folder: Path, strikes: str, **settings: Any) -> tuple[Any, ...]:
 
 def look(trainer: Any, before: dict[str, Any], trained: bool, line: tuple[str, int]) -> None:
     """Nothing that the step changed for its duration is changed still."""
-    engine, wrapped = trainer._fsam_engine, trainer.model_wrapped
+    engine, wrapped = trainer.fsam.engine, trainer.model_wrapped
     engine.settle()  # as the next step and the next evaluation do
     weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)
     assert same_bits(weights, masters if trained else before), line

@@ -228,7 +228,7 @@ def train(
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         # How many backward passes ZeRO believes to be in (0.19.8).
         "depth": getattr(getattr(trainer.model_wrapped, "optimizer", None), "_backward_active_depth", 0),
-        "fused": bool(trainer._fsam_fused and trainer._fsam_fused[1] and not trainer._fsam_fused[1].off),
+        "fused": bool(trainer.fsam.boundary.head and not trainer.fsam.boundary.head.off),
         "ddp": hasattr(trainer.model_wrapped, "no_sync"),
         "loss": loss,
     }

@@ -4,6 +4,7 @@ The batches are TRL's own, written down as the trainer gets them; everything aft
 """
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -361,10 +362,21 @@ def test_a_trl_whose_fused_head_has_another_name_is_refused(tmp_path: Path, monk
     make_trainer(*given, fsam_variant="sam")
 
 
-def test_another_trl_that_keeps_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trl_whose_fused_head_takes_other_parameters_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None: ...
+
+    monkeypatch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "forward", staticmethod(forward))
+    with pytest.raises(ValueError, match=r"fused head of this TRL.*install trl==1\.16"):
+        make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
+
+
+def test_a_trl_whose_fused_head_saves_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     function: Any = trl.trainer.utils._ChunkedLogProbFunction
     forward = function.forward
 
+    @functools.wraps(forward)
     def reordered(ctx: Any, *args: Any) -> Any:
         save = ctx.save_for_backward
 
@@ -381,8 +393,5 @@ def test_another_trl_that_keeps_other_tensors_is_refused(tmp_path: Path, monkeyp
         return forward(Context(), *args)
 
     monkeypatch.setattr(function, "forward", staticmethod(reordered))
-    monkeypatch.setattr("hf_fsam.heads.trl._checked", [])
-    with pytest.raises(ValueError, match=r"install trl==1\.16"):
-        make_trainer(
-            tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"]
-        ).train()
+    with pytest.raises(ValueError, match=r"fused head of this TRL.*install trl==1\.16"):
+        make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])

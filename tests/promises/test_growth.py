@@ -178,7 +178,7 @@ def test_an_engine_that_is_replaced_is_gone(tmp_path: Path) -> None:
     """As after each trial of a hyperparameter search, which makes a new accelerator."""
     trainer = make_trainer(tmp_path)
     trainer.train()
-    engine = weakref.ref(trainer._fsam_engine)
+    engine = weakref.ref(trainer.fsam.engine)
     trainer.create_accelerator_and_postprocess()
     gc.collect()
     assert engine() is None

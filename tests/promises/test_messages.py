@@ -118,7 +118,7 @@ ARGUMENTS = [
     Row("none', which need none", own(_Headless), own(_Headless, fsam_variant="sam")),
     Row("Where the loss takes what no one module puts", own(_Identity), with_identity),
     Row("is no module of", trains(fsam_boundary="head"), trains(fsam_boundary="lm_head")),
-    Row("was never crossed on the way", own(_Unused), own(_Unused, fsam_boundary="top")),
+    Row("nothing crossed the boundary", own(_Unused), own(_Unused, fsam_boundary="top")),
     Row("but the boundary must return", trains(fsam_boundary="model"), trains(fsam_boundary="lm_head")),
     Row(
         "on a way past the boundary",
@@ -276,7 +276,7 @@ def adam_inside(betas: tuple[float, float]) -> Run:
 def geometry(engine: type, **arguments: Any) -> Run:
     def run(folder: Path) -> None:
         trainer = make_trainer(folder, **arguments)
-        trainer._fsam_engine = engine(trainer.accelerator)
+        trainer.fsam.engine = engine(trainer.accelerator)
         if trainer.args.fsam_diagnostics_steps:
             Probe(trainer, 1)
 
@@ -524,7 +524,7 @@ def changes_the_logits(retried: bool, **arguments: Any) -> Run:
 
     def run(folder: Path) -> None:
         trainer = make_trainer(folder, max_steps=1, trainer={"compute_loss_func": loss}, **arguments)
-        trainer._fsam_engine.forward_can_be_retried = retried
+        trainer.fsam.engine.forward_can_be_retried = retried
         trainer.train()
 
     return run
@@ -805,7 +805,6 @@ ELSEWHERE = {
     "tokens' logits where the first had": "test_a_second_pass_that_takes_other_tokens_is_an_error",
     "log-probabilities of": "as the row before, in TRL's fused head",
     "called TRL's fused head where the first did not": "as the row before",
-    "keeps something else than": "test_another_trl_that_keeps_other_tensors_is_refused",
     "the fused head of this TRL, which": "test_a_trl_whose_fused_head_has_another_name_is_refused",
     "puts a hook on the logits' gradient": "a part of 'which takes logits in memory', which has a row",
     "keeps the logits' gradient": "as the row before",

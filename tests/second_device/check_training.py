@@ -131,8 +131,8 @@ def test_a_training_ends_where_plain_torch_does(case: str, tmp_path: Path) -> No
     if settings["fsam_variant"] != "none":
         assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(BASE["fsam_rho"], rel=1e-4)
     if settings["fsam_variant"] in ("functional", "logit"):
-        fused = trainer._fsam_fused and trainer._fsam_fused[1]
-        assert bool(fused and not fused.off) == settings.get("fsam_fused_head", True)
+        head = trainer.fsam.boundary.head
+        assert bool(head and not head.off) == settings.get("fsam_fused_head", True)
 
 
 # Mixed precision ------------------------------------------------------------------------------------------------------

@@ -350,6 +350,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SGD keeps none"):
         train(tmp_path, fsam_diagnostics_steps=1, fsam_variant="none", fsam_precondition=True, optim="sgd")
     sharded = make_trainer(tmp_path, fsam_diagnostics_steps=1)
-    sharded.__dict__["_fsam_engine"] = Mock(spec=FSDPEngine, gradients_whole=False)
+    sharded.fsam_engine = lambda: Mock(spec=FSDPEngine, gradients_whole=False)
+    sharded.fsam.forget_engine()
     with pytest.raises(ValueError, match="one process or under DDP only"):
         sharded.train()

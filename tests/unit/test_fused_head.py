@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from hf_fsam import FSAMTrainer
-from hf_fsam.heads import deferred_logits, fused_head, fused_loss
+from hf_fsam.heads import deferred_logits, fused_head, fused_loss, unperturbed
 from hf_fsam.passes import CleanPass, Crossing
 from tests import reference, zoo
 from tests.parity import test_parity
@@ -290,7 +290,7 @@ def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkey
         statistic = fused_loss.FusedLoss(
             h.detach(), w.detach(), None, torch.bfloat16, fused_loss.LogitTransform(), targets=targets
         )
-        statistic.kept = fused_head.CotangentCache().take(tokens, w, torch.bfloat16)
+        statistic.cached = unperturbed.CotangentCache().take(tokens, w, torch.bfloat16)
         upstream = torch.tensor(1 / tokens)
         ours = fused_loss.cross_entropy_sum(statistic, (True, True, False))
         again, _ = fused_loss.vjp(statistic, None, h2.detach(), w2, None, (True, False))
@@ -510,8 +510,8 @@ def test_it_answers_as_a_tensor_does() -> None:
     stayed = set()
     for name, question in questions.items():
         fused = fused_head.FusedHead(linear)
-        call = fused_head.CleanCall(fused, hidden, fused.keep(), Crossing(), CleanPass())
-        z = fused_head.call_head(call, hidden, linear.weight, linear.bias)
+        call = fused_head.CleanCall(fused, hidden, Crossing(), CleanPass())
+        z = deferred_logits.call_head(call, hidden, linear.weight, linear.bias)
         answer, wanted = question(z), question(logits)
         assert torch.allclose(answer.to(wanted.dtype), wanted, atol=1e-5, rtol=1e-5), name
         if not fused.off:
@@ -554,8 +554,8 @@ def test_an_engine_may_follow_the_logits_through_the_backward_pass() -> None:
         z = _PassedOn.apply(_PassedOn.apply(z).float() * 2)
         return F.cross_entropy(z.view(-1, 7), targets) + z.logsumexp(-1).square().mean()
 
-    call = fused_head.CleanCall(fused, hidden, fused.keep(), crossing, CleanPass())
-    found = torch.autograd.grad(loss_of(fused_head.call_head(call, hidden, linear.weight, linear.bias)), hidden)
+    call = fused_head.CleanCall(fused, hidden, crossing, CleanPass())
+    found = torch.autograd.grad(loss_of(deferred_logits.call_head(call, hidden, linear.weight, linear.bias)), hidden)
     z = 2 * linear(hidden)
     wanted = F.cross_entropy(z.view(-1, 7), targets) + z.logsumexp(-1).square().mean()
     torch.testing.assert_close(found, torch.autograd.grad(wanted, hidden))
@@ -842,7 +842,7 @@ def test_logits_that_are_read_when_their_pass_has_ended_are_an_error_not_others(
 
 def test_a_pass_that_cannot_be_made_again_says_what_helps(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer={"compute_loss_func": writes_an_item})
-    trainer._fsam_engine.forward_can_be_retried = False  # as where a forward pass gathers weights from other processes
+    trainer.fsam.engine.forward_can_be_retried = False  # as where a forward pass gathers weights from other processes
     with pytest.raises(deferred_logits.LogitsNeeded, match=r"changes the logits in place .*set fsam_fused_head=False"):
         trainer.train()
     assert trains_as_with_logits(writes_an_item, tmp_path)
@@ -978,7 +978,7 @@ def test_on_a_device_a_tile_outweighs_the_gradient_that_it_is_added_to() -> None
 
 def test_a_weight_that_its_engine_has_emptied_holds_no_uninitialised_memory() -> None:
     weight = nn.Parameter(torch.randn(3, 4))
-    stands_in = fused_head.edge(weight)
+    stands_in = deferred_logits.gradient_edge(weight)
     assert stands_in is not None
     assert not stands_in.any()
     weight.data = torch.empty(0)  # as ZeRO-3 leaves it

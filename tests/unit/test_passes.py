@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_fsam.boundary import Boundary
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.passes import Boundary, CleanPass, SecondPass
+from hf_fsam.passes import CleanPass, SecondPass
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def boundary(head: nn.Linear) -> Boundary:
 def _record(boundary: Boundary, forward: Callable[[], Tensor], scale: float = 1.0) -> CleanPass:
     clean = CleanPass()
     with boundary.running(clean):
-        (clean.see_loss(forward()) * scale).backward()
+        (clean.take_loss(forward()) * scale).backward()
     return clean
 
 
@@ -35,7 +36,7 @@ def _replay(
 ) -> tuple[Tensor, SecondPass]:
     second = SecondPass(clean, cotangents)
     with boundary.running(second):
-        loss = second.see_loss(forward())
+        loss = second.take_loss(forward())
         (loss * scale).backward()
     return loss, second
 
@@ -76,9 +77,9 @@ def test_a_loss_may_differentiate_by_itself(head: nn.Linear, boundary: Boundary)
 
 
 def test_cut_ends_the_backward_pass_at_the_boundary(head: nn.Linear, boundary: Boundary) -> None:
-    clean = CleanPass(cut=True)
+    clean = CleanPass(stops_at_boundary=True)
     with boundary.running(clean):
-        clean.differentiate(clean.see_loss(head(torch.ones(3)).pow(3).sum() + head.bias.sum()))
+        clean.differentiate(clean.take_loss(head(torch.ones(3)).pow(3).sum() + head.bias.sum()))
     assert clean.crossings[0].cotangents[0].shape == (4,)
     assert clean.scale == 1
     assert head.weight.grad is None
@@ -124,7 +125,7 @@ def test_passes_that_differ_are_an_error(head: nn.Linear, boundary: Boundary) ->
     with pytest.raises(RuntimeError, match="1 recorded cotangents met no tensor"):
         _replay(boundary, clean, clean, once, scale=1.0)
     with pytest.raises(RuntimeError, match="compute_loss was called twice"), boundary.running(clean := CleanPass()):
-        clean.see_loss(clean.see_loss(head(one).sum()))
+        clean.take_loss(clean.take_loss(head(one).sum()))
 
 
 def test_an_interrupted_backward_pass_is_told_from_one_that_never_was(head: nn.Linear, boundary: Boundary) -> None:
@@ -138,7 +139,7 @@ def test_an_interrupted_backward_pass_is_told_from_one_that_never_was(head: nn.L
 
     clean = CleanPass()
     with pytest.raises(ValueError, match="mine"), boundary.running(clean):
-        clean.see_loss(forward()).backward()
+        clean.take_loss(forward()).backward()
     assert clean.interrupted
     whole = _record(boundary, lambda: head(torch.ones(3)).sum())
     assert whole.backward_ended

@@ -1,0 +1,442 @@
+"""The split step: clean passes at θ, the perturbation ε that their gradient gives, and a second pass at θ+ε."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
+
+from hf_fsam import batches
+from hf_fsam.arguments import check
+from hf_fsam.boundary import Boundary, weights_past_boundary
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.diagnostics.probe import Probe
+from hf_fsam.engines import Ascent, Engine, unwrapped
+from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.heads.deferred_logits import DeferringLabelSmoother, LogitsNeeded
+from hf_fsam.heads.find import IDENTITY, find_boundary
+from hf_fsam.heads.fused_head import FusedHead, find_fused_head
+from hf_fsam.heads.trl import Counters
+from hf_fsam.heads.unperturbed import CotangentCache, UnperturbedHead
+from hf_fsam.logs import LoggedMeans
+from hf_fsam.passes import CALLED_TWICE, NOT_BACK_PROPAGATED, CleanPass, SecondPass
+from hf_fsam.perturbation import Perturbation
+from hf_fsam.seam import Seam
+
+logger = logging.get_logger(__name__)
+
+_MISSING = object()
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """A micro-batch between its clean pass and its second pass.
+
+    Attributes:
+        fetched: as the Trainer fetched it.
+        inputs: as `compute_loss` gets it.
+        random: the random state in which both passes begin.
+    """
+
+    fetched: dict[str, Any]
+    inputs: dict[str, Any]
+    random: RandomState = field(init=False)
+    clean: CleanPass = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._versions = [batches.version(part) for _, part in batches.parts(self.inputs)]
+
+    def changed(self, inputs: dict[str, Any]) -> str | None:
+        """The name of a part in which `inputs` are not what the clean pass got; None where there is none."""
+        ours, given = dict(batches.parts(self.inputs)), dict(batches.parts(inputs))
+        for (name, part), version in zip(ours.items(), self._versions, strict=True):
+            other = given.get(name, _MISSING)
+            untouched = batches.version(part) == version
+            if not (untouched and (other is part or batches.alike(part, other))):
+                return name
+        return next((name for name in given if name not in ours), None)
+
+
+@dataclass
+class Window:
+    """The micro-batches that share one ascent and wait for their second passes, and the perturbation it gave.
+
+    Attributes:
+        of_gradient: the ascent went along their gradient, not along the momentum.
+        reported: the log has the perturbation.
+    """
+
+    waiting: list[MicroBatch]
+    perturbation: Perturbation
+    of_gradient: bool
+    reported: bool = False
+
+
+class FunctionalSAM:
+    """What the split step keeps from one micro-batch to the next: the trainer's one attribute `fsam`.
+
+    Attributes:
+        cleanup: what a step has put in place and has to take back.
+        boundary: the hook between function and loss.
+        means: what the next line of the log gets.
+        probes: diagnostics that want to see the batches.
+        current_pass: the pass that `compute_loss` is called in; None outside of a split step.
+        batches: what the Trainer fetched for this optimizer step; None where `training_step` is called by hand.
+        window: that still waits for second passes.
+        micro_step: how many micro-batches of this optimizer step have ended.
+        training: inside of `train`.
+        entered: `training_step` was called.
+    """
+
+    def __init__(self, trainer: Seam) -> None:
+        self.trainer = trainer
+        self.cleanup = Cleanup()
+        self.boundary = Boundary(self.cleanup)
+        self.means = LoggedMeans(trainer.args.device)
+        self.probes: list[Probe] = []
+        self.current_pass: Literal["clean", "second"] | None = None
+        self.batches: list[dict[str, Any]] | None = None
+        self.window: Window | None = None
+        self.micro_step = 0
+        self.training = self.entered = False
+        self.cotangent_cache = CotangentCache()
+        self._engine: Engine | None = None
+        self._attached_to: nn.Module | None = None
+        self._checked_model: nn.Module | None = None
+        self._fused_head: tuple[nn.Module, FusedHead | None] | None = None
+
+    # ---- What the settings say ----
+
+    @property
+    def active(self) -> bool:
+        check(self.trainer.args)  # a hyperparameter search or a callback may have changed them
+        return self.trainer.args.fsam_variant != "none" and self.trainer.args.fsam_rho > 0
+
+    @property
+    def splits(self) -> bool:
+        """Whether Jacobian and cotangent are taken at different weights."""
+        return self.trainer.args.fsam_variant in ("functional", "logit")
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self.trainer.fsam_engine()
+        return self._engine
+
+    def forget_engine(self) -> None:
+        """There is a new accelerator."""
+        self._engine = None
+
+    def perturbed_weights(self) -> list[nn.Parameter]:
+        named = self.trainer.model.named_parameters()
+        weights = [each for name, each in named if each.requires_grad and self.trainer.fsam_perturbs(name, each)]
+        if not weights:
+            raise ValueError(
+                f"fsam_perturbs of {type(self.trainer).__name__} names no trainable weight to perturb: let it be true "
+                "for one, or set fsam_variant='none'."
+            )
+        return weights
+
+    # ---- From step to step ----
+
+    def begin(self) -> None:
+        self.cleanup.run()  # what Ctrl-C on the way out of the last step has left
+        self.engine.restore()
+        self.attach()
+        if self.micro_step == 0 or self.batches is None:
+            self.means.count_step()
+
+    def drop(self) -> None:
+        """Forget a step that was broken off: all that belongs to the user is as it was before."""
+        self.cleanup.run()
+        if self._engine is not None:
+            self._engine.restore()
+        self.detach()
+        self.window = self.batches = self.current_pass = None
+        self.means.clear()
+
+    def settle(self) -> None:
+        """Before the weights are used outside of a step, which all processes do together: an exception may have left
+        some of other processes' shards at θ+ε."""
+        if self._engine is not None:
+            self._engine.settle()
+
+    def attach(self) -> None:
+        trainer, boundary = self.trainer, self.boundary
+        if not self.splits or (boundary.attached and self._attached_to is trainer.model):
+            return
+        boundary.detach()
+        name, module = find_boundary(trainer.model, trainer.args.fsam_boundary)
+        compiled = bool(trainer.args.torch_compile)
+        if self._fused_head is None or self._fused_head[0] is not module:
+            self._fused_head = module, find_fused_head(trainer.model, module, compiled)
+        head = self._fused_head[1] if trainer.args.fsam_fused_head else None
+        boundary.attach(name, module, head, compiled=compiled)
+        self._attached_to = trainer.model
+
+    def detach(self) -> None:
+        # A compiled model keeps the hook: code that was compiled without it would pass it by (torch 2.13).
+        if not self.trainer.args.torch_compile:
+            self.boundary.detach()
+
+    @contextmanager
+    def uncounted(self, model: nn.Module) -> Iterator[None]:
+        """What a pass over a batch counts beside its loss, another pass over it has counted or will count."""
+        with self.cleanup.after(running_statistics(model)), self.cleanup.after(Counters(self.trainer).restore):
+            yield
+
+    def check_boundary(self, loss: Tensor, clean: CleanPass) -> None:
+        """Once for each model, warn of weights whose way to the loss does not cross the boundary."""
+        model = self.trainer.model
+        if not self.splits or self._checked_model is model:
+            return
+        self._checked_model = model
+        names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        past = weights_past_boundary(loss, clean, names)
+        if clean.crossings and past:
+            logger.warning(
+                f"The loss depends on {len(past)} weights ({', '.join(past[:3])}{', ...' * (len(past) > 3)}) on a way "
+                f"past the boundary {self.boundary.name!r}. Along that way the step is plain SAM. For a term of the "
+                "loss by itself (a balancing loss, an L2 penalty) or a bias behind the head there is nothing to do. "
+                f"{IDENTITY}."
+            )
+
+
+class SplitStep:
+    """The step of one micro-batch. Inside of it, as a context manager, each call of the trainer's `compute_loss` is
+    split; when it ends, the weights are at θ.
+
+    Args:
+        fetched: the micro-batch, as `training_step` got it.
+        num_items: that share a loss, as the Trainer counts them.
+    """
+
+    def __init__(self, fsam: FunctionalSAM, fetched: dict[str, Any], num_items: Tensor | int | None) -> None:
+        self.fsam, self.trainer = fsam, fsam.trainer
+        self.fetched = fetched
+        self.divisor = _loss_divisor(self.trainer, num_items)
+        self.window: Window | None = None
+        self.batch: MicroBatch | None = None
+        self.second: SecondPass | None = None
+        self.moved: CleanPass | SecondPass | None = None  # the pass at θ+ε
+        self._raised = False
+        self._contexts = ExitStack()
+
+    def __enter__(self) -> "SplitStep":
+        replaced = functools.partial(self.fsam.cleanup.replaced, self.trainer)
+        self._contexts.enter_context(replaced("compute_loss", self._splitting(self.trainer.compute_loss)))
+        smoother: Any = getattr(self.trainer, "label_smoother", None)
+        if type(smoother) is LabelSmoother:
+            deferring = DeferringLabelSmoother(**vars(smoother))
+            self._contexts.enter_context(replaced("label_smoother", deferring))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._contexts.__exit__(kind, error, traceback)
+
+    def _splitting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+        """`compute_loss`, whether the parent's, a subclass's or one set on the instance, with its gradient split. An
+        exception comes out where the parent's step calls it, and can be caught there."""
+
+        @functools.wraps(compute_loss)
+        def split(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            def call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+                return compute_loss(model, inputs, *args, **kwargs)
+
+            second_pass_runs = self.second is not None and not self.second.backward_ended
+            if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation inside of the parent's step
+                if self.second is not None:
+                    self._contexts.close()  # at θ
+                return call(model, inputs)
+            try:
+                return self._compute_loss(call, model, inputs)
+            except BaseException:
+                self._raised = True
+                raise
+
+        return split
+
+    def _compute_loss(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The clean passes, where they are due; the perturbation; and the result of the second pass, which the parent's
+        step goes on with. The weights stay at θ+ε until the step ends."""
+        if self.second is not None:
+            raise RuntimeError(CALLED_TWICE)
+        fsam, engine = self.fsam, self.fsam.engine
+        fsam.current_pass = "clean"
+        self.window = fsam.window or self._ascend(call, model, inputs)
+        fsam.current_pass = "second"
+        self.batch = batch = self._take(self.window, inputs)
+        perturbed: AbstractContextManager = engine.perturbed(self.window.perturbation)
+        cotangents = batch.clean if fsam.splits else None
+        if self.trainer.args.fsam_variant == "logit":
+            batch.random.restore()
+            with perturbed, fsam.uncounted(model):
+                cotangents = CleanPass(UnperturbedHead(engine.keeps), stops_at_boundary=True)
+                self._run(cotangents, call, unwrapped(self.trainer.accelerator, model), batch.inputs)
+            self.moved, perturbed = cotangents, nullcontext()
+        batch.random.restore()
+        self.second = second = SecondPass(batch.clean, cotangents)
+        self.moved = self.moved or second
+        for context in (perturbed, fsam.uncounted(model), fsam.boundary.running(second)):
+            self._contexts.enter_context(context)
+        result = call(model, inputs)
+        if isinstance(result, tuple):
+            return (second.take_loss(result[0]), *result[1:])
+        return second.take_loss(result)
+
+    # ---- Ascent ----
+
+    def _ascend(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Window:
+        """Clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
+        fsam, trainer, args, engine = self.fsam, self.trainer, self.trainer.args, self.fsam.engine
+        fetched = (args.fsam_ascent_scope == "optimizer_step" and fsam.batches) or [self.fetched]
+        waiting = [
+            MicroBatch(each, inputs if each is self.fetched else trainer._prepare_inputs(each)) for each in fetched
+        ]
+        momentum = None
+        if args.fsam_ascent_direction == "momentum":
+            momentum = engine.momentum(model, trainer.optimizer)
+            if momentum is None and trainer.state.global_step > 1:
+                logger.warning_once(
+                    "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
+                    "loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes "
+                    "two passes: choose an optimizer with one (SGD with momentum=0.9, Adam), or "
+                    "fsam_ascent_direction='gradient'."
+                )
+        counters, head = Counters(trainer), fsam.boundary.head
+        deferring = head is not None and not head.off
+        try:
+            ascent = self._clean_passes(call, model, waiting, momentum)
+        except LogitsNeeded as error:
+            if head is None or not deferring or not engine.forward_can_be_retried:
+                raise
+            head.turn_off(str(error))
+            counters.restore()
+            waiting[0].random.restore()
+            ascent = self._clean_passes(call, model, waiting, momentum)
+        perturbation = engine.perturb(
+            ascent,
+            optimizer=trainer.optimizer if args.fsam_precondition else None,
+            rho=args.fsam_rho,
+            # From where the run stands, so that a resumed one rounds alike.
+            seed=((args.seed * 1_000_003 + trainer.state.global_step) * 1_009 + fsam.micro_step) % 2**63,
+            cotangents=[u for batch in waiting for crossing in batch.clean.crossings for u in crossing.cotangents],
+        )
+        fsam.window = Window(waiting, perturbation, of_gradient=momentum is None)
+        return fsam.window
+
+    def _clean_passes(
+        self, call: Callable[..., Any], model: nn.Module, waiting: list[MicroBatch], momentum: Ascent | None
+    ) -> Ascent:
+        """A clean pass for each micro-batch of a window. With a `momentum` to ascend along, their backward passes stop
+        at the boundary."""
+        fsam, engine, args = self.fsam, self.fsam.engine, self.trainer.args
+        unperturbed = UnperturbedHead(engine.keeps, fsam.cotangent_cache)
+        ascents: AbstractContextManager[Ascent] = nullcontext(momentum)  # type: ignore[arg-type]
+        if momentum is None:
+            average = args.fsam_ascent_scope != "rank"
+            ascents = engine.ascent(model, average=average, passes=len(waiting))
+        with ascents as ascent:
+            for batch in waiting:
+                batch.random = RandomState.capture(args.device)
+                backward = None if momentum is not None else ascent.backward
+                if backward is not None:
+                    ascended = self.trainer.fsam_ascent_inputs(batch.inputs)
+                    if ascended is not batch.inputs:
+                        with fsam.uncounted(model):
+                            self._run(CleanPass(unperturbed), call, ascent.model, ascended, backward)
+                        batch.random.restore()
+                        backward = None
+                batch.clean = CleanPass(unperturbed, stops_at_boundary=backward is None)
+                self._run(batch.clean, call, ascent.model, batch.inputs, backward)
+                if args.fsam_offload_hidden_states:
+                    batch.clean.offload()
+        return ascent
+
+    def _run(
+        self,
+        clean: CleanPass,
+        call: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        backward: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """The forward and the backward pass of `clean`; without `backward`, only back to the boundary."""
+        with self.fsam.boundary.running(clean):
+            result = call(model, batches.copied(inputs))
+            loss = clean.take_loss(result[0] if isinstance(result, tuple) else result)
+            self.fsam.check_boundary(loss, clean)
+            loss = loss / self.divisor  # as the parent's step will, so that one loss scale suits both passes
+            # Around the call of compute_loss there may be an autocast region, in which no backward pass belongs.
+            with torch.autocast(self.trainer.args.device.type, enabled=False):
+                if backward is None:
+                    clean.differentiate(self.fsam.engine.scale(loss))
+                else:
+                    backward(loss)
+
+    def _take(self, window: Window, inputs: dict[str, Any]) -> MicroBatch:
+        """The micro-batch of this step out of those that have had their clean pass."""
+        batch = next((each for each in window.waiting if each.fetched is self.fetched), None)
+        if batch is not None:
+            window.waiting.remove(batch)
+        if not window.waiting:
+            self.fsam.window = None
+        changed = "batch" if batch is None else None if batch.inputs is inputs else batch.changed(inputs)
+        if batch is None or changed is not None:
+            raise ValueError(
+                "fsam_ascent_scope='optimizer_step' ascended on the micro-batches that get_batch_samples returned, but "
+                f"compute_loss was given another {changed}: change it in the data collator and not in training_step, "
+                "or set fsam_ascent_scope='micro_batch'."
+            )
+        return batch
+
+    # ---- The end ----
+
+    def complete(self) -> bool:
+        """Whether both passes came to their end; not so where the parent's step has caught an exception.
+
+        Raises:
+            RuntimeError: the parent's step did not call `compute_loss`, or did not back-propagate its loss.
+        """
+        if self._raised or (self.second is not None and self.second.interrupted):
+            return False
+        if self.second is None or not self.second.was_differentiated:
+            raise RuntimeError(NOT_BACK_PROPAGATED)
+        return True
+
+    def report(self) -> None:
+        """Add what a complete step found to the log."""
+        window, batch, second, moved, means = self.window, self.batch, self.second, self.moved, self.fsam.means
+        assert window is not None
+        assert batch is not None
+        assert second is not None
+        assert moved is not None
+        clean, skipped = batch.clean, window.perturbation.skipped
+        # How much of the logged loss one unit of this micro-batch's loss is.
+        share = second.scale / (clean.scale * self.divisor)
+        if not window.reported:
+            window.reported = True
+            unit = clean.scale / share if window.of_gradient else torch.ones_like(clean.scale)
+            means.add_ascent(window.perturbation, unit=unit)
+        means.add_second(clean.loss.isfinite() & ~moved.finite)
+        if moved is not second or second.knows_its_loss:
+            means.add_change("sharpness", (moved.loss - clean.loss) * share, skipped)
+        elif second.linear_loss_change is not None:
+            means.add_change("functional_sharpness", second.linear_loss_change / clean.scale * share, skipped)
+
+
+def _loss_divisor(trainer: Seam, num_items: Tensor | int | None) -> int:
+    """What the parent's step divides the loss by (read in transformers 5.23)."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = trainer.model_accepts_loss_kwargs and num_items is not None
+        scaled = scaled or trainer.compute_loss_func is not None
+    return 1 if scaled else getattr(trainer, "current_gradient_accumulation_steps", 1)
