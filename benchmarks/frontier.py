@@ -34,21 +34,13 @@ from config import CONFIGS
 from late import LateArguments, LateTrainer
 
 from hf_fsam import FSAMTrainer
-from hf_fsam.trainer import _MicroBatch, _Window
 
 
 class QuarterBatchTrainer(FSAMTrainer):
     """Ascends along the gradient of a quarter of the micro-batch. The clean forward pass is over all of it."""
 
-    def _fsam_ascend(self, split: Any, loss_of: Any, model: Any, inputs: dict[str, Any]) -> _Window:
-        quarter = {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
-        window = super()._fsam_ascend(split, loss_of, model, quarter)
-        batch = _MicroBatch(split.fetched, inputs)
-        batch.random = window.waiting[0].random
-        batch.random.restore()
-        batch.clean = self._fsam_clean_pass(loss_of, self.accelerator.unwrap_model(model), batch)
-        window.waiting, window.of_gradient = [batch], False
-        return window
+    def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)

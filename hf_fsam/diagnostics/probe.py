@@ -155,20 +155,36 @@ class Probe:
 
     @torch.no_grad()
     def direction(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The direction d that the trainer's settings make of these ascent gradients, which stay as they are."""
+        """The direction d that the trainer makes of these ascent gradients, which stay as they are."""
         result = [gradient.clone() for gradient in gradients]
         optimizer = self.trainer.optimizer
         if self.trainer.args.fsam_precondition and optimizer is not None:
             precondition(result, second_moments(optimizer, self.weights))
+        self.trainer.fsam_direction(*self.restrict(result))
         return result
 
     def random_direction(self, seed: int) -> list[Tensor]:
-        """A direction drawn uniformly from all directions in the space of the weights."""
+        """A direction drawn uniformly from all directions in the space of the perturbed weights."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        return [
+        result = [
             torch.randn(weight.shape, generator=generator, device=weight.device).to(weight.dtype)
             for weight in self.weights
         ]
+        self.restrict(result)
+        return result
+
+    def restrict(self, direction: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Sets the direction to 0 for the weights that the trainer does not perturb. Returns the others and its parts
+        for them."""
+        weights, parts = [], []
+        named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        for (name, weight), part in zip(named, direction, strict=True):
+            if self.trainer.fsam_perturbs(name, weight):
+                weights.append(weight)
+                parts.append(part)
+            else:
+                part.zero_()
+        return weights, parts
 
     def perturbation(self, direction: Sequence[Tensor], rho: float) -> Perturbation:
         """θ+ε with ε = ρ d / ‖d‖₂."""

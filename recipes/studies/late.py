@@ -24,9 +24,11 @@ class LateArguments(FSAMTrainingArguments):
 
 
 class LateTrainer(FSAMTrainer):
-    @property
-    def _fsam_due(self) -> bool:
-        return super()._fsam_due and self.state.global_step >= (1 - self.args.perturb_last) * self.state.max_steps
+    """Perturbs in the last share `perturb_last` of the training alone."""
+
+    def fsam_is_due(self) -> bool:
+        first = (1 - self.args.perturb_last) * self.state.max_steps
+        return super().fsam_is_due() and self.state.global_step >= first
 
 
 def run(argv: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_fsam import FSAMDiagnosticsCallback
+from hf_fsam import FSAMDiagnosticsCallback, FSAMTrainer
 from hf_fsam.diagnostics.probe import Probe
 from hf_fsam.engines.fsdp import FSDPEngine
 from tests.engines.distributed import train_distributed
@@ -157,6 +157,27 @@ def test_the_preconditioned_direction_uses_the_second_moment_of_the_optimizer(tm
     state.update(moments)
     for name, value in expected_paths(formulas, direction).items():
         assert found[name] == pytest.approx(value, rel=2e-3), name
+
+
+class SignOfTheBlocks(FSAMTrainer):
+    """Perturbs the blocks alone, along the signs of their gradients."""
+
+    def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
+        return ".h." in name
+
+    def fsam_direction(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
+        torch._foreach_sign_(gradients)
+
+
+def test_a_trainer_that_changes_the_perturbation_is_measured_with_its_own(tmp_path: Path) -> None:
+    settings = {"fsam_variant": "none", "trainer_class": SignOfTheBlocks, "fsam_precondition": False}
+    trainer, found = one_measurement(tmp_path, tiny(), **settings)
+
+    def direction(g: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: g[name].sign() if ".h." in name else torch.zeros_like(g[name]) for name in g}
+
+    for name, value in expected_paths(Formulas(trainer.model), direction).items():
+        assert found[name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.parametrize("variant", ["none", "sam", "functional"])
