@@ -1,9 +1,9 @@
-"""Where the radius goes: the share of ‖ε‖² that falls on the input embeddings, with and without preconditioning.
+"""Measures the share of ‖ε‖² that the input embeddings take, with and without preconditioning.
 
     python benchmarks/ascent_share.py
 
-Tokens are drawn by Zipf's law, so that rare ones keep turning up: their embeddings have a second moment of zero, or one
-that has long decayed, and g / (√v̂ + eps) is largest there.
+Tokens are drawn by Zipf's law, so that rare ones turn up all the time. Their embeddings have a second moment that is
+zero or has long decayed, and g / (√v̂ + eps) is largest there.
 """
 
 import json
@@ -23,14 +23,14 @@ WINDOWS = ((1, 20), (20, 100), (100, 200), (200, 400))  # optimizer steps
 
 
 class Watching(FSAMTrainer):
-    """Notes the embeddings' share of each perturbation."""
+    """Notes the embeddings' share of each direction d. Since ε = ρ d / ‖d‖, it is also their share of ‖ε‖²."""
 
-    def _fsam_ascend(self, *args, **kwargs):
-        window = super()._fsam_ascend(*args, **kwargs)
-        moved = window.perturbation
-        square = {id(w): (v - w).square().sum().item() for w, v in zip(moved.weights, moved.values, strict=True)}
-        self.shares.append(square[id(self.model.get_input_embeddings().weight)] / sum(square.values()))
-        return window
+    def fsam_direction(self, weights, gradients):
+        super().fsam_direction(weights, gradients)
+        embeddings = self.model.get_input_embeddings().weight
+        squares = [gradient.square().sum().item() for gradient in gradients]
+        own = next(square for weight, square in zip(weights, squares, strict=True) if weight is embeddings)
+        self.shares.append(own / sum(squares))
 
 
 def shares(precondition: bool, seed: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Collectives, counted where torch dispatches them, whoever calls: DDP, FSDP, DeepSpeed or Accelerate."""
+"""Counts collectives where PyTorch dispatches them, whether DDP, FSDP, DeepSpeed or Accelerate calls them."""
 
 from collections import Counter
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# torch 2.13's names, and how often the bytes of the whole pass through a process's link in a ring, up to (n-1)/n.
+# The names in torch 2.13, and how often the bytes of the whole tensor pass through the link of a process in a ring, up
+# to the factor (n-1)/n.
 PASSES = {
     "allreduce_": 2,
     "reduce_": 1,
@@ -23,12 +24,12 @@ SMALL = 64  # bytes: norms, counts and losses
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what passes through torch.distributed inside.
+    """Counts what is sent through torch.distributed inside the context.
 
     Attributes:
-        calls: of each kind, those of at most `SMALL` bytes as "scalars".
-        bytes: of the whole tensor, each time it passes: an all-reduce counts twice, since it is a reduce-scatter and an
-            all-gather.
+        calls: the number of calls of each kind; calls with at most `SMALL` bytes count as "scalars".
+        bytes: the sum over all calls of the bytes of the whole tensor. An all-reduce counts twice, since it is a
+            reduce-scatter and an all-gather.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: tuple) -> None:
-        # Of what goes in and what comes out, the whole is the larger one.
+        # Either the input or the output is the whole tensor: the larger one.
         sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, torch.Tensor)) for arg in args[:2]]
         whole = max(sizes)
         if whole <= SMALL:

@@ -1,15 +1,16 @@
-"""Validation loss against cost: every way of paying less for the ascent, and AdamW with the same budget.
+"""Measures validation loss against cost, for every way of paying less for the ascent, and for AdamW with that budget.
 
-    python benchmarks/frontier.py                            # all of it, three seeds: about an hour on two CPU cores
-    python benchmarks/frontier.py --steps 20 --seeds 0       # a try
+    python benchmarks/frontier.py                            # all arms, three seeds: about an hour on two CPU cores
+    python benchmarks/frontier.py --steps 20 --seeds 0       # a quick try
 
-Each arm pretrains the Llama of `recipes/configs/pretrain_tiny.yaml` on the embedded corpus. A seed means the same first
-weights and the same batches for all arms. Cost is counted in passes of plain training (a forward pass is a third of
-one): it is what an arm computes, not what a machine makes of it. "Equal compute" is AdamW with so many more steps, its
-schedule stretched over them, at the budget nearest to the arm's.
+Each arm pretrains the Llama of `recipes/configs/pretrain_tiny.yaml` on the embedded corpus. With the same seed all arms
+have the same first weights and the same batches. The cost is what an arm computes, counted in passes of plain training
+(a forward pass is a third of one), and not a measured time. "Equal compute" compares with AdamW that trains for more
+steps, with its schedule stretched over them, at the budget nearest to the arm's.
 
-Runs go to OUT.jsonl as they end, and a run that is there is not repeated. Then the table OUT.md and the plot OUT.png.
-Two ways of paying less were measured here and did not earn a place in the package; they live in this file.
+Every run that ends adds a line to OUT.jsonl, and a run whose line is there is not repeated. At the end the table is in
+OUT.md and the plot in OUT.png. Two of the ways of paying less did not gain enough to become part of the package: the
+ascent on a quarter of the batch, which is in this file, and perturbing late, which is in recipes/studies/late.py.
 """
 
 import argparse
@@ -27,56 +28,34 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "studies"))
 import pretrain
 from config import CONFIGS
+from late import LateArguments, LateTrainer
 
 from hf_fsam import FSAMTrainer
-from hf_fsam.trainer import _MicroBatch, _Window
 
 
 class QuarterBatchTrainer(FSAMTrainer):
-    """Ascends along the gradient of a quarter of the micro-batch; the clean forward pass takes all of it."""
+    """Ascends along the gradient of a quarter of the micro-batch. The clean forward pass is over all of it."""
 
-    def _fsam_ascend(self, split: Any, loss_of: Any, model: Any, inputs: dict[str, Any]) -> _Window:
-        quarter = {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
-        window = super()._fsam_ascend(split, loss_of, model, quarter)
-        batch = _MicroBatch(split.fetched, inputs)
-        batch.random = window.waiting[0].random
-        batch.random.restore()
-        batch.clean = self._fsam_clean_pass(loss_of, self.accelerator.unwrap_model(model), batch)
-        window.waiting, window.of_gradient = [batch], False
-        return window
-
-
-class LateTrainer(FSAMTrainer):
-    """Perturbs in the last half of the training alone."""
-
-    begin = 0.5
-
-    @property
-    def _fsam_due(self) -> bool:
-        return super()._fsam_due and self.state.global_step >= self.begin * self.state.max_steps
-
-
-class LaterTrainer(LateTrainer):
-    """In the last quarter."""
-
-    begin = 0.75
+    def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value[: max(1, len(value) // 4)] for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
 class Arm:
     """
     Args:
-        cost: in passes of plain training a step, over the whole run.
-        settings: of the run.
-        longer: AdamW takes so many times the steps.
+        cost: of a step, averaged over the run, in passes of plain training.
+        settings: of the run, on top of `BASE`.
+        longer: the factor by which the run has more steps than the others.
     """
 
     cost: float
     settings: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0
-    trainer: type = FSAMTrainer
+    trainer: type[FSAMTrainer] = FSAMTrainer
 
 
 def adamw(budget: float) -> Arm:
@@ -97,9 +76,11 @@ ARMS = {
     "ascent on a quarter of the batch": Arm(1 + 1 / 3 + 1 / 4, trainer=QuarterBatchTrainer),
     "every 2nd step": Arm(1.5, {"fsam_every_steps": 2}),
     "every 4th step": Arm(1.25, {"fsam_every_steps": 4}),
-    "the last half": Arm(1.5, trainer=LateTrainer),
-    "the last quarter": Arm(1.25, trainer=LaterTrainer),
-    "momentum, the last half": Arm(7 / 6, {"fsam_ascent_direction": "momentum"}, trainer=LateTrainer),
+    "the last half": Arm(1.5, {"perturb_last": 0.5}, trainer=LateTrainer),
+    "the last quarter": Arm(1.25, {"perturb_last": 0.25}, trainer=LateTrainer),
+    "momentum, the last half": Arm(
+        7 / 6, {"fsam_ascent_direction": "momentum", "perturb_last": 0.5}, trainer=LateTrainer
+    ),
 }
 
 
@@ -109,16 +90,8 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, "seed": seed, "max_steps": steps, "eval_steps": steps, **BASE, **arm.settings}
         options["warmup_steps"] = steps // 10
-        pretrain.FSAMTrainer = arm.trainer
-        try:
-            result = pretrain.run(
-                [
-                    str(CONFIGS / "pretrain_tiny.yaml"),
-                    *(str(part) for key in options for part in (f"--{key}", options[key])),
-                ]
-            )
-        finally:
-            pretrain.FSAMTrainer = FSAMTrainer
+        argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        result = pretrain.run([str(CONFIGS / "pretrain_tiny.yaml"), *argv], arm.trainer, LateArguments)
     return {
         "arm": name,
         "seed": seed,
@@ -131,7 +104,7 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By arm; differences are paired by seed: to AdamW at equal steps, and at equal compute."""
+    """A row for each arm, with its differences to AdamW at equal steps and at equal compute, paired by seed."""
     losses = {(each["arm"], each["seed"]): each["eval_loss"] for each in runs}
     seconds = {(each["arm"], each["seed"]): each["train_seconds"] for each in runs}
     seeds = sorted({seed for _, seed in losses})
@@ -195,7 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--threads", type=int, default=0, help="threads of PyTorch (0: as many as it chooses)")
     parser.add_argument("--out", type=Path, default=Path("outputs/frontier"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())

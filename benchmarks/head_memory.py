@@ -1,12 +1,12 @@
-"""What the head of a language model takes at its peak, with and without logits, by the size of the vocabulary.
+"""Measures the peak memory of a language model's head, with and without logits, for several sizes of the vocabulary.
 
     python benchmarks/head_memory.py --out benchmarks/results/head_memory_cpu
 
-A Llama of one layer, so that the head is what there is, with AdamW; one step, after one that makes the optimizer's
-state. Counted in bytes of tensors beyond what stays between the steps. In every row that holds the gradients, one copy
-of the weights, and where the step perturbs θ+ε, one more; "of it the loss" leaves these out. TRL's row is the model's
-forward pass through TRL's head, as its SFTTrainer calls it, without the metrics; "the fused loss" is this package's, in
-one pass.
+The model is a Llama of one layer, so that the head takes most of the memory, and it trains with AdamW. The step that is
+measured comes after one that creates the optimizer's state. Counted are the bytes of tensors beyond those that are
+alive between steps. In every row they include the gradients, which are one copy of the weights, and where the step
+perturbs also θ+ε, which is another; "of it the loss" leaves these out. TRL's row is the model's forward pass through
+TRL's head, as its SFTTrainer calls it, without the metrics. "The fused loss" is that of this package, in one pass.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FUNCTIONAL = {"fsam_variant": "functional", "fsam_precondition": False}
 
 
 class FusedPlainTrainer(FSAMTrainer):
-    """The plain step, its loss through the fused head."""
+    """Makes the plain step, but computes its loss through the fused head."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         boundary = Boundary(Cleanup())
@@ -49,7 +49,7 @@ class FusedPlainTrainer(FSAMTrainer):
 
 
 def trl_loss(trainer: Trainer) -> None:
-    """The model's forward pass through TRL's fused head, as SFTTrainer calls it."""
+    """Lets the model's forward pass go through TRL's fused head, as SFTTrainer does."""
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(trainer.model)
@@ -67,7 +67,7 @@ ARMS: dict[str, tuple[type, dict[str, Any], Callable | None]] = {
 
 
 def peak(arm: str, vocabulary: int, args: argparse.Namespace) -> tuple[int, int]:
-    """Bytes at the peak of a step beyond what stays; and bytes of one copy of the weights."""
+    """Returns the bytes at the peak of a step beyond those between steps, and the bytes of one copy of the weights."""
     trainer_class, settings, prepare = ARMS[arm]
     torch.manual_seed(0)
     config = LlamaConfig(

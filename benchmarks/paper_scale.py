@@ -1,17 +1,17 @@
-"""Hours and cost of the paper's ladder on C4 (recipes/studies/c4_*.yaml), from the compute that each study takes.
+"""Estimates hours and cost of the paper's ladder on C4 (recipes/studies/c4_*.yaml) from the compute of each study.
 
     python benchmarks/paper_scale.py --utilization 0.2 0.2 0.3 0.3 0.4
 
-A forward and backward pass takes 6 operations for each weight of a matrix and each token, and attention 12 · layers ·
-width · length for each token (a backward pass counts twice a forward one). `--utilization` is the share of the device's
-peak that a plain step reaches, a guess until it is measured: the last column is what to compare with.
+A forward and backward pass takes 6 operations for each weight of a matrix and each token, and attention takes 12 ·
+layers · width · length operations for each token (a backward pass counts as two forward passes). `--utilization` is the
+share of the device's peak that a plain step reaches. It is a guess until the step is measured, and the last column is
+the time to compare with.
 """
 
 import argparse
 import math
 from pathlib import Path
 
-from hf_fsam.studies.compare import total_weight
 from hf_fsam.studies.study import Study, load_studies
 
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
@@ -23,7 +23,7 @@ def tokens_per_step(study: Study) -> int:
 
 
 def operations_per_token(study: Study) -> float:
-    """Of a forward and backward pass; the embeddings are looked up, the head is a product, and they are one matrix."""
+    """For a forward and backward pass. Embeddings and head are one matrix, which only the head multiplies with."""
     width, inner, layers = (int(study.settings[name]) for name in ("hidden_size", "intermediate_size", "layers"))
     weights = layers * (4 * width**2 + 3 * width * inner) + width * int(study.settings["vocab_size"])
     return 6 * weights + 12 * layers * width * int(study.settings["sequence_length"])
@@ -32,9 +32,11 @@ def operations_per_token(study: Study) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utilization", type=float, nargs=len(SIZES), default=[0.2, 0.2, 0.3, 0.3, 0.4])
-    parser.add_argument("--peak", type=float, default=989e12, help="operations a second; an H100's in bfloat16, dense")
+    parser.add_argument(
+        "--peak", type=float, default=989e12, help="operations per second (default: of an H100 in bfloat16, dense)"
+    )
     parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--price", type=float, default=3.0, help="US dollars for a GPU and hour")
+    parser.add_argument("--price", type=float, default=3.0, help="US dollars per GPU and hour")
     args = parser.parse_args()
     print("| size | one run of AdamW, hours | runs | the study, in runs of AdamW | hours | US$ | plain step, ms |")
     print("|---|---|---|---|---|---|---|")
@@ -43,7 +45,7 @@ def main() -> None:
         (study,) = load_studies(STUDIES / f"c4_{size}.yaml")
         rate = args.peak * args.gpus * utilization
         step = operations_per_token(study) * tokens_per_step(study) / rate
-        steps = total_weight(study)  # of a plain pass each, all runs together
+        steps = study.total_weight()  # of plain training, over all runs together
         hours_of_all.append(steps * step / 3600)
         one = int(study.settings["max_steps"])
         print(

@@ -1,4 +1,4 @@
-"""Peak memory by counting storages: exact on any device, and blind to allocators and to other processes."""
+"""Measures peak memory by counting storages. This is exact on any device, and leaves out what an allocator wastes."""
 
 import weakref
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages made inside that are alive at once, at the most (`peak`) and now (`current`)."""
+    """The bytes of all live storages that were created inside: now (`current`) and at the most (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class PeakMemory(TorchDispatchMode):
         self._counted = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # What comes in uncounted was there before: its views are no new memory.
+        # An argument that is not counted yet was there before, and its views take no new memory.
         for storage in _storages((args, kwargs)):
             self._counted.setdefault(storage, 0)
         result = func(*args, **(kwargs or {}))

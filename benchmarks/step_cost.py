@@ -1,13 +1,13 @@
-"""What a step costs: every variant against the plain Trainer, interleaved in one run, in time and in memory.
+"""Measures the time and memory of a step: every variant against the plain Trainer, interleaved in one run.
 
     python benchmarks/step_cost.py                                # a tiny Llama on the CPU, or a 0.1B one on a GPU
     python benchmarks/step_cost.py --model PATH --length 1024     # your own checkpoint
-    # A Llama of 1.2B under DeepSpeed, against plain DeepSpeed (as many arms as fit on the device together):
+    # A Llama of 1.2B under DeepSpeed, against plain DeepSpeed (with as many arms as fit on the device together):
     torchrun --nproc_per_node 1 benchmarks/step_cost.py --deepspeed recipes/launch/zero3.json --dtype bfloat16 \\
       --hidden 2048 --layers 16 --length 1024 --arms functional --out benchmarks/results/zero3_gpu
 
-All arms are alive at once and take turns, one step each a round, in a new order each round, so that what else the
-machine does falls on all alike. Prints a Markdown table; `--out NAME` writes NAME.md and NAME.json.
+All arms are in memory at once and take turns. In every round each makes one step, in a new order, so that other work on
+the machine slows all of them alike. The command prints a Markdown table, and `--out NAME` writes NAME.md and NAME.json.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows = [{"input_ids": (ids := torch.randint(args.vocabulary, (args.length,))), "labels": ids}] * args.batch
     names = [name for name in ARMS if name == PLAIN or args.arms is None or name in args.arms]
     arms = {name: Arm(name, make_model, rows, args) for name in names}
-    for arm in arms.values():  # the first steps allocate, and give the optimizer its second moment
+    for arm in arms.values():  # the first steps allocate memory, and the optimizer's second moment
         for _ in range(2):
             arm.step()
     order = list(arms)
@@ -103,11 +103,11 @@ class Arm:
         self.tokens = torch.tensor(args.batch * (args.length - 1), device=self.trainer.args.device)
 
     def step(self) -> float:
-        """Seconds of one step, the device's work included."""
+        """Makes one step. Returns its seconds, including the work of the device."""
         synchronize()
         start = time.perf_counter()
         self.trainer.training_step(self.model, self.batch, self.tokens)
-        if not self.trainer.is_deepspeed_enabled:  # which has done all this
+        if not self.trainer.is_deepspeed_enabled:  # DeepSpeed has done all this in its backward pass
             self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
             self.trainer.optimizer.step()
             self.model.zero_grad()
@@ -115,11 +115,11 @@ class Arm:
         return time.perf_counter() - start
 
     def peak_memory(self) -> int:
-        """Bytes at the most in the second and the third step, over the weights and the optimizer's state (not known
-        under DeepSpeed, and counted there)."""
+        """The peak in bytes of the second and the third step, without the weights and the optimizer's state. Under
+        DeepSpeed the size of that state is not known, so it is counted there."""
         with PeakMemory() if GPU is None else nullcontext() as memory:
             before = GPU.memory_allocated() if GPU else 0
-            self.step()  # which makes that state, and what the step keeps for the next one
+            self.step()  # creates the optimizer's state, and what a step keeps for the next one
             if GPU:
                 GPU.reset_peak_memory_stats()
             else:
@@ -136,10 +136,10 @@ class Arm:
 
 def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argparse.Namespace) -> dict[str, Any]:
     plain = arms[PLAIN]
-    # ZeRO-3 leaves a weight itself empty.
+    # Under ZeRO-3 the weight itself is empty.
     weights = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in make_model().parameters()]
     copy = sum(numel * size for numel, size in weights)
-    width = 2 if GPU or args.dtype == "bfloat16" else 4  # autocast makes the logits in bfloat16
+    width = 2 if GPU or args.dtype == "bfloat16" else 4  # under autocast the logits are in bfloat16
     logits = args.batch * args.length * args.vocabulary * width
     rows = []
     for name, arm in arms.items():
@@ -224,21 +224,25 @@ def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="a checkpoint of a causal language model, in place of a Llama of the sizes below"
-    )
+    parser.add_argument("--model", help="checkpoint of a causal language model, in place of a Llama of the sizes below")
     parser.add_argument("--hidden", type=int, default=768 if GPU else 128)
-    parser.add_argument("--intermediate", type=int, help="of the feed-forward blocks; four times --hidden by default")
+    parser.add_argument(
+        "--intermediate", type=int, help="width of the feed-forward blocks (default: four times --hidden)"
+    )
     parser.add_argument("--layers", type=int, default=12 if GPU else 4)
     parser.add_argument("--vocabulary", type=int, default=32_000 if GPU else 2048)
-    parser.add_argument("--tied", action="store_true", help="the head is the embeddings' matrix")
+    parser.add_argument("--tied", action="store_true", help="use the embeddings' matrix as the head")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512 if GPU else 128)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="beside the plain Trainer; all by default")
-    parser.add_argument("--deepspeed", help="a DeepSpeed configuration, for a process started by torchrun")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), help="variants to measure beside the plain Trainer (default: all)"
+    )
+    parser.add_argument("--deepspeed", help="DeepSpeed configuration, for a process that torchrun starts")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: torch's own choice")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of PyTorch on the CPU (0: as many as it chooses)"
+    )
     parser.add_argument("--out", help="write the table to OUT.md and OUT.json")
     argv = sys.argv[1:] if argv is None else argv
     return parser.parse_args(argv, argparse.Namespace(argv=argv))

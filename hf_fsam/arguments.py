@@ -1,4 +1,4 @@
-"""The `fsam_*` training arguments: their defaults, their help texts, their checks."""
+"""The `fsam_*` training arguments, with their defaults, help texts and checks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,85 +10,105 @@ Variant = Literal["none", "sam", "functional", "logit"]
 AscentScope = Literal["micro_batch", "optimizer_step", "rank"]
 AscentDirection = Literal["gradient", "momentum"]
 
-# Outside of these ε is lost in the rounding of the weights, or overflows float32: such a run would be a plain one.
+# A smaller ε is lost when the weights are rounded, and a greater one overflows float32. Either way the run would train
+# plainly without saying so.
 _LEAST_RHO, _MOST_RHO = 1e-12, 1e6
 _MOST_STEPS = 2**31 - 1
 
 
 @dataclass
 class FSAMArguments:
-    """The fields alone. Put them before any `TrainingArguments` subclass to extend it, e.g. for TRL:
+    """The `fsam_*` fields alone. Put the class before any subclass of `TrainingArguments` to extend it, e.g. for TRL:
 
         @dataclass
         class FSAMSFTConfig(FSAMArguments, SFTConfig):
             pass
 
     Raises:
-        ValueError: a field is out of range; the message names the field, its value and what it takes.
+        ValueError: a field is out of range. The message names the field, its value and the values that it takes.
     """
+
+    # ---- The perturbation ----
 
     fsam_variant: Variant = field(
         default="functional",
         metadata={
-            "help": "What the perturbation moves. functional: the Jacobian alone, the cotangent stays at the "
-            "unperturbed weights (Functional-SAM). sam: both (Foret et al. 2021). logit: the cotangent alone, for "
-            "diagnosis, three forward passes. none: the plain Trainer."
+            "help": "Which factors of the gradient are taken at the perturbed weights. functional: the Jacobian of the "
+            "network, while the cotangent (the loss derivative at the logits) stays that of the unperturbed weights "
+            "(Functional-SAM). sam: both (Foret et al. 2021). logit: the cotangent, which takes three forward passes "
+            "and is meant for diagnosis. none: neither, the plain Trainer."
         },
     )
     fsam_rho: float = field(
         default=0.03,
-        metadata={"help": "L2 radius of the perturbation over all trainable weights together. 0 trains like none."},
+        metadata={
+            "help": "L2 norm of the perturbation over all trainable weights together. With 0 the training is that of "
+            "fsam_variant='none'."
+        },
     )
     fsam_precondition: bool = field(
         default=False,
         metadata={
-            "help": "Ascend along g / (sqrt(v) + eps), with the optimizer's bias-corrected second moment v and its own "
-            "eps, in place of g. Needs Adam, AdamW, NAdam, RAdam or one that keeps its "
-            "state as they do."
+            "help": "Perturb along g / (sqrt(v) + eps) instead of the gradient g, with the bias-corrected second "
+            "moment v and the eps of the optimizer. This needs Adam, AdamW, NAdam, RAdam or an optimizer that keeps "
+            "its state as they do."
         },
     )
+
+    # ---- The ascent ----
+
     fsam_ascent_scope: AscentScope = field(
         default="micro_batch",
         metadata={
-            "help": "Whose gradient gives the perturbation. micro_batch: this micro-batch, averaged over processes. "
-            "optimizer_step: the whole gradient accumulation window of all processes, the paper's definition; keeps "
-            "the cotangents of the window in memory. rank: this process's micro-batch, no communication (m-SAM)."
+            "help": "The data whose gradient gives the perturbation. micro_batch: this micro-batch, averaged over the "
+            "processes. optimizer_step: all micro-batches of the optimizer step on all processes, as the paper defines "
+            "it; the cotangents of all of them are kept in memory. rank: this micro-batch on this process, without "
+            "communication (m-SAM)."
         },
     )
     fsam_ascent_direction: AscentDirection = field(
         default="gradient",
         metadata={
-            "help": "gradient: of the clean pass, two passes a step. momentum: the optimizer's own, which is there "
-            "already: of the clean pass its forward half remains, 1.33 passes a step. The first step, which has none "
-            "yet, takes the gradient. Only with fsam_variant='functional'."
+            "help": "gradient: perturb along the gradient of the clean pass, so that a step takes two passes. "
+            "momentum: perturb along the optimizer's momentum. Then the clean pass is only a forward pass, and a step "
+            "takes 1.33 passes; the first step has no momentum yet and takes the gradient. For "
+            "fsam_variant='functional' only."
         },
     )
     fsam_every_steps: int = field(
         default=1,
-        metadata={"help": "Perturb every so many optimizer steps; the steps between are the plain Trainer's."},
+        metadata={
+            "help": "Perturb in every k-th optimizer step only. The steps in between are those of the plain Trainer."
+        },
     )
+
+    # ---- The boundary and the head ----
+
     fsam_boundary: str | None = field(
         default=None,
         metadata={
-            "help": "Name, as in model.named_modules(), of the module whose output tensor ends the function and begins "
-            "the loss. Found by itself for language models and the usual classification and question answering heads."
+            "help": "Name, as in model.named_modules(), of the module whose output ends the network and begins the "
+            "loss. It is found automatically for language models and for the usual classification and question "
+            "answering heads."
         },
     )
     fsam_fused_head: bool = field(
         default=True,
         metadata={
-            "help": "Compute a language model's loss and cotangents from its final hidden states, chunk by chunk, and "
-            "make no logits. Where the model or the loss is not known to allow it, the log says so once and the logits "
-            "are made."
+            "help": "Compute the loss and cotangents of a language model from its final hidden states, chunk by chunk, "
+            "so that the logits are never in memory. Where this is not known to be exact for the model or the loss, "
+            "the log says so once and the logits are computed."
         },
     )
     fsam_offload_hidden_states: bool = field(
         default=False,
         metadata={
-            "help": "Keep the final hidden states that the fused head needs again in the second pass on the host: with "
-            "fsam_ascent_scope='optimizer_step', those of a whole window wait for it."
+            "help": "Move the final hidden states to the host's memory until the second pass needs them. This helps "
+            "with fsam_ascent_scope='optimizer_step', where those of all micro-batches are kept."
         },
     )
+
+    # ---- Diagnostics ----
 
     fsam_diagnostics_steps: int = field(
         default=0,
@@ -111,30 +131,33 @@ class FSAMTrainingArguments(FSAMArguments, TrainingArguments):
 
 
 def check(args: FSAMArguments) -> None:
-    """Raises the `ValueError` of :class:`FSAMArguments`, also for fields that were set after it was made, as a
-    hyperparameter search or a callback does, and puts Python's own values in the place of what is alike: a number of
-    NumPy's, a tensor of one number, a fraction, text from YAML. Others can't be saved with a checkpoint."""
+    """Raises the `ValueError` of :class:`FSAMArguments`.
+
+    The trainer calls it again during the training, since a hyperparameter search or a callback may set fields. A NumPy
+    number, a tensor of one number, a fraction and text from YAML are replaced by the number of Python's own that they
+    equal, because a checkpoint can't hold the others.
+    """
     for name, checked in _CHECKS.items():
         value = getattr(args, name)
-        own = checked(name, value)
-        if own is not value:
-            setattr(args, name, own)
+        plain = checked(name, value)
+        if plain is not value:
+            setattr(args, name, plain)
     if args.fsam_ascent_direction == "momentum" and args.fsam_variant in ("sam", "logit"):
         raise ValueError(
-            f"fsam_ascent_direction='momentum' is for fsam_variant='functional', not {args.fsam_variant!r}: what is "
-            "left of the clean pass is there for the cotangent. Set fsam_ascent_direction='gradient'."
+            f"fsam_ascent_direction='momentum' is for fsam_variant='functional', not {args.fsam_variant!r}: its clean "
+            "pass gives the cotangent and no gradient. Set fsam_ascent_direction='gradient'."
         )
 
 
 def plain_passes(args: FSAMArguments) -> float:
-    """What a step costs, in passes of plain training (a forward pass is a third of one), over the whole training.
+    """The cost of a step in passes of plain training, averaged over the training. A forward pass is a third of one.
 
-    By what is computed: the fused head, whose second pass needs no forward through the head, takes less.
+    The fused head takes less than this: its second pass makes no forward pass through the head.
     """
     if args.fsam_variant == "none" or args.fsam_rho == 0:
         return 1.0
     ascent = 1 / 3 if args.fsam_ascent_direction == "momentum" else 1.0
-    if args.fsam_variant == "logit":  # and a forward pass at θ+ε for the cotangent
+    if args.fsam_variant == "logit":  # one more forward pass, at θ+ε, for the cotangent
         ascent += 1 / 3
     return 1.0 + ascent / args.fsam_every_steps
 
@@ -142,7 +165,7 @@ def plain_passes(args: FSAMArguments) -> float:
 def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if isinstance(value, str) and value in choices:
-            return choices[choices.index(value)]  # what is alike, as NumPy's text or an enumeration's
+            return choices[choices.index(value)]  # Python's own text in place of NumPy's or an enumeration's
         raise ValueError(f"{name}={_shown(value)} is unknown: choose one of {', '.join(map(repr, choices))}.")
 
     return check
@@ -153,8 +176,8 @@ def _radius(name: str, value: Any) -> float:
     if rho is not None and (rho == 0 or _LEAST_RHO <= rho <= _MOST_RHO):
         return rho
     raise ValueError(
-        f"{name}={_shown(value)} is not a radius: give 0 (trains like 'none') or a number from {_LEAST_RHO:g} to "
-        f"{_MOST_RHO:g}; 0.03 is where to begin."
+        f"{name}={_shown(value)} is not a radius: give 0 (which trains like 'none') or a number from {_LEAST_RHO:g} to "
+        f"{_MOST_RHO:g}. 0.03 is a good start."
     )
 
 
@@ -184,8 +207,8 @@ def _module_name(name: str, value: Any) -> str | None:
     if isinstance(value, str) and value:
         return str.__str__(value)
     raise ValueError(
-        f"{name}={_shown(value)} is not a module's name: give one of model.named_modules(), or leave it out to have "
-        "the head found."
+        f"{name}={_shown(value)} is not a module's name: give one of model.named_modules(), or None to have the head "
+        "found automatically."
     )
 
 
@@ -204,19 +227,19 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def _number(value: Any) -> float | None:
-    """None: it is no number, or more than one, or none that a float holds."""
+    """The value as a float. None where it is no number, several numbers, or one that a float can't hold."""
     if type(value) is float:
         return value
     if _is_truth(value) or "complex" in str(getattr(value, "dtype", "")):
         return None
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is a tensor's
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         return None
 
 
 def _is_truth(value: Any) -> bool:
-    """Python's, NumPy's, or a tensor of one truth value."""
+    """Whether the value is a bool, Python's or NumPy's, or a tensor of one."""
     if isinstance(value, bool):
         return True
     return str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and value.ndim == 0
@@ -225,6 +248,6 @@ def _is_truth(value: Any) -> bool:
 def _shown(value: object, most: int = 80) -> str:
     try:
         text = repr(value)
-    except Exception:  # Python does not print numbers of thousands of digits
+    except Exception:  # e.g. Python does not print integers of thousands of digits
         text = f"a {type(value).__name__} that can't be printed"
     return text if len(text) <= most else f"{text[: most - 3]}..."

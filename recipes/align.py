@@ -1,4 +1,4 @@
-"""What sft.py and dpo.py share: TRL prepares the data and defines the loss, this loads, trains and reports."""
+"""What sft.py and dpo.py share. TRL prepares the data and defines the loss; this module loads, trains and reports."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 @dataclass
 class AlignDataArguments(DatasetArguments):
-    """TRL looks for the columns and cuts sequences itself."""
+    """Data arguments without those for columns and sequence length, since TRL has its own."""
 
     method: Literal["sft", "dpo"] = field(default="sft", metadata={"help": "Which script the configuration is for."})
 
@@ -24,7 +24,9 @@ class AlignDataArguments(DatasetArguments):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} is for pretrain.py and finetune.py: use {instead}.")
         if self.streaming:
-            raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")
+            raise ValueError(
+                "streaming=True is for pretrain.py: fine-tuning reads its data more than once. Set streaming=False."
+            )
 
     def columns(self) -> dict[str, str]:
         return {}
@@ -40,7 +42,7 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
     set_seed(training_args.seed)
 
     # ---- Data ----
-    load_config(model_args.model_name_or_path)  # fails early, with the cure
+    load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     with training_args.main_process_first(desc="preparing the data"):
         splits = load_splits(data_args)
@@ -49,7 +51,7 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
         validation = validation.select(range(min(data_args.validation_blocks, len(validation))))
 
     # ---- Model and training ----
-    training_args.eval_on_start = True  # what the model could do before
+    training_args.eval_on_start = True  # to know how good the model was before
     trainer = trainer_class(
         model=load_model(model_args, AutoModelForCausalLM, tokenizer.pad_token_id),
         args=training_args,

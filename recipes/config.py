@@ -1,4 +1,4 @@
-"""A recipe's settings: one YAML file, overridden on the command line, both through the same `HfArgumentParser`."""
+"""A recipe's settings come from one YAML file and from the command line, through the same `HfArgumentParser`."""
 
 import json
 from difflib import get_close_matches
@@ -14,18 +14,18 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class RecipeParser(HfArgumentParser):
-    """`HfArgumentParser` that raises what is wrong instead of printing two hundred Trainer arguments and exiting."""
+    """An `HfArgumentParser` that raises an error where argparse prints two hundred Trainer arguments and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `python recipes/{self.prog} --help` lists every argument with its type.")
 
 
 def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[Any, ...]:
-    """One instance per dataclass, from `argv = [CONFIG.yaml, --name, value, ...]`; what comes later wins.
+    """Returns one instance per dataclass, from `argv = [CONFIG.yaml, --name, value, ...]`. Later values win.
 
     Raises:
-        FileNotFoundError: there is no such YAML file.
-        ValueError: an argument is unknown or its value is of the wrong type; the message names it.
+        FileNotFoundError: the YAML file does not exist.
+        ValueError: an argument is unknown, or its value is of the wrong type. The message names it.
     """
     usage = f"{script} CONFIG.yaml [--name value ...]"
     parser = RecipeParser(dataclasses, prog=script, usage=usage, allow_abbrev=False)
@@ -35,8 +35,8 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[
     if not argv or argv[0].startswith("-"):
         known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
         raise ValueError(f"The first argument of {script} is a YAML file. In recipes/configs there are: {known}.")
-    # The file's values become command line arguments in front of the user's own: one way of checking types and
-    # choices (YAML reads 1e-3 as a string), one rule of who wins.
+    # The values of the file become command line arguments in front of the user's. So types and choices are checked in
+    # one way (YAML reads 1e-3 as a string), and one rule says which value wins.
     arguments = yaml_to_argv(Path(argv[0]), parser) + argv[1:]
     *parsed, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
@@ -52,9 +52,9 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
         raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:  # its own message repeats the line, in which a password may stand
+    except yaml.MarkedYAMLError as error:  # its own message repeats the line, which may hold a password
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Mend that line.") from None
+        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Correct that line.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
     actions = {action.dest: action for action in parser._actions}
@@ -62,7 +62,7 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
     for name, value in values.items():
         if name not in actions:
             raise ValueError(unknown_argument(str(name), parser, f"in {path}"))
-        if value is None:  # `name:` or `name: null` is the default
+        if value is None:  # `name:` and `name: null` ask for the default
             continue
         if isinstance(value, list):
             if actions[name].nargs != "+":
@@ -71,8 +71,8 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
             arguments += [f"--{name}", *map(str, value)]
         else:
             if value is False and "no" in (actions[name].choices or ()):
-                value = "no"  # what YAML reads as false in `save_strategy: no`
-            # With `=`, since argparse takes a lone -1e-3 for an option.
+                value = "no"  # YAML reads the no of `save_strategy: no` as false
+            # With `=`, because argparse takes -1e-3 by itself for an option.
             arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
 

@@ -1,12 +1,12 @@
-"""Text that every Python installation carries: the data sets of a machine without a network.
+"""Data sets of text that comes with every Python installation, so that no network is needed.
 
     stdlib                the standard library's own .py files, for pretraining
     stdlib-topics         the English language reference behind `help()` (pydoc_data.topics), another domain
     stdlib-packages       snippets of the standard library, labelled with the package they come from, to classify
-    stdlib-instructions   functions of the standard library, to be told what they do: prompt and completion
-    stdlib-preferences    the same, with another function's docstring as the answer that is not wanted
+    stdlib-instructions   prompt and completion: a function of the standard library, and what it does
+    stdlib-preferences    the same, with another function's docstring as the rejected answer
 
-Each is split into training and validation by document (file or topic), never inside one.
+Each is split into training and validation by whole documents (files or topics).
 """
 
 import ast
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from datasets.utils import tqdm
 
-# Not in the corpus: other people's code, CPython's own tests (half of the library, repetitive), the build's
-# configuration and extension folders, code tables (encodings) and the English text that fine-tuning is measured on.
+# Left out of the corpus: other people's code, CPython's own tests (half of the library, and repetitive), the folders of
+# the build's configuration and extensions, code tables (encodings), and the English text that fine-tuning trains on.
 EXCLUDED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "encodings", "pydoc_data"}
 )
-# In every Python from 3.11 on, without an optional system package, and with ten files or more.
+# Packages of ten files or more that every Python from 3.11 on has, without optional packages of the system.
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
 SNIPPET_LINES = 16
 INSTRUCTION_LINES = 12
@@ -40,13 +40,13 @@ class Document:
 def standard_library(max_bytes: int | None = None, installed: bool = False) -> list[Document]:
     """The sources of the standard library and, with `installed`, of the packages installed beside it.
 
-    `max_bytes` keeps the first documents in the order of their names' hashes, a sample over all packages that a
-    larger cap only adds to.
+    `max_bytes` keeps the first documents in the order of the hashes of their names. This is a sample of all packages,
+    and a larger limit only adds documents to it.
     """
     paths = sysconfig.get_paths()
     files = python_files(Path(paths["stdlib"]), EXCLUDED_FOLDERS)
     if installed:
-        # Their tests stay out as well; one name can hold only one file, and the standard library comes first.
+        # Without their tests, too. Where two files have the same name, that of the standard library is taken.
         packages = python_files(Path(paths["purelib"]), EXCLUDED_FOLDERS - {"site-packages", "dist-packages"})
         files = {**{f"site-packages/{name}": path for name, path in packages.items()}, **files}
     names = sorted(files, key=order)
@@ -83,20 +83,20 @@ def order(name: str) -> bytes:
 
 
 def in_validation(name: str, fraction: float) -> bool:
-    """Decided by the name alone: a file stays on its side whatever else the corpus holds, on every machine."""
+    """Whether a document is for validation. Its name alone decides, on every machine and in every corpus."""
     digest = hashlib.sha256(b"split:" + name.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def split(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, validation), both in the order of `documents`; the fraction is of the number of documents."""
+    """Returns (training, validation), both in the order of `documents`. The fraction is of the documents' number."""
     train = [document for document in documents if not in_validation(document.name, validation_fraction)]
     validation = [document for document in documents if in_validation(document.name, validation_fraction)]
     return train, validation
 
 
 def fingerprint(documents: list[Document]) -> str:
-    """SHA-256 over names and texts, sorted by name; lengths go in too, so that no two corpora read alike."""
+    """SHA-256 over names and texts, sorted by name, and over their lengths, so that no two corpora hash alike."""
     digest = hashlib.sha256()
     for document in sorted(documents, key=lambda document: document.name):
         for part in (document.name.encode(), document.text.encode()):
@@ -105,7 +105,7 @@ def fingerprint(documents: list[Document]) -> str:
 
 
 def package_files() -> list[Document]:
-    """The files of `PACKAGES`; the label of each is the first part of its name."""
+    """The files of `PACKAGES`. The first part of a file's name is its label."""
     return [document for document in standard_library() if document.name.split("/")[0] in PACKAGES]
 
 
@@ -122,7 +122,7 @@ def split_by_package(files: list[Document], fraction: float) -> tuple[list[Docum
 
 
 def snippets(files: list[Document]) -> Iterator[dict[str, str]]:
-    """Rows {text, label}: consecutive pieces of SNIPPET_LINES lines; a file's last, shorter piece is left out."""
+    """Rows {text, label} of consecutive pieces of SNIPPET_LINES lines, without the shorter piece at a file's end."""
     for document in files:
         lines = [line for line in document.text.splitlines() if line.strip()]
         for start in range(0, len(lines) - SNIPPET_LINES + 1, SNIPPET_LINES):
@@ -133,7 +133,7 @@ def snippets(files: list[Document]) -> Iterator[dict[str, str]]:
 
 
 def instructions(files: list[Document]) -> Iterator[dict[str, str]]:
-    """Rows {prompt, completion}: a function's source without its docstring, and the docstring's first line."""
+    """Rows {prompt, completion}: a function's source without its docstring, and the docstring's first paragraph."""
     for document in files:
         for function in documented_functions(document.text):
             lines = ast.unparse(without_docstring(function)).splitlines()[:INSTRUCTION_LINES]
@@ -147,7 +147,7 @@ def instructions(files: list[Document]) -> Iterator[dict[str, str]]:
 
 
 def preferences(files: list[Document]) -> Iterator[dict[str, str]]:
-    """Rows {prompt, chosen, rejected}: the right docstring, and that of the function before it."""
+    """Rows {prompt, chosen, rejected}: the answers are the right docstring and that of the function before."""
     before = None
     for row in instructions(files):
         if before is not None and before != row["completion"]:
@@ -158,7 +158,7 @@ def preferences(files: list[Document]) -> Iterator[dict[str, str]]:
 def documented_functions(source: str) -> Iterator[ast.FunctionDef]:
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # a few files of the library are templates, or of another version
+    except SyntaxError:  # a few files of the library are templates, or for another version of Python
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and ast.get_docstring(node):

@@ -1,4 +1,4 @@
-"""From a data set's name or path to what the Trainer reads: load, split, tokenizer, tokenize, pack."""
+"""Prepares a data set for the Trainer, from its name or path: load, split, train a tokenizer, tokenize, pack."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ EMBEDDED = ("stdlib", "stdlib-topics", "stdlib-packages", "stdlib-instructions",
 ROWS = {"stdlib-instructions": corpus.instructions, "stdlib-preferences": corpus.preferences}
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 END, PAD = "<|endoftext|>", "<|pad|>"
-PACKED_TOGETHER = 1000  # documents whose joined text is cut into blocks; only the tail behind the last block is lost
-TOKENIZER_DOCUMENTS = 200_000  # enough for 32k merges; all of a smaller data set
-STREAM_VALIDATION_DOCUMENTS = 1000  # a stream has no length to take a fraction of
+PACKED_TOGETHER = 1000  # documents that are joined and cut into blocks; only the rest after the last block is lost
+TOKENIZER_DOCUMENTS = 200_000  # documents to train a tokenizer on, enough for 32k merges
+STREAM_VALIDATION_DOCUMENTS = 1000  # instead of a fraction, since the length of a stream is not known
 STREAM_SHUFFLE_BUFFER = 10_000
 
 
@@ -34,37 +34,41 @@ class DatasetArguments:
     dataset: str = field(
         default="stdlib",
         metadata={
-            "help": f"{', '.join(EMBEDDED)} (in every Python, nothing to download); or a data set's name on the hub; "
-            "or a path: one .txt (a document per paragraph), .jsonl, .json, .parquet or .csv file, or a folder of such "
-            "files (of .txt: a document per file)."
+            "help": f"{', '.join(EMBEDDED)} (text of every Python, with nothing to download); or the name of a data "
+            "set on the hub; or a path: one .txt (with a document per paragraph), .jsonl, .json, .parquet or .csv "
+            "file, or a folder of such files (.txt files with a document per file)."
         },
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "The hub data set's configuration, as en for C4."}
+        default=None, metadata={"help": "Configuration of a data set on the hub, such as en for C4."}
     )
     train_split: str = field(default="train", metadata={"help": "Name of the training split."})
     validation_split: str | None = field(
         default=None,
-        metadata={"help": "Name of the validation split. By default `validation`, or else split off from training."},
+        metadata={
+            "help": "Name of the validation split. By default it is `validation`, or a part of the training split."
+        },
     )
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the documents to split off where there is no validation split."}
+        default=0.05, metadata={"help": "Share of the documents to validate on where there is no validation split."}
     )
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    text_column: str = field(default="text", metadata={"help": "Name of the column that has the text."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read while training instead of downloading first. Needs max_steps."}
+        default=False,
+        metadata={"help": "Read the data during the training instead of downloading it first. Needs max_steps."},
     )
     sequence_length: int = field(default=128, metadata={"help": "Tokens per training sequence."})
     validation_blocks: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first so many validation sequences. All by default."}
+        default=None, metadata={"help": "Number of validation sequences to evaluate on. All by default."}
     )
-    corpus_max_bytes: int | None = field(default=None, metadata={"help": "Cap on the size of the stdlib corpus."})
+    corpus_max_bytes: int | None = field(default=None, metadata={"help": "Limit for the size of the stdlib corpus."})
     corpus_installed: bool = field(
-        default=False, metadata={"help": "Widen the stdlib corpus by the packages installed in this environment."}
+        default=False,
+        metadata={"help": "Add the packages that are installed in this environment to the stdlib corpus."},
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenize."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where prepared data and tokenizers are kept. Below HF_HOME by default."}
+        default=None, metadata={"help": "Folder for prepared data and tokenizers. Below HF_HOME by default."}
     )
 
     def __post_init__(self) -> None:
@@ -76,14 +80,17 @@ class DatasetArguments:
                 raise ValueError(f"{name}={value} is too small: give {least} or more.")
         if self.dataset not in ("stdlib", *ROWS) and (self.corpus_max_bytes is not None or self.corpus_installed):
             raise ValueError(
-                f"corpus_max_bytes and corpus_installed are for dataset='stdlib' and what is made of it, this run has "
-                f"{self.dataset!r}."
+                "corpus_max_bytes and corpus_installed are for dataset='stdlib' and the data sets that are made of it, "
+                f"not for {self.dataset!r}: leave them out."
             )
         if self.streaming and self.dataset in EMBEDDED:
-            raise ValueError(f"streaming=True has no use for dataset={self.dataset!r}: it is on this machine already.")
+            raise ValueError(
+                f"streaming=True is of no use with dataset={self.dataset!r}, which is on this machine already: leave "
+                "it out."
+            )
 
     def columns(self) -> dict[str, str]:
-        """The columns that the data set must have, by the argument that names each."""
+        """The columns that the data set must have, each by the argument that names it."""
         return {"text_column": self.text_column}
 
 
@@ -91,15 +98,15 @@ class DatasetArguments:
 class Splits:
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset
-    sha256: str | None  # of the whole embedded corpus; a hub data set is named by its name
-    key: str  # tells the training text apart in the tokenizer cache
+    sha256: str | None  # of the whole embedded corpus; None for another data set
+    key: str  # identifies the training text in the tokenizer cache
 
 
 # ---- Load and split ----
 
 
 def load_splits(data: DatasetArguments) -> Splits:
-    """Documents for training and validation, checked.
+    """Loads the documents for training and validation, and checks them.
 
     Raises:
         FileNotFoundError: `dataset` is a path that does not exist.
@@ -132,7 +139,7 @@ def load_embedded(data: DatasetArguments) -> Splits:
             documents = corpus.documentation_topics()
         rows_of = ROWS.get(data.dataset, lambda side: ({"text": document.text} for document in side))
         sides = [list(rows_of(side)) for side in corpus.split(documents, data.validation_fraction)]
-    # Through a generator, since only then `datasets` keeps them, and what `map` makes of them, on disk.
+    # `datasets` caches a data set on disk, and what `map` makes of it, only if it comes from a generator.
     train, validation = (
         Dataset.from_generator(generate, gen_kwargs={"rows": tuple(rows)}, cache_dir=data.cache_dir)
         if rows
@@ -165,17 +172,17 @@ def load_stored(data: DatasetArguments) -> Splits:
     if validation is None:
         if len(train) < 2:
             raise ValueError(
-                f"dataset={data.dataset!r} has {len(train)} document(s), and validation documents are to be split off: "
+                f"dataset={data.dataset!r} has {len(train)} document(s), of which some are needed for validation: "
                 "give two or more, or name a validation_split."
             )
-        # Shuffled with a seed of its own, so that another training seed keeps the split.
+        # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
         both = train.train_test_split(test_size=data.validation_fraction, seed=0)
         train, validation = both["train"], both["test"]
     return Splits(train, validation, sha256=None, key=f"{key}-{train._fingerprint}")
 
 
 def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
-    """Every split of a local path or of a hub data set."""
+    """All splits of a local path or of a data set on the hub."""
     path = Path(data.dataset).expanduser()
     options: dict[str, Any] = {"streaming": data.streaming, "cache_dir": data.cache_dir}
     if path.is_file():
@@ -185,7 +192,7 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
         if source == "text":
             options["sample_by"] = "paragraph"
     elif path.is_dir():
-        source = str(path)  # `datasets` tells the format and the splits by the files' names
+        source = str(path)  # `datasets` finds out format and splits by the names of the files
         if any(BUILDERS.get(file.suffix) == "text" for file in path.rglob("*")):
             options["sample_by"] = "document"
     elif path.suffix in BUILDERS or path.is_absolute() or data.dataset.startswith((".", "~")):
@@ -194,7 +201,7 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
         source = data.dataset
     try:
         return dict(load_dataset(source, data.dataset_config, **options))
-    except Exception as error:  # of many kinds: no network, unknown name, malformed or empty file
+    except Exception as error:  # no network, an unknown name, a malformed or empty file, and more
         raise ValueError(
             f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded: "
             f"{type(error).__name__}: {error}. Without a network use one of {', '.join(EMBEDDED)}, or a path."
@@ -209,7 +216,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no tokenizer at {name_or_path!r}: {error}") from error
-    if tokenizer.pad_token is None:  # GPT-2 and others never needed one; padding is masked wherever it is used
+    if tokenizer.pad_token is None:  # as in GPT-2; any token serves, since padding is masked wherever it is used
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -225,7 +232,7 @@ def trained_tokenizer(splits: Splits, data: DatasetArguments, vocab_size: int) -
             finished = Path(temporary) / "tokenizer"
             train_bpe(splits.train, data.text_column, vocab_size).save_pretrained(finished)
             try:
-                os.rename(finished, folder)  # whole or not at all, also when another run writes it at the same time
+                os.rename(finished, folder)  # complete or not at all, even if another run writes it at the same time
             except OSError:
                 if not folder.is_dir():
                     raise
@@ -241,7 +248,7 @@ def train_bpe(documents: Dataset | IterableDataset, text_column: str, vocab_size
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: every text can be written
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that every text can be encoded
     )
     length = min(len(documents), TOKENIZER_DOCUMENTS) if isinstance(documents, Dataset) else None
     texts = (row[text_column] for row in islice(documents, TOKENIZER_DOCUMENTS))
@@ -257,9 +264,9 @@ def train_bpe(documents: Dataset | IterableDataset, text_column: str, vocab_size
 def packed(
     documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DatasetArguments, name: str
 ) -> Dataset | IterableDataset:
-    """Blocks of exactly `sequence_length` tokens, cut from documents that are joined by the end-of-text token.
+    """Makes blocks of exactly `sequence_length` tokens out of documents that are joined by the end-of-text token.
 
-    A block can span documents and attends across them, as in GPT-2's and the paper's pretraining.
+    A block can span documents, and attention goes across them, as in the pretraining of GPT-2 and of the paper.
     """
     streamed = isinstance(documents, IterableDataset)
     columns = list(next(iter(documents)))
@@ -275,7 +282,7 @@ def packed(
         batched=True,
         batch_size=PACKED_TOGETHER,
         remove_columns=["input_ids"] if streamed else None,
-        # In one process: the groups, and with them the blocks, are the same for every num_proc.
+        # In one process, so that the groups, and with them the blocks, do not depend on num_proc.
         **({} if streamed else {"desc": f"Packing the {name} text"}),
     )
     if next(iter(blocks), None) is None:
@@ -286,8 +293,9 @@ def packed(
     return blocks
 
 
-# `datasets` finds its cached result by a hash of the function. It hashes a function that another function made by its
-# code, but one of a module by its name, and an edit of it would go unseen: hence the functions inside functions.
+# `datasets` finds its cached result by a hash of the function. For a function of a module this is a hash of its name,
+# so that an edit of the function would go unnoticed. For a function that another function made it is a hash of the
+# code, which is why the next two functions make functions.
 
 
 def tokenizing(tokenizer: PreTrainedTokenizerBase, text_column: str) -> Batched:
@@ -331,4 +339,6 @@ def check_sequence_length(data: DatasetArguments, config: PretrainedConfig) -> N
 
 def check_streaming(data: DatasetArguments, max_steps: int) -> None:
     if data.streaming and max_steps <= 0:
-        raise ValueError("streaming=True needs max_steps: a stream has no length to count epochs by.")
+        raise ValueError(
+            "streaming=True needs max_steps, since the length of a stream is not known and epochs cannot be counted."
+        )

@@ -1,7 +1,7 @@
 """AdamW and Functional-SAM on the same batches: one table, one plot. Minutes on two CPU cores, no download.
 
 python recipes/demo.py                    # or `make demo`
-python recipes/demo.py --max_steps 100    # every argument of pretrain.py, for both arms
+python recipes/demo.py --max_steps 100    # takes every argument of pretrain.py, for both arms
 """
 
 import argparse
@@ -19,7 +19,7 @@ ARMS = {"AdamW": "none", "Functional-SAM": "functional"}  # the second with the 
 
 
 def run_arms(output_dir: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Each arm's results.json. Both have the configuration's seed: the same weights to begin with, the same batches."""
+    """Each arm's results.json. Both arms have the seed of the configuration, so the same first weights and batches."""
     results = {}
     for number, (name, variant) in enumerate(ARMS.items(), start=1):
         print(f"{number}/{len(ARMS)} {name}", flush=True)
@@ -53,7 +53,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/demo"), help="Folder for everything that is written."
+    )
     own, overrides = parser.parse_known_args(argv)
     results = run_arms(own.output_dir, overrides)
     rows = compare(results)

@@ -1,4 +1,4 @@
-"""What an evaluation reports, batch by batch: nothing of the size of the logits outlives its batch."""
+"""The metrics of an evaluation, computed batch by batch, so that no logits are kept longer than their batch."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from transformers import EvalPrediction, TrainingArguments
 
 
 def evaluate_by_batch(args: TrainingArguments) -> TrainingArguments:
-    """Sets the Trainer to hand over each batch's predictions instead of collecting those of the whole data set."""
+    """Makes the Trainer hand over the predictions of each batch instead of collecting those of the whole data set."""
     args.batch_eval_metrics = True
     return args
 
 
 def reduce_language_model(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The Trainer's `preprocess_logits_for_metrics`: from (B, T, V) to guesses (B, T-1) and summed losses (B,)."""
+    """The Trainer's `preprocess_logits_for_metrics`: turns logits (B, T, V) into guesses (B, T-1) and losses (B,)."""
     logits = logits[0] if isinstance(logits, tuple) else logits  # (B, T, V)
     guesses = logits[:, :-1].argmax(dim=-1)
-    # Row by row, so that only one row of the vocabulary's width is ever copied to fp32.
+    # Row by row, so that no more than one sequence of logits, (T, V), is copied to fp32 at a time.
     nll = [
         F.cross_entropy(row[:-1].float(), truth[1:], ignore_index=-100, reduction="sum")
         for row, truth in zip(logits, labels, strict=True)

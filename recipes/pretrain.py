@@ -39,19 +39,19 @@ from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 @dataclass
 class ModelArguments:
-    architecture: Literal["llama", "gpt2"] = field(default="llama", metadata={"help": "Family of the new model."})
+    architecture: Literal["llama", "gpt2"] = field(default="llama", metadata={"help": "Architecture of the new model."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the residual stream."})
     intermediate_size: int = field(default=256, metadata={"help": "Width inside the MLP."})
     layers: int = field(default=4, metadata={"help": "Number of blocks."})
-    heads: int = field(default=4, metadata={"help": "Attention heads; they divide hidden_size."})
-    tie_embeddings: bool = field(default=True, metadata={"help": "One matrix for the embeddings and the head."})
+    heads: int = field(default=4, metadata={"help": "Number of attention heads, which must divide hidden_size."})
+    tie_embeddings: bool = field(default=True, metadata={"help": "Use one matrix for the embeddings and the head."})
     model_config: str | None = field(
-        default=None, metadata={"help": "Name or path of a configuration to use instead of the five fields above."}
+        default=None, metadata={"help": "Name or path of a model configuration to use instead of the fields above."}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Name or path of a tokenizer. By default one is trained on the training text."}
+        default=None, metadata={"help": "Name or path of a tokenizer. By default, one is trained on the training text."}
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size of the tokenizer that is trained."})
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "layers", "heads"):
@@ -59,10 +59,12 @@ class ModelArguments:
                 raise ValueError(f"{name}={getattr(self, name)} is too small: give 1 or more.")
         if self.hidden_size % self.heads or (self.architecture == "llama" and self.hidden_size // self.heads % 2):
             raise ValueError(
-                f"heads={self.heads} does not cut hidden_size={self.hidden_size} into heads of equal, even width."
+                f"heads={self.heads} does not divide hidden_size={self.hidden_size} into heads of equal, even width."
             )
         if self.vocab_size < 258:
-            raise ValueError(f"vocab_size={self.vocab_size} is too small: 256 bytes and 2 special tokens need 258.")
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is too small: 256 bytes and 2 special tokens need at least 258."
+            )
 
 
 def build_config(
@@ -81,7 +83,7 @@ def build_config(
             n_layer=model.layers,
             n_head=model.heads,
             n_positions=sequence_length,
-            # Nothing is seen often enough here to be memorized.
+            # No dropout, since no text is seen often enough here to be memorized.
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -97,11 +99,15 @@ def build_config(
     )
 
 
-def run(argv: list[str]) -> dict[str, Any]:
-    """Trains as `argv` says and returns what results.json holds."""
+def run(
+    argv: list[str],
+    trainer_class: type[FSAMTrainer] = FSAMTrainer,
+    arguments_class: type[FSAMTrainingArguments] = FSAMTrainingArguments,
+) -> dict[str, Any]:
+    """Trains as `argv` says and returns what results.json holds. `recipes/studies` trains with classes of its own."""
     started = time.perf_counter()
     model_args, data_args, training_args = parse(
-        (ModelArguments, DatasetArguments, FSAMTrainingArguments), argv, "pretrain.py"
+        (ModelArguments, DatasetArguments, arguments_class), argv, "pretrain.py"
     )
     quiet(training_args)
     check_streaming(data_args, training_args.max_steps)
@@ -131,9 +137,9 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     # ---- Model and training ----
     model = AutoModelForCausalLM.from_config(config)
-    # Its name is where it will lie; without one the model card calls it a fine-tuned version of nothing.
+    # The path where it will be saved. Without a name the model card calls it a fine-tuned version of None.
     model.config._name_or_path = training_args.output_dir
-    trainer = FSAMTrainer(
+    trainer = trainer_class(
         model=model,
         args=evaluate_by_batch(training_args),
         train_dataset=train,  # blocks of (sequence_length,)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes, and what it leaves behind: model, results.json, curves.png, model card."""
+"""What a run shows while it trains, and what it leaves behind: model, results.json, curves.png and a model card."""
 
 import json
 import os
@@ -24,7 +24,7 @@ COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bar with the last losses at its right end, in place of a printed dict at every logging step."""
+    """Shows the latest losses beside the Trainer's progress bar, instead of printing a dict at every logging step."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
@@ -45,7 +45,7 @@ def show_progress(trainer: FSAMTrainer) -> None:
 
 
 def quiet(args: TrainingArguments) -> None:
-    """One voice: bars and notes come from the main process only."""
+    """Lets only the main process show progress bars, and silences warnings of libraries."""
     for library in ("torch", "transformers"):
         warnings.filterwarnings("ignore", category=Warning, module=library)
     if args.process_index != 0 or args.disable_tqdm:
@@ -66,10 +66,10 @@ def write_report(
     Args:
         arguments: the recipe's dataclasses by name.
         started: `time.perf_counter()` at the start of the run.
-        extra: what only this recipe knows.
+        extra: further results, of this recipe alone.
         card: arguments of `Trainer.create_model_card`.
     """
-    trainer.save_model()  # collective: every process takes part where the weights are sharded
+    trainer.save_model()  # by all processes: where the weights are sharded, each has a part of them
     history = trainer.state.log_history
     results = {
         "metrics": metrics,
@@ -94,11 +94,11 @@ def write_report(
 
 
 def size(weight: torch.nn.Parameter) -> int:
-    return getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves the weight itself empty
+    return getattr(weight, "ds_numel", weight.numel())  # under ZeRO-3 the weight itself is empty
 
 
 def as_dict(arguments: Any) -> dict[str, Any]:
-    """Without tokens and passwords, of which the Trainer's arguments mask their own."""
+    """A dict of the arguments in which tokens and passwords are masked."""
     return masked(arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments))
 
 
@@ -112,10 +112,10 @@ def print_summary(results: dict[str, Any]) -> None:
 
 
 def leave_group() -> None:
-    """Leave the other processes, at the end of a script.
+    """Leaves the process group at the end of a script.
 
-    A thread of gloo's that hands a tensor back to Python while the interpreter shuts down aborts the process (torch
-    2.13), and DeepSpeed keeps the threads alive: they get a second for what they still hold.
+    The process aborts if a thread of gloo returns a tensor to Python while the interpreter shuts down (torch 2.13), and
+    DeepSpeed keeps these threads alive. So they get a second to return what they still hold.
     """
     state = PartialState()
     gloo = state.backend == "gloo"
@@ -125,7 +125,7 @@ def leave_group() -> None:
 
 
 def training_seconds(history: list[dict[str, float]]) -> float:
-    """The Trainer's own clock without the evaluations on the way: what the optimizer's steps took."""
+    """The time that the optimizer steps took: the Trainer's training time without the evaluations in it."""
     end = next((index for index, entry in enumerate(history) if "train_runtime" in entry), None)
     if end is None:
         return 0.0
@@ -144,7 +144,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(args: TrainingArguments) -> dict[str, Any]:
-    """Enough to judge a time by; no host name, no path."""
+    """What one needs to judge a measured time by, without the host's name or a path."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -156,7 +156,7 @@ def machine(args: TrainingArguments) -> dict[str, Any]:
 
 
 def plot_curves(histories: dict[str, list[dict[str, float]]], path: Path, training: bool) -> None:
-    """Losses over steps: every validation loss of every named history and, with `training`, the training loss."""
+    """Plots losses over steps: every validation loss of every named history and, with `training`, the training loss."""
     import matplotlib
 
     matplotlib.use("Agg")

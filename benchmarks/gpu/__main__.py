@@ -1,15 +1,16 @@
-"""What only a GPU can show: checks in order of value, each in a process of its own with its own time limit.
+"""Checks what only a GPU can show, in order of value, each check in a process of its own with a time limit of its own.
 
-    make gpu                                               # all of it; what is done is not done again
-    make gpu GPU_ARGS="--budget 1800"                      # half an hour: what is worth most
+    make gpu                                               # all checks, without those that have been done
+    make gpu GPU_ARGS="--budget 1800"                      # the most valuable checks, in half an hour
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --only head theta --redo head
     python -m benchmarks.gpu --device cpu --toy            # tries the checks themselves, without a GPU
     python -m benchmarks.gpu --wheels                      # what to carry to a machine without a network
 
-After each check OUT.json and OUT.md are written, by default benchmarks/results/gpu_DEVICE. A check that is there, of
-the same sources (hf_fsam, tests, benchmarks), device and versions, is not run again, whether it passed, failed or ran
-out of its time; --redo runs it all the same. One that the budget cut short, or that lacked a package, is.
+After each check OUT.json and OUT.md are written, by default benchmarks/results/gpu_DEVICE. A check that is there with
+the same sources (hf_fsam, tests, benchmarks), device and versions is not run again, whether it passed, failed or
+reached its time limit; --redo runs it all the same. A check that the budget cut short or that lacked a package is run
+again.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from benchmarks.gpu.wheels import print_wheels
 ROOT = Path(__file__).parents[2]
 CHECKS = "benchmarks.gpu.checks"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "liger-kernel", "triton")
-DONE = ("passed", "failed", "crashed", "timed out")  # and not: missing, not here, out of budget
+DONE = ("passed", "failed", "crashed", "timed out")  # the others are: missing, not here, out of budget
 GRACE = 15  # seconds between asking a process to end and ending it
 Entry = dict[str, Any]
 
 
 def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
-    """Runs what `argv` asks for of the CHECKS in `module`. Returns 0 if nothing failed."""
+    """Runs those of the CHECKS in `module` that `argv` asks for. Returns 0 if none failed."""
     args = parse(argv)
     if args.wheels is not None:
         print_wheels(args.wheels)
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
 
 
 def run(module: str, name: str, check: Check, args: argparse.Namespace, device: str, left: float) -> Entry:
-    """What became of one check within its limit and the seconds that are `left`."""
+    """Runs one check within its limit and the seconds that are `left`. Returns its result."""
     entry: Entry = {"about": check.about, "status": "", "seconds": 0.0, "limit": check.limit, "rows": [], "said": ""}
     missing = [package for package in check.needs if importlib.util.find_spec(package) is None]
     if missing:
@@ -102,7 +103,7 @@ def run(module: str, name: str, check: Check, args: argparse.Namespace, device: 
                 cut = ""
             except subprocess.TimeoutExpired:
                 cut = "timed out" if check.limit <= left else "out of budget"
-            finally:  # also where Ctrl-C struck; and a check that has ended leaves nobody behind
+            finally:  # also after Ctrl-C, and in case a check that has ended left processes behind
                 end_session(process)
         entry["seconds"] = round(time.monotonic() - started, 1)
         entry["rows"] = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
@@ -114,7 +115,7 @@ def run(module: str, name: str, check: Check, args: argparse.Namespace, device: 
 
 
 def end_session(process: subprocess.Popen) -> None:
-    """Ends the process and all that it has started, politely at first: a study's runs are ended by their parent."""
+    """Ends the process and all that it has started. SIGTERM comes first, so that a study can end its runs itself."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -128,7 +129,7 @@ def end_session(process: subprocess.Popen) -> None:
 
 
 def environment(device: str) -> dict[str, str]:
-    """One device, no network, and the tests' Trainers on that device."""
+    """The environment of a check: one device, on which the Trainers of the tests train, and no network."""
     names = {
         "HF_FSAM_TEST_DEVICE": device,
         "HF_HUB_OFFLINE": "1",
@@ -136,7 +137,7 @@ def environment(device: str) -> dict[str, str]:
         "DS_BUILD_OPS": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
-        # Several would be DataParallel, which is refused.
+        # With several the Trainer would use DataParallel, which is refused.
         "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }
     if device == "cpu":
@@ -145,9 +146,10 @@ def environment(device: str) -> dict[str, str]:
 
 
 def find_machine(device: str | None, toy: bool) -> dict[str, str]:
-    """The device's type and name, and the versions of what matters.
+    """The device's type and name, and the versions of the packages that matter.
 
-    In a process that ends: one that keeps a GPU open would keep the checks out where a GPU is for one process alone.
+    A process of its own asks for them. If this one opened the GPU, the checks could not use it where a GPU is
+    restricted to one process.
     """
     ask = (
         "import json, platform, torch\n"
@@ -183,7 +185,7 @@ def hash_of_sources() -> str:
 
 
 def commit() -> str:
-    """Of the repository; "+" says that files differ from it."""
+    """The commit of the repository, with a "+" if files differ from it."""
     asked = subprocess.run(
         ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
         cwd=ROOT,
@@ -205,7 +207,7 @@ def write(out: Path, entries: dict[str, Entry], argv: list[str] | None) -> None:
     for suffix, content in (("json", text), ("md", markdown(entries, command))):
         path = out.with_name(f"{out.name}.{suffix}")
         path.with_suffix(".part").write_text(content + "\n", "utf-8")
-        path.with_suffix(".part").replace(path)  # whoever kills this finds the table whole
+        path.with_suffix(".part").replace(path)  # so that the table is complete even if this process is killed
 
 
 def markdown(entries: dict[str, Entry], command: str) -> str:
@@ -228,7 +230,7 @@ def markdown(entries: dict[str, Entry], command: str) -> str:
 
 
 def _end(said: str) -> str:
-    """The last line, which of a traceback is the error."""
+    """The last line, which is the error if the text ends with a traceback."""
     return (said.strip().splitlines() or [""])[-1][:200]
 
 
@@ -240,24 +242,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--list", action="store_true", help="the checks, their time limits and what they are")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these checks")
-    parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="these once more")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all checks together")
-    parser.add_argument("--device", choices=["cpu"], help="by default torch's accelerator")
-    parser.add_argument("--toy", action="store_true", help="at a size that a CPU takes in minutes")
+    parser.add_argument("--list", action="store_true", help="list the checks with their time limits")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these checks only")
+    parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="run these again")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="seconds for all checks together")
+    parser.add_argument("--device", choices=["cpu"], help="device (default: the accelerator that PyTorch finds)")
+    parser.add_argument("--toy", action="store_true", help="run at a size that a CPU takes minutes for")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument(
         "--wheels",
         nargs="?",
         const="",
         metavar="FREEZE",
-        help="say what to download for a machine that has torch, transformers, accelerate, peft and what they need, or "
-        "the packages in the file FREEZE, its `pip freeze`",
+        help="print what to download for a machine that has torch, transformers, accelerate, peft and what they need, "
+        "or the packages in the file FREEZE, which is its `pip freeze`",
     )
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the check, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the check is ended, too
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a check is, and the process that runs one."""
+"""Defines a check, and is the process that runs one."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One thing that was measured.
+    """One measurement.
 
     Attributes:
-        what: was measured.
-        measured, expected: for people to read; `expected` was written before anything was measured.
-        ok: whether it is as expected; None where nothing was expected.
+        what: what was measured.
+        measured, expected: for people to read. `expected` was written before anything was measured.
+        ok: whether the value is as expected. None: nothing was expected.
     """
 
     what: str
@@ -28,14 +28,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One check, in a process of its own.
+    """One check, which runs in a process of its own.
 
     Attributes:
-        rows: measures, (toy); toy: at a size that a CPU takes in seconds. Rows that it has yielded stay, whatever then
-            happens to it.
-        limit: seconds that it may take.
-        needs: packages that it does not run without.
-        cpu: there is something to be seen of it on a CPU.
+        rows: measures and yields rows. Its argument `toy` asks for a size that a CPU takes seconds for. Rows that were
+            yielded are kept, whatever happens to the check afterwards.
+        limit: the seconds that it may take.
+        needs: the packages that it needs.
+        cpu: whether it shows something on a CPU.
     """
 
     rows: Callable[[bool], Iterator[Row]]
@@ -45,14 +45,14 @@ class Check:
 
     @functools.cached_property
     def about(self) -> str:
-        """The first line of what `rows` says of itself, or what of it a partial function is given."""
+        """The first line of the docstring of `rows`, and the arguments of a partial function."""
         if isinstance(self.rows, functools.partial):
             return f"{(self.rows.func.__doc__ or '').splitlines()[0]} {' '.join(map(str, self.rows.args))}"
         return (self.rows.__doc__ or "").splitlines()[0]
 
 
 def main(module: str, name: str, out: str, toy: str) -> None:
-    """The check `name` of `module`'s CHECKS: a JSON line in the file `out` for each row, as soon as it is there."""
+    """Runs the check `name` of CHECKS in `module`, and writes each row to the file `out` at once, as a line of JSON."""
     check: Check = importlib.import_module(module).CHECKS[name]
     with Path(out).open("w", encoding="utf-8") as file:
         for row in check.rows(toy == "toy"):

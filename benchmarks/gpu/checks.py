@@ -1,8 +1,8 @@
 """The checks, in order of value. Expected values were written before any of them had run on a GPU.
 
-Each yields :class:`Row` after row. `toy`: at a size that a CPU takes in seconds. The device is the tests'
-(HF_FSAM_TEST_DEVICE, which the runner sets). What is trained here is held against plain torch, the plain Trainer, or,
-where an engine holds the weights, one plain process.
+Each check yields one :class:`Row` after the other; `toy` asks for a size that a CPU takes seconds for. The device is
+that of the tests (HF_FSAM_TEST_DEVICE, which the runner sets). What is trained here is compared with plain PyTorch,
+with the plain Trainer or, where an engine holds the weights, with one plain process.
 """
 
 import gc
@@ -46,7 +46,7 @@ ACTIVE = ("sam", "functional", "logit")
 Rows = Iterator[Row]
 
 
-# What all of them use -------------------------------------------------------------------------------------------------
+# Helpers --------------------------------------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module, **arguments: Any) -> FSAMTrainer:
@@ -76,7 +76,7 @@ def synchronize() -> None:
 
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """Bytes that were there at the most while `work` ran, beyond what was there before."""
+    """The peak of the bytes in memory while `work` runs, beyond those before."""
     gc.collect()
     if DEVICE.type == "cpu":
         with PeakMemory() as memory:
@@ -115,7 +115,7 @@ def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[FusedLo
 
 
 def head(toy: bool) -> Rows:
-    """The fused head against float64: its loss, its gradients, and the second pass's by columns."""
+    """Compares the fused head with float64: its loss, its gradients, and those of the second pass, column by column."""
     n, d, v = (64, 32, 512) if toy else (2048, 2048, 32_768)
     for dtype, limit in ((torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
         hidden, weight, targets = linear_and_targets(n, d, v, dtype)
@@ -123,7 +123,7 @@ def head(toy: bool) -> Rows:
         again, _ = vjp(fused, None, hidden.detach(), weight.detach(), None, (True, False))
         h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
         exact = torch.zeros((), dtype=torch.float64, device=DEVICE)
-        for some in torch.arange(n, device=DEVICE).split(256):  # float64's logits of all would be large
+        for some in torch.arange(n, device=DEVICE).split(256):  # all logits in float64 would be large
             part = F.cross_entropy(h[some] @ w.t(), targets[some], reduction="sum")
             part.backward()
             exact += part.detach()
@@ -139,7 +139,7 @@ def head(toy: bool) -> Rows:
 
 
 def head_cost(toy: bool) -> Rows:
-    """The fused head's loss beside Liger's and beside logits in memory: time, and bytes at the peak."""
+    """Compares the fused head's loss with Liger's and with logits in memory: time, and peak memory."""
     n, d, v = (128, 32, 4096) if toy else (8192, 2048, 131_072)
     hidden, weight, targets = linear_and_targets(n, d, v, torch.bfloat16)
 
@@ -160,10 +160,10 @@ def head_cost(toy: bool) -> Rows:
 
     peaks, seconds = {}, {name: [] for name in arms}
     for name, arm in arms.items():
-        arm()  # what is compiled or tuned, before anything is measured
+        arm()  # so that everything is compiled and tuned before it is measured
         hidden.grad = weight.grad = None
         peaks[name] = peak_of(arm)
-    for _ in range(3 if toy else 20):  # in turn, so that what else the machine does falls on all alike
+    for _ in range(3 if toy else 20):  # in turn, so that other work on the machine slows all of them alike
         for name, arm in arms.items():
             hidden.grad = weight.grad = None
             seconds[name].append(seconds_of(arm))
@@ -186,7 +186,7 @@ def head_cost(toy: bool) -> Rows:
 
 
 def theta(toy: bool) -> Rows:
-    """At learning rate 0 the weights come back bit for bit, and the radius is ρ."""
+    """With a learning rate of 0 the weights return bit for bit, and the radius is ρ."""
     for dtype, share in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
         for variant in ACTIVE:
             model = llama(hidden_size=64, intermediate_size=256).to(dtype)
@@ -200,7 +200,7 @@ def theta(toy: bool) -> Rows:
 
 
 class _Overflowing(FSAMTrainer):
-    """With a loss scale that is too high at first."""
+    """Trains with a loss scale that is too high at first."""
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -208,7 +208,7 @@ class _Overflowing(FSAMTrainer):
 
 
 def half(toy: bool) -> Rows:
-    """fp16: steps whose loss scale is too high are skipped and counted, all others have radius ρ, the first too."""
+    """In fp16, steps whose loss scale is too high are skipped and counted, and all others have the radius ρ."""
     for name, settings in {
         "functional": {},
         "sam": {"fsam_variant": "sam"},
@@ -228,8 +228,8 @@ def half(toy: bool) -> Rows:
 
 
 def dropout(toy: bool) -> Rows:
-    """ρ → 0 under dropout: both passes draw the same masks, for each attention, and the random stream ends alike."""
-    # Of what dropout changes. Backward passes that add in no fixed order differ between any two runs.
+    """With dropout and ρ → 0, both passes draw the same masks in each attention, and the random streams end alike."""
+    # Relative to what dropout changes, since a backward pass that adds in no fixed order differs between any two runs.
     backends = {
         SDPBackend.MATH: ({}, 1e-4),
         SDPBackend.EFFICIENT_ATTENTION: ({}, 1e-3),
@@ -258,7 +258,7 @@ def dropout(toy: bool) -> Rows:
 
 
 class _Waits(TorchDispatchMode):
-    """Counts what makes the host wait for an accelerator, by op and the line that asked for it."""
+    """Counts what makes the host wait for an accelerator, by operation and by the line that called it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class _Waits(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = any(tensor.device.type == DEVICE.type for tensor in tensors)
         masked = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors)
-        # A copy to the host; on the CPU none is one.
+        # A copy to the host makes it wait; from the CPU none does.
         home = name in ("_to_copy", "copy_") and DEVICE.type != "cpu" and result.device.type == "cpu"
         asks = name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
         if there and (masked or home or asks):
@@ -287,7 +287,7 @@ class _Waits(TorchDispatchMode):
 
 
 class _Around(TrainerCallback):
-    """Enters a context for the fourth step alone: none is the first of anything by then."""
+    """Enters a context for the fourth step alone, in which nothing happens for the first time."""
 
     def __init__(self, context: Any) -> None:
         self.context = context
@@ -305,7 +305,7 @@ WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSyn
 
 
 def waits(toy: bool) -> Rows:
-    """What the host waits for the device in a step, beside the plain Trainer's: by op, and by the profiler on CUDA."""
+    """Compares the host's waits for the device in a step with the plain Trainer's, by operation and by profiler."""
 
     def count(settings: dict[str, Any]) -> tuple[_Waits, int]:
         quiet = {"logging_strategy": "no"} | settings
@@ -316,7 +316,7 @@ def waits(toy: bool) -> Rows:
         trained(llama(), trainer={"callbacks": [_Around(profiler)]}, **quiet)
         return seen, sum(event.count for event in profiler.key_averages() if event.key in WAITING_CALLS)
 
-    if DEVICE.type == "cpu":  # as on a device, for which there is somebody to wait
+    if DEVICE.type == "cpu":  # as it would on a device that the host can wait for
         deferred_logits.leaving_out_is_free = lambda device: False
     plain, plain_calls = count({"fsam_variant": "none"})
     yield Row("plain Trainer", f"{plain.others} ops, {plain_calls} calls")
@@ -332,10 +332,10 @@ def waits(toy: bool) -> Rows:
     }.items():
         found, calls = count(settings)
         own = ", ".join(f"{number} {what}" for what, number in found.own.items()) or "none"
-        # A model that waits in its forward pass does so in each.
+        # A model that waits in its forward pass does so in every pass.
         again = found.others - plain.others
         ok = not found.own and calls - plain_calls <= max(0, again)
-        if "fsam_offload_hidden_states" in settings:  # they have to get there
+        if "fsam_offload_hidden_states" in settings:  # the copy to the host has to arrive
             ok = None
         yield Row(
             name, f"{own}; {calls - plain_calls} calls more, {again} ops more elsewhere", "none; 0, or as ops", ok
@@ -343,7 +343,7 @@ def waits(toy: bool) -> Rows:
 
 
 def optimizers(toy: bool) -> Rows:
-    """Preconditioning reads the second moment of for-loop, foreach, fused and capturable AdamW: against plain torch."""
+    """Preconditioning with for-loop, foreach, fused and capturable AdamW agrees with plain PyTorch."""
     from tests import reference
     from tests.parity.test_parity import Setting, expected, train_with_trainer
     from tests.zoo import CASES
@@ -367,7 +367,7 @@ def optimizers(toy: bool) -> Rows:
 
 
 def determinism(toy: bool) -> Rows:
-    """With full_determinism, in bf16 and under dropout, two trainings end on the same bits."""
+    """With full_determinism, two trainings in bf16 and with dropout end on the same bits."""
     for variant in ACTIVE:
         ends = [
             weights_of(trained(llama(0.1), fsam_variant=variant, bf16=True, full_determinism=True).model)
@@ -377,7 +377,7 @@ def determinism(toy: bool) -> Rows:
 
 
 def memory(toy: bool) -> Rows:
-    """Beyond plain training, one copy of the weights: bytes at the peak of three steps."""
+    """The peak of three steps is that of plain training and one copy of the weights."""
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
     sizes = WIDE if toy else large | {"vocab_size": 8192}
     peaks = {}
@@ -388,7 +388,7 @@ def memory(toy: bool) -> Rows:
         del model
     for variant in ("sam", "functional"):
         more = peaks[variant] - peaks["none"]
-        # Temporaries of a chunk of numbers and of the head's tile are of one size, whatever the model's.
+        # Chunks of numbers and tiles of the head are temporary tensors whose size does not depend on the model.
         room = 1.05 * copy + 2**26
         yield Row(f"{variant}: copies more", f"{more / copy:.3f}", f"<= {room / copy:.2f}", more <= room)
 
@@ -396,16 +396,16 @@ def memory(toy: bool) -> Rows:
 # Time -----------------------------------------------------------------------------------------------------------------
 
 TOY_MODEL = "--hidden 64 --layers 1 --vocabulary 128 --length 32 --batch 2 --rounds 3 --threads 1"
-MODELS = {  # with their goals for the time of a step, as a multiple of plain's
+MODELS = {  # each with the goal for the time of a step, as a multiple of the plain step
     "0.5B": (1.85, "--hidden 896 --intermediate 4864 --layers 24 --vocabulary 151936 --tied --batch 8 --length 1024"),
     "1B": (1.95, "--hidden 2048 --intermediate 5632 --layers 22 --vocabulary 32000 --batch 8 --length 512"),
 }
 
 
 def cost(model: str, dtype: str, toy: bool) -> Rows:
-    """Time and memory of a step against the plain Trainer's, interleaved; a Llama with weights of"""
+    """Compares time and memory of a step with the plain Trainer's, interleaved; a Llama with weights of"""
     goal, sizes = MODELS[model]
-    # All are alive at once: in float32 there is room for one beside plain's.
+    # All models are in memory at once, and in float32 there is room for one beside the plain Trainer's.
     arms = ["--arms", "functional", *(["sam"] if dtype == "bfloat16" and not toy else [])]
     report = step_cost.main([*(TOY_MODEL if toy else sizes).split(), *arms, "--dtype", dtype])
     copy = report["setting"]["one copy of the weights, MiB"]
@@ -436,18 +436,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 SLOWLY = {"learning_rate": 1e-3}
-LATE = 200_000_000  # cycles, a tenth of a second: what is written after them is late
+LATE = 200_000_000  # cycles, a tenth of a second, by which a write is delayed
 
 
 def engine_model(toy: bool) -> nn.Module:
-    """With matrices of more numbers than are worked on at a time on the host, and fewer than on a device. Weights as
-    small as are usual: training must not blow rounding up."""
+    """A model with matrices of more numbers than one chunk on the host, and fewer than one on a device. The weights are
+    as small as usual, so that training does not amplify rounding."""
     sizes = WIDE if toy else {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
     return llama(**sizes, initializer_range=0.02)
 
 
 def as_one_of_one_process() -> None:
-    """From here on the Trainer finds itself in a process group of one: NCCL's on a GPU, gloo's on a CPU."""
+    """Puts the Trainers that follow into a process group of one process, with NCCL on a GPU and gloo on a CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -461,7 +461,7 @@ def as_one_of_one_process() -> None:
 
 
 def engine(name: str, toy: bool) -> Rows:
-    """One process under an engine ends where one plain process does, weights in float32:"""
+    """One process under an engine trains to the weights of one plain process, in float32:"""
     from tests.engines.distributed import ENGINES as SETTINGS
     from tests.engines.worker import start_anew, whole
 
@@ -476,7 +476,7 @@ def engine(name: str, toy: bool) -> Rows:
         kind = type(trainer.fsam.engine).__name__
         yield Row(f"{case}: held by", kind, "not LocalEngine", kind != "LocalEngine")
         weights = {key: weight.cpu() for key, weight in whole(trainer.model, trainer.is_deepspeed_enabled)[0].items()}
-        one = {key: wanted[case][key] for key in weights}  # a tied head is no parameter of its own
+        one = {key: wanted[case][key] for key in weights}  # without a tied head, which is not a separate parameter
         yield below(f"{case}: weights from one process's", distance(weights, one), 1e-5)
         apart = distance(one, {key: wanted["plain"][key] for key in weights})
         if case != "plain":
@@ -484,7 +484,7 @@ def engine(name: str, toy: bool) -> Rows:
 
 
 def overlap(toy: bool) -> Rows:
-    """ZeRO-3 gathers on a stream of its own: no gather may pass what is still being written into the shards."""
+    """ZeRO-3 gathers on a separate stream, and no gather may overtake what is still being written into the shards."""
     as_one_of_one_process()
     for variant in ACTIVE:
         passed = gathers_that_could_pass(variant, toy)
@@ -492,14 +492,14 @@ def overlap(toy: bool) -> Rows:
 
 
 def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
-    """For each time that the weights have moved, whether a gather that began then would read what was there before."""
+    """Each time the weights have moved, notes whether a gather that begins then would read the values before."""
     from tests.engines.distributed import zero
     from tests.engines.worker import start_anew
 
     start_anew()
     settings = zero(3)
     settings["deepspeed"]["zero_optimization"]["overlap_comm"] = True
-    # Its timer waits for the device in each step, and hides what is asked here.
+    # DeepSpeed's timer makes the host wait for the device in each step, which would hide the race.
     settings["deepspeed"]["timers"] = {"throughput": {"enabled": False}}
     passed: list[bool] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -520,7 +520,7 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
                 ask()
                 yield
                 torch.cuda._sleep(LATE)
-            if variant == "logit":  # a pass comes next; in the others θ has come back before the optimizer's step
+            if variant == "logit":  # a pass follows; with the other variants θ has returned before the optimizer's step
                 ask()
 
         trainer.fsam.engine.perturbed = watched
@@ -532,7 +532,7 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
 
 
 def suite(arguments: str, toy: bool, toy_arguments: str = "") -> Rows:
-    """The package's own tests, with their Trainers on this device: pytest"""
+    """Runs tests of the package with their Trainers on this device: pytest"""
     chosen = toy_arguments if toy else arguments
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(chosen)]
     cores = os.cpu_count() or 1
@@ -548,7 +548,7 @@ def suite(arguments: str, toy: bool, toy_arguments: str = "") -> Rows:
 
 
 def recipe(toy: bool) -> Rows:
-    """Fifty steps of the 24M recipe in bf16: nothing is NaN, and the radius is ρ."""
+    """In fifty steps of the 24M recipe in bf16 nothing is NaN, and the radius is ρ."""
     import json
 
     small = ["--corpus_installed", "false", "--vocab_size", "512", "--hidden_size", "32", "--intermediate_size", "32"]
@@ -569,10 +569,10 @@ def recipe(toy: bool) -> Rows:
 
 
 def studies(toy: bool) -> Rows:
-    """The studies at 24M weights (recipes/studies/gpu.yaml), which go on where they were."""
+    """Runs the studies at 24M weights (recipes/studies/gpu.yaml), from where they were."""
     out = ROOT / "outputs" / "studies_24m"
     subprocess.run(
-        [sys.executable, "-m", "hf_fsam.studies.compare", "recipes/studies/gpu.yaml", "--out", str(out)],
+        [sys.executable, "-m", "hf_fsam", "compare", "recipes/studies/gpu.yaml", "--out", str(out)],
         cwd=ROOT,
         check=True,
     )

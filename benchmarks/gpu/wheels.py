@@ -1,4 +1,4 @@
-"""Which wheels a machine without a network lacks for the checks, and what downloads them."""
+"""Finds the wheels that a machine without a network lacks for the checks, and prints what downloads them."""
 
 import re
 import sys
@@ -11,15 +11,15 @@ from packaging.requirements import Requirement
 WANTED = ("deepspeed", "datasets", "evaluate", "trl", "tokenizers", "scikit-learn", "pyyaml", "matplotlib", "scipy")
 WANTED += ("tqdm", "pytest", "pytest-timeout", "pytest-xdist", "liger-kernel")
 BASE = ("torch", "transformers", "accelerate", "peft")
-# Of the machine that they are for: Python 3.12 on Linux, x86-64.
+# The machine that the wheels are for: Python 3.12 on Linux, x86-64.
 TARGET = {"python_version": "3.12", "python_full_version": "3.12.3", "platform_machine": "x86_64"}
 TARGET |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_x86_64"]
-NO_WHEEL = {"deepspeed"}  # on the registry as sources alone (0.19.8)
+NO_WHEEL = {"deepspeed"}  # published as sources only (0.19.8)
 
 
 def print_wheels(freeze: str) -> None:
-    """Says what to run here, where there is a network, and there. freeze: a file of what is there, or ""."""
+    """Prints what to run here, where there is a network, and there. `freeze`: a file of what is there, or ""."""
     there = set(names_in(Path(freeze))) if freeze else closure(BASE)
     lacking = sorted(closure(WANTED) - there)
     built = [name for name in lacking if name in NO_WHEEL]
@@ -38,7 +38,7 @@ def print_wheels(freeze: str) -> None:
 
 
 def closure(names: Iterable[str]) -> set[str]:
-    """The packages and all that they require on the target, by what is installed here."""
+    """The packages and all that they require on the target, as the packages installed here say."""
     found: set[tuple[str, str]] = set()
     waiting = [(Requirement(name), "") for name in names]
     while waiting:
@@ -49,7 +49,7 @@ def closure(names: Iterable[str]) -> set[str]:
         found.add((name, extra))
         try:
             needed = [Requirement(each) for each in requires(name) or []]
-        except PackageNotFoundError:  # liger-kernel, which needs torch and triton alone
+        except PackageNotFoundError:  # liger-kernel, which needs nothing but torch and triton
             continue
         for each in needed:
             if each.marker is None or each.marker.evaluate(TARGET | {"extra": extra}):
@@ -58,7 +58,7 @@ def closure(names: Iterable[str]) -> set[str]:
 
 
 def names_in(freeze: Path) -> list[str]:
-    """Of the lines of `pip freeze` or `pip list`."""
+    """The packages in the output of `pip freeze` or `pip list`."""
     first = (re.match(r"[A-Za-z0-9][\w.-]*", line) for line in freeze.read_text("utf-8").splitlines())
     return [normal(match.group()) for match in first if match]
 
@@ -68,7 +68,7 @@ def normal(name: str) -> str:
 
 
 def pinned(name: str) -> str:
-    """In the version that is installed here, which the tests have run with."""
+    """The package in the version that is installed here, with which the tests were run."""
     try:
         return f"{name}=={version(name).split('+')[0]}"
     except PackageNotFoundError:

@@ -1,5 +1,5 @@
-"""Keep tokens, passwords and keys out of what is written down and printed, as `TrainingArguments.to_dict` does:
-`hub_token: hf_…` → `hub_token: <HUB_TOKEN>`."""
+"""Keeps tokens, passwords and keys out of what is written and printed, as `TrainingArguments.to_dict` does:
+`hub_token: hf_…` becomes `hub_token: <HUB_TOKEN>`."""
 
 import re
 import shlex
@@ -10,12 +10,13 @@ _SECRET = re.compile(r"(^|[_.-])(token|api_?key|access_?key(_id)?|secret(_?key)?
 
 
 def is_secret(name: str) -> bool:
-    """By its name: whatever ends in `_token`, as for the Trainer, an API key, a password."""
+    """Whether a setting of this name is a secret: a name that ends in `_token` (as for the Trainer), an API key, a
+    password."""
     return _SECRET.search(name.lower().replace("-", "_")) is not None
 
 
 def masked(value: Any) -> Any:
-    """A copy of settings, at any depth, without their secrets."""
+    """A copy of settings in which secrets are masked, at any depth."""
     if isinstance(value, dict):
         return {name: _mask(str(name)) if is_secret(str(name)) else masked(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -24,7 +25,8 @@ def masked(value: Any) -> Any:
 
 
 def masked_command(words: Sequence[str]) -> list[str]:
-    """A command line without its secrets: `--name value`, `--name=value`, `NAME=value`, also in a command within it."""
+    """A command line in which secrets are masked: those of `--name value`, `--name=value` and `NAME=value`, also in a
+    command that is an argument of it."""
     found: list[str] = []
     for word in words:
         name, equals, _ = word.partition("=")
@@ -43,14 +45,14 @@ def _masked_word(word: str) -> str:
         return word
     try:
         words = shlex.split(word)
-    except ValueError:  # no command: its quotes do not close
+    except ValueError:  # its quotes do not close, so this is no command
         return word
     hidden = masked_command(words)
     return word if hidden == words else shlex.join(hidden)
 
 
 def without_secrets(text: str, settings: Any) -> str:
-    """`text` without the values of the secrets in `settings`."""
+    """Returns `text` with the values of the secrets in `settings` masked."""
     for value, mask in sorted(_secrets(settings), key=lambda each: len(each[0]), reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", mask.replace("\\", r"\\"), text)
     return text

@@ -1,4 +1,4 @@
-"""What a study found: one table, one plot, from the rows of its runs."""
+"""Reports what a study found, in one table and one plot, from the rows of its runs."""
 
 import math
 import platform
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib  # here, so that what is missing is said before the first run
+import matplotlib  # at the top, so that a missing extra is found before the first run
 from scipy.stats import t
 
 from hf_fsam.studies.masking import masked
@@ -16,12 +16,12 @@ from hf_fsam.studies.study import Study, canonical, fingerprint
 
 Row = dict[str, Any]
 
-ALIKE = ("corpus_sha256", "versions", "machine")  # of all runs in a table
+ALIKE = ("corpus_sha256", "versions", "machine")  # what all runs of a table should have in common
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences with its 95 % interval from Student's t; one pair has no interval."""
+    """The mean of paired differences, and half the width of its 95 % interval by Student's t: NaN for a single pair."""
 
     mean: float
     half: float
@@ -46,19 +46,19 @@ class Difference:
 
 
 def write_report(study: Study, rows: list[Row], path: Path, command: str) -> str:
-    """Writes PATH.md and PATH.png, and returns the first's text."""
+    """Writes PATH.md and PATH.png, and returns the text of PATH.md."""
     final = [row for row in rows if row["stage"] == "final"]
     text = "\n".join(
         [f"**{study.name}**: {study.question}".strip(), "", *table(study, rows), "", *setting(study, final, command)]
     )
-    # Not with_suffix, for which c4_1.2b has one.
+    # `with_suffix` would take the .2b of c4_1.2b for a suffix.
     path.with_name(f"{path.name}.md").write_text(text + "\n", encoding="utf-8")
     plot(study, rows, path.with_name(f"{path.name}.png"))
     return text
 
 
 def table(study: Study, rows: list[Row]) -> list[str]:
-    """Lines of Markdown, padded so that a terminal shows columns."""
+    """Lines of a Markdown table, padded so that its columns are aligned in a terminal, too."""
     header = ["arm", "tuned"]
     for name in study.metrics:
         header += [f"{name}, mean ± sd", f"minus {study.baseline} [95 %]"]
@@ -66,29 +66,28 @@ def table(study: Study, rows: list[Row]) -> list[str]:
     lines = [header]
     final = by_arm(rows, "final")
     base = final[study.baseline]
-    for arm, own in final.items():
+    for arm, runs in final.items():
         line = [arm, tuned(study, arm, rows)]
         verdict = ""
         for index, name in enumerate(study.metrics):
-            line.append(spread([row["metrics"][name] for row in own.values()]))
-            pairs = [(own[seed]["metrics"][name], base[seed]["metrics"][name]) for seed in own if seed in base]
-            whole = [(value, other) for value, other in pairs if value is not None and other is not None]
+            line.append(spread([row["metrics"][name] for row in runs.values()]))
             if arm == study.baseline:
                 line.append("")
                 continue
-            difference = Difference.of([value - other for value, other in whole]) if whole else None
+            pairs = [(runs[seed]["metrics"][name], base[seed]["metrics"][name]) for seed in runs if seed in base]
+            differences = [value - other for value, other in pairs if value is not None and other is not None]
+            difference = Difference.of(differences) if differences else None
             line.append(str(difference or ""))
             if index == 0:
-                lost, lost_by_base = (sum(pair[side] is None for pair in pairs) for side in (0, 1))
-                if lost:
-                    verdict = f"diverged {lost}/{len(pairs)}"
-                elif lost_by_base:
-                    verdict = f"{study.baseline} diverged {lost_by_base}/{len(pairs)}"
+                diverged, base_diverged = (sum(pair[side] is None for pair in pairs) for side in (0, 1))
+                if diverged:
+                    verdict = f"diverged {diverged}/{len(pairs)}"
+                elif base_diverged:
+                    verdict = f"{study.baseline} diverged {base_diverged}/{len(pairs)}"
                 elif difference:
                     verdict = difference.verdict(study.greater_is_better)
-        shared = [seed for seed in own if seed in base]
-        spent = cost(own, base)
-        lines.append([*line, verdict, "" if math.isnan(spent) else f"{spent:.2f}", times(own, base, shared)])
+        passes = cost(runs, base)
+        lines.append([*line, verdict, "" if math.isnan(passes) else f"{passes:.2f}", times(runs, base)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     rule = "-|-".join("-" * width for width in widths)
@@ -104,49 +103,49 @@ def by_arm(rows: list[Row], stage: str) -> dict[str, dict[int, Row]]:
 
 
 def tuned(study: Study, arm: str, rows: list[Row]) -> str:
-    """The values that tuning chose; ! where one is the least or the most that was tried: the best may lie outside."""
-    own = next(row["settings"] for row in rows if row["arm"] == arm and row["stage"] == "final")
+    """The values that tuning chose. A ! marks the least or the greatest that was tried: the best may lie outside."""
+    chosen = next(row["settings"] for row in rows if row["arm"] == arm and row["stage"] == "final")
     parts = []
     for name in study.arms[arm].tuned:
         values = masked(study.arms[arm].settings)[name]
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        edge = "!" if numeric and own[name] in (min(values), max(values)) else ""
-        parts.append(f"{name.removeprefix('fsam_')} {own[name]:g}{edge}" if numeric else f"{name} {own[name]}")
+        edge = "!" if numeric and chosen[name] in (min(values), max(values)) else ""
+        parts.append(f"{name.removeprefix('fsam_')} {chosen[name]:g}{edge}" if numeric else f"{name} {chosen[name]}")
     return ", ".join(parts)
 
 
 def spread(values: list[float | None]) -> str:
-    whole = [value for value in values if value is not None]
-    diverged = f" ({len(values) - len(whole)} diverged)" if len(whole) < len(values) else ""
-    if not whole:
+    finite = [value for value in values if value is not None]
+    diverged = f" ({len(values) - len(finite)} diverged)" if len(finite) < len(values) else ""
+    if not finite:
         return diverged.strip()
-    if len(whole) == 1:
-        return f"{whole[0]:.4f}{diverged}"
-    return f"{statistics.fmean(whole):.4f} ± {statistics.stdev(whole):.4f}{diverged}"
+    if len(finite) == 1:
+        return f"{finite[0]:.4f}{diverged}"
+    return f"{statistics.fmean(finite):.4f} ± {statistics.stdev(finite):.4f}{diverged}"
 
 
-def cost(own: dict[int, Row], base: dict[int, Row]) -> float:
-    """In passes of plain training over what the baseline sees; NaN where the runs do not say how many steps."""
-    arm, baseline = (next(iter(rows.values())) for rows in (own, base))
+def cost(runs: dict[int, Row], base: dict[int, Row]) -> float:
+    """The cost of an arm in passes of plain training over the examples that the baseline sees. NaN where the runs do
+    not say how many steps they took."""
+    arm, baseline = (next(iter(rows.values())) for rows in (runs, base))
     if not (arm["steps"] and baseline["steps"]):
         return math.nan
-    return arm["passes"] * examples(arm) / examples(baseline)
+    examples, base_examples = (
+        row["steps"]
+        * row["settings"].get("per_device_train_batch_size", 8)
+        * row["settings"].get("gradient_accumulation_steps", 1)
+        for row in (arm, baseline)
+    )
+    return arm["passes"] * examples / base_examples
 
 
-def examples(row: Row) -> float:
-    """That the run saw, for each process."""
-    settings = row["settings"]
-    batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
-    return row["steps"] * batch
-
-
-def times(own: dict[int, Row], base: dict[int, Row], seeds: list[int]) -> str:
+def times(runs: dict[int, Row], base: dict[int, Row]) -> str:
+    """The median over the seeds of the training time in units of the baseline's, without runs that were resumed."""
+    pairs = [(row, base[seed]) for seed, row in runs.items() if seed in base]
     ratios = [
-        own[seed]["train_seconds"] / base[seed]["train_seconds"]
-        for seed in seeds
-        if not (own[seed]["resumed"] or base[seed]["resumed"])
-        and own[seed]["train_seconds"]
-        and base[seed]["train_seconds"]
+        row["train_seconds"] / other["train_seconds"]
+        for row, other in pairs
+        if not (row["resumed"] or other["resumed"]) and row["train_seconds"] and other["train_seconds"]
     ]
     return f"{statistics.median(ratios):.2f}" if ratios else ""
 
@@ -173,19 +172,15 @@ def setting(study: Study, final: list[Row], command: str) -> list[str]:
     if any(arm.tuned for arm in study.arms.values()):
         notes.append("- !: tuned to the edge of what was tried")
     mixed = [name for name in ALIKE if len({canonical(row.get(name)) for row in final}) > 1]
-    if any(row.get("recipe_sha256") not in (None, recipe_of(study, row)) for row in final):
-        mixed.append("their recipe, which is another one now")
+    if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe)) for row in final):
+        mixed.append("their recipe, which has changed since some of them")
     if mixed:
-        notes.append(f"- CAUTION: the runs differ in {', '.join(mixed)}, so that not only the arms do")
+        notes.append(f"- CAUTION: the runs differ in {', '.join(mixed)}, and not only in their arms")
     return [*notes, *(f"- {name}: {value}" for name, value in lines.items() if value)]
 
 
-def recipe_of(study: Study, row: Row) -> str:
-    return fingerprint(study.arms[row["arm"]].recipe or study.recipe)
-
-
 def plot(study: Study, rows: list[Row], path: Path) -> None:
-    """Curves, loss against compute and, where ρ was tuned, the loss against ρ."""
+    """Plots the curves, the metric over the cost and, where ρ was tuned, the metric over ρ."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -199,9 +194,9 @@ def plot(study: Study, rows: list[Row], path: Path) -> None:
     size = (5.2 * len(kinds), 4.4)
     figure, panels = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
     axes = dict(zip(kinds, panels[0], strict=True))
-    for index, (arm, own) in enumerate(final.items()):
+    for index, (arm, runs) in enumerate(final.items()):
         color = f"C{index % 10}"
-        curves = [row["curve"] for row in own.values() if row["curve"]]
+        curves = [row["curve"] for row in runs.values() if row["curve"]]
         if curves:
             length = min(map(len, curves))
             steps = [step for step, _ in curves[0][:length]]
@@ -209,11 +204,11 @@ def plot(study: Study, rows: list[Row], path: Path) -> None:
             axes["curve"].plot(steps, [statistics.fmean(each) for each in values], color=color, label=arm)
             low, high = ([pick(each) for each in values] for pick in (min, max))
             axes["curve"].fill_between(steps, low, high, alpha=0.15)
-        losses = [row["metrics"][metric] for row in own.values() if row["metrics"][metric] is not None]
+        losses = [row["metrics"][metric] for row in runs.values() if row["metrics"][metric] is not None]
         if losses:
-            where = cost(own, base)
-            axes["cost"].plot([where] * len(losses), losses, "x", color=color, alpha=0.4)
-            axes["cost"].plot(where, statistics.fmean(losses), "o", color=color, label=arm)
+            passes = cost(runs, base)
+            axes["cost"].plot([passes] * len(losses), losses, "x", color=color, alpha=0.4)
+            axes["cost"].plot(passes, statistics.fmean(losses), "o", color=color, label=arm)
         if arm in radii:
             axes["radius"].plot(*zip(*radii[arm], strict=True), "o-", color=color, label=arm)
     labels = {
@@ -240,10 +235,10 @@ def rho_curve(tuning: list[Row], arm: str, metric: str, greater_is_better: bool 
         if row["arm"] == arm and rho:
             others = str(sorted((name, str(value)) for name, value in row["settings"].items() if name != "fsam_rho"))
             found.setdefault(rho, {}).setdefault(others, []).append(row["metrics"][metric])
+    best = max if greater_is_better else min
     curve = []
     for rho, groups in sorted(found.items()):
-        whole = [[value for value in values if value is not None] for values in groups.values() if None not in values]
-        if whole:
-            best = max if greater_is_better else min
-            curve.append((rho, best(map(statistics.fmean, whole))))
+        finite = [[value for value in values if value is not None] for values in groups.values() if None not in values]
+        if finite:
+            curve.append((rho, best(map(statistics.fmean, finite))))
     return curve

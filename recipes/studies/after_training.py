@@ -1,11 +1,12 @@
-"""pretrain.py, and then what the model keeps: of quantized and of noisy weights, and of a fine-tuning on other text.
+"""pretrain.py, and then how much of the model is left with quantized or noisy weights, or after a fine-tuning.
 
-The recipe of after_training.yaml. Adds to the metrics of results.json, all rises of the validation loss in nats:
+This is the recipe of after_training.yaml. It adds to the metrics of results.json; all but the last are rises of the
+validation loss in nats:
 
     int8_rise, int4_rise    weights quantized by torchao: symmetric int8 by row, int4 in groups of 32
     noise_rise              normal noise of `noise` times its root mean square on every weight matrix, mean of 3 draws
-    forgotten               after plain AdamW on the English of `help()`, which begins at the trained weights
-    new_loss                that fine-tuning's own validation loss
+    forgotten               after a fine-tuning by plain AdamW on the English of `help()`
+    new_loss                the validation loss of that fine-tuning
 """
 
 import copy
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -34,15 +34,18 @@ from hf_fsam import FSAMTrainingArguments
 
 @dataclass
 class AfterArguments(FSAMTrainingArguments):
-    noise: float = field(default=0.1, metadata={"help": "Of each weight matrix's root mean square."})
-    later_learning_rate: float = field(default=1e-3, metadata={"help": "Of the fine-tuning that follows."})
-    later_epochs: int = field(default=2, metadata={"help": "Its length."})
+    noise: float = field(
+        default=0.1, metadata={"help": "Size of the noise, as a share of each matrix's root mean square."}
+    )
+    later_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the fine-tuning that follows."}
+    )
+    later_epochs: int = field(default=2, metadata={"help": "Epochs of the fine-tuning that follows."})
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    quantized = quantizations()  # what is missing is said before the training
-    with mock.patch.object(pretrain, "FSAMTrainingArguments", AfterArguments):
-        results = pretrain.run(argv)
+    quantized = quantizations()  # before the training, so that a missing torchao is found at once
+    results = pretrain.run(argv, arguments_class=AfterArguments)
     _, data, args = parse((pretrain.ModelArguments, DatasetArguments, AfterArguments), argv, Path(__file__).name)
     folder = Path(args.output_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)
@@ -99,7 +102,7 @@ def changed(model: nn.Module, change: Callable[[nn.Module], Any]) -> nn.Module:
 
 @torch.no_grad()
 def loss_of(model: Any, blocks: Dataset, batch: int = 16) -> float:
-    """Mean over all blocks, nats per token."""
+    """The mean over all blocks, in nats per token."""
     total = 0.0
     for start in range(0, len(blocks), batch):
         ids = torch.tensor(blocks[start : start + batch]["input_ids"], device=model.device)

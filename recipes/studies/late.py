@@ -1,10 +1,9 @@
-"""pretrain.py with the perturbation in the last share of the training alone: an arm of equal_compute.yaml."""
+"""pretrain.py, but only the last part of the training perturbs: the recipe of some arms of equal_compute.yaml."""
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pretrain
@@ -14,7 +13,9 @@ from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 @dataclass
 class LateArguments(FSAMTrainingArguments):
-    perturb_last: float = field(default=1.0, metadata={"help": "Share of the steps, at the end, that perturb."})
+    perturb_last: float = field(
+        default=1.0, metadata={"help": "Share of the optimizer steps, at the end of the training, that perturb."}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.perturb_last <= 1:
@@ -23,14 +24,15 @@ class LateArguments(FSAMTrainingArguments):
 
 
 class LateTrainer(FSAMTrainer):
-    @property
-    def _fsam_due(self) -> bool:
-        return super()._fsam_due and self.state.global_step >= (1 - self.args.perturb_last) * self.state.max_steps
+    """Perturbs in the last share `perturb_last` of the training alone."""
+
+    def fsam_is_due(self) -> bool:
+        first = (1 - self.args.perturb_last) * self.state.max_steps
+        return super().fsam_is_due() and self.state.global_step >= first
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    with mock.patch.multiple(pretrain, FSAMTrainer=LateTrainer, FSAMTrainingArguments=LateArguments):
-        return pretrain.run(argv)
+    return pretrain.run(argv, LateTrainer, LateArguments)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from hf_fsam.engines.fsdp import FSDPEngine
 from hf_fsam.optimizer_state import second_moments_of_shards
 from hf_fsam.refusals import generating_method
 from hf_fsam.rho import main as rho
-from hf_fsam.studies.compare import Runner, parse, read_results, run_study
+from hf_fsam.studies.compare import parse, run_study
+from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import load_studies
 from tests.engines.test_selection import config, select, select_fsdp
 from tests.tools.test_compare import RECIPE
@@ -653,11 +654,11 @@ def plain_with_callback(folder: Path) -> None:
 DIAGNOSTICS = [
     Row("is not a count: give 1 or more", with_callback(0), with_callback(1)),
     Row("give it to an FSAMTrainer", plain_with_callback, with_callback(1)),
-    Row("needs a radius to look along", with_callback(1, fsam_rho=0), with_callback(1, fsam_rho=0.1)),
+    Row("needs a radius above 0", with_callback(1, fsam_rho=0), with_callback(1, fsam_rho=0.1)),
     Row("No Hessian for this model", trains(opaque, fsam_diagnostics_steps=1), None, logged=True),
-    Row("is its own, and may have no derivative", trains(opaque, fsam_diagnostics_steps=1), None, logged=True),
-    Row("The diagnostics are left out", starved("paths"), None, logged=True),
-    Row("fsam/top_curvature is left out: the device", starved("top_curvature"), None, logged=True),
+    Row("computes its own backward pass", trains(opaque, fsam_diagnostics_steps=1), None, logged=True),
+    Row("The diagnostics are not logged", starved("paths"), None, logged=True),
+    Row("fsam/top_curvature is not logged: the device", starved("top_curvature"), None, logged=True),
 ]
 
 # ---- Commands ----
@@ -748,29 +749,29 @@ def found() -> None:
 COMMANDS = [
     Row("is not a key of", **study({"seedz": [1]}, {"seeds": [1]})),
     Row("} needs {".replace("}", "").replace("{", ""), **study({"arms": {}}, {"arms": {"A": None}})),
-    Row("does not exist.", **study({"recipe": "nowhere.py"}, {"recipe": "recipe.py"})),
+    Row("does not exist: give the path of a file", **study({"recipe": "nowhere.py"}, {"recipe": "recipe.py"})),
     Row("not `name: value` lines", written("- a list"), written("name: value")),
-    Row("Mend that line", written("a: b: c"), written("a: 'b: c'")),
+    Row("Correct that line", written("a: b: c"), written("a: 'b: c'")),
     Row("`studies` is a list of YAML files", **study({"studies": ["a.yaml"]}, {})),
     Row(" is not a list of names", **study({"metrics": "eval_loss"}, {"metrics": ["eval_loss"]})),
     Row("not a mapping of settings to values", **study({"arms": {"A": "none"}}, {"arms": {"A": {"b": 1}}})),
-    Row("`compare`'s own to set", **study({"arms": {"A": {"seed": 3}}}, {"seeds": [3]})),
+    Row("is set by `compare` for every run", **study({"arms": {"A": {"seed": 3}}}, {"seeds": [3]})),
     Row(
-        "is for all arms, but",
+        "would apply to all arms, but",
         **study({"arms": {"A": {"rate": 1}}}, {"arms": {"A": {"rate": 2}}}, overrides={"rate": 2}),
     ),
     Row("is not an arm; there are", **study({"baseline": "B"}, {"baseline": "A"})),
     Row("is not a list of whole numbers", **study({"seeds": [0.5]}, {"seeds": [5]})),
     Row("is not a number above 0", **study({"arms": {"A": {"passes": 0}}}, {"arms": {"A": {"passes": 2}}})),
     Row(
-        "tuning_seeds must be others than",
+        "so tune on seeds that are not",
         **study(
             {"tuning_seeds": [0], "arms": {"A": {"rate": [1, 2]}}},
             {"tuning_seeds": [1], "arms": {"A": {"rate": [1, 2]}}},
         ),
     ),
     Row(
-        "say `greater_is_better: true`",
+        "`greater_is_better: true`, or false",
         **study({"metrics": ["accuracy"]}, {"metrics": ["accuracy"], "greater_is_better": True}),
     ),
     Row("has no candidates", **study({"arms": {"A": {"rate": []}}}, {"arms": {"A": {"rate": [1]}}})),
@@ -783,7 +784,7 @@ COMMANDS = [
     Row("no candidate ended with a finite", **compares({"arms": {"A": {"diverge": [1, 2]}}}, {})),
     Row("has no metric", **compares({"metrics": ["loss"]}, {"metrics": ["eval_loss"]})),
     Row("the same command goes on from there", **compares({}, {}, recipe="raise SystemExit(3)")),
-    Row("is in use: by another `compare`", in_use(True), in_use(False)),
+    Row("is in use by another `compare`", in_use(True), in_use(False)),
     Row("let the recipe write the first", left("other.json"), left("results.json")),
     Row("the study's YAML file comes before", line("--max_steps", "0", "STUDY"), line("STUDY", "--max_steps", "0")),
     Row("--parallel 0: give 1 or more", line("STUDY", "--parallel", "0"), line("STUDY", "--parallel", "1")),
@@ -821,7 +822,8 @@ ELSEWHERE = {
     "logits are read after their pass has ended": "test_logits_that_are_read_when_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
-    "pip install 'hf-fsam[studies]'": "test_rho.py",
+    "pip install 'hf-fsam[studies]'": "test_cli.py",
+    " has no attribute ": "test_cli.py",
     "is in none of DeepSpeed's flat groups": "a layout that no version has had",
     "was set after the start with fsam_ascent_scope": "an engine's state in the middle of a training",
     ": give 1 or more.": "a row for each option",

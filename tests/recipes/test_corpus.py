@@ -1,4 +1,4 @@
-"""The embedded corpus and the way from documents to blocks."""
+"""The embedded corpus, and how documents become blocks of tokens."""
 
 import importlib.util
 import json
@@ -56,13 +56,13 @@ def test_the_corpus_is_source_code_without_tests_and_without_the_other_domain(li
     assert not folders & {"test", "tests", "site-packages", "pydoc_data", "__pycache__", "lib-dynload"}
 
 
-def test_the_cap_holds_and_a_larger_one_only_adds(library: list[Document]) -> None:
+def test_the_size_of_the_corpus_is_limited_and_a_larger_limit_only_adds(library: list[Document]) -> None:
     sizes = [len(document.text.encode()) for document in library]
     assert SMALL / 2 < sum(sizes) <= SMALL
     assert corpus.standard_library(2 * SMALL)[: len(library)] == library
 
 
-def test_installed_packages_widen_it(library: list[Document]) -> None:
+def test_installed_packages_are_added_to_the_corpus(library: list[Document]) -> None:
     wide = corpus.standard_library(40 * SMALL, installed=True)
     origins = {document.name.startswith("site-packages/") for document in wide}
     assert origins == {True, False}
@@ -79,7 +79,7 @@ def test_split_is_by_file_disjoint_complete_and_independent_of_the_cap(library: 
     assert shares == [pytest.approx(0.1, abs=0.05), pytest.approx(0.3, abs=0.07)]
 
 
-def test_fingerprint_sees_names_texts_and_their_borders_but_not_the_order() -> None:
+def test_fingerprint_depends_on_names_texts_and_their_borders_but_not_on_the_order() -> None:
     first = [Document("a", "bc"), Document("d", "e")]
     assert corpus.fingerprint(first) == corpus.fingerprint(first[::-1])
     others = [[Document("ab", "c"), first[1]], [Document("a", "bx"), first[1]], first[:1]]
@@ -132,7 +132,7 @@ def test_tokenizer_is_trained_once_for_each_text_and_size(cache: str, monkeypatc
     assert sorted(path.name for path in Path(cache).glob("tokenizer-*")) == folders
     data.trained_tokenizer(splits, arguments, 401)
     assert trained == [1]
-    # Training from scratch gives the same merges: the cache hides no chance.
+    # Training from scratch gives the same merges, so the cache hides no randomness.
     assert train_bpe(splits.train, "text", 400).get_vocab() == first.get_vocab()
 
 
@@ -224,7 +224,7 @@ def test_a_folder_of_text_files_is_one_document_a_file(tmp_path: Path, cache: st
     assert {*splits.train["text"], *splits.validation["text"]} == {"a\n\nb", "c", "d"}
 
 
-def test_a_validation_split_that_is_there_is_used(tmp_path: Path, cache: str) -> None:
+def test_an_existing_validation_split_is_used(tmp_path: Path, cache: str) -> None:
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
     splits = data.load_splits(DatasetArguments(dataset=str(tmp_path), cache_dir=cache))
@@ -250,7 +250,7 @@ def test_a_stream_gives_its_first_documents_to_validation(
         ({"dataset": "nobody/nothing"}, ValueError, "dataset='nobody/nothing'.*cannot be loaded.*Without a network"),
         ({"dataset": "{folder}/empty.jsonl"}, ValueError, "empty.jsonl"),
         ({"dataset": "{folder}/empty.txt"}, ValueError, "empty.txt"),
-        ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), and validation documents are to be split"),
+        ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), of which some are needed for validation"),
         ({"dataset": "{folder}/odd.bin"}, ValueError, "ends in '.bin': give one of .txt"),
         ({"dataset": "{folder}/texts.jsonl", "text_column": "txt"}, ValueError, "text_column='txt'.*has text, other"),
         ({"dataset": "{folder}/texts.jsonl", "train_split": "tain"}, ValueError, "train_split='tain'.*has train"),
@@ -278,10 +278,10 @@ def test_data_that_cannot_be_used_is_refused_by_name(
         ({"sequence_length": 1}, "sequence_length=1 is too small"),
         ({"num_proc": 0}, "num_proc=0 is too small"),
         ({"dataset": "stdlib-topics", "corpus_max_bytes": 10}, "corpus_max_bytes and corpus_installed are for"),
-        ({"streaming": True}, "streaming=True has no use for dataset='stdlib'"),
+        ({"streaming": True}, "streaming=True is of no use with dataset='stdlib'"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str) -> None:
+def test_unusable_data_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DatasetArguments(**settings)
 
@@ -291,7 +291,7 @@ def test_text_shorter_than_one_sequence_is_refused(tokenizer: PreTrainedTokenize
         data.packed(Dataset.from_list([{"text": "a b"}]), tokenizer, DatasetArguments(), "training")
 
 
-def test_instructions_and_preferences_are_of_the_functions_own_docstrings() -> None:
+def test_instructions_and_preferences_use_the_docstring_of_each_function() -> None:
     source = '''
 def one(x):
     """Return one.

@@ -1,4 +1,4 @@
-"""The shipped metrics against numbers from plain formulas; none of them asks the network."""
+"""The metrics of the recipes agree with plain formulas, and none of them needs the network."""
 
 import math
 import subprocess
@@ -17,7 +17,7 @@ import metrics
 ROOT = Path(__file__).parents[2]
 
 
-def test_perplexity_weighs_tokens_not_rows() -> None:
+def test_perplexity_is_a_mean_over_tokens_and_not_over_rows() -> None:
     metric = metrics.load("perplexity")
     metric.add_batch(nll=[3.0, 1.0], tokens=[1, 9])
     metric.add_batch(nll=[6.0], tokens=[10])
@@ -41,7 +41,7 @@ def test_next_token_accuracy_ignores_masked_positions() -> None:
     ("predictions", "references", "message"),
     [([[1, 2]], [[1]], "align them"), ([[1]], [[-100]], "at least one unmasked token")],
 )
-def test_next_token_accuracy_refuses(predictions: list, references: list, message: str) -> None:
+def test_next_token_accuracy_refuses_rows_it_cannot_count(predictions: list, references: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.load("next_token_accuracy").compute(predictions=predictions, references=references)
 
@@ -123,7 +123,7 @@ assert metric.compute() == {"accuracy": 0.5}
 def test_processes_load_side_by_side_into_an_empty_cache_without_a_network(tmp_path: Path) -> None:
     import os
 
-    # Online as far as the libraries know: they must not even try.
+    # The libraries are not told that they are offline, and must not try the network all the same.
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     processes = [
         subprocess.Popen([sys.executable, "-c", OFFLINE], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

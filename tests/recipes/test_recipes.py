@@ -1,4 +1,4 @@
-"""The recipes: how settings reach them, what they refuse, what a run leaves behind."""
+"""The recipes: how settings reach them, what they refuse, and what a run leaves behind."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def parse(tmp_path: Path, text: str, *line: str) -> Settings:
     return config.parse((Settings,), [str(path), *line], "recipe.py")[0]
 
 
-def test_yaml_over_defaults_and_command_line_over_yaml(tmp_path: Path) -> None:
+def test_yaml_wins_over_defaults_and_the_command_line_over_yaml(tmp_path: Path) -> None:
     text = "rate: 1e-3\ncount: 7\nflag: false\nnames: [p, q]\n"  # YAML itself reads 1e-3 as a string
     assert parse(tmp_path, "") == Settings()
     assert parse(tmp_path, text) == Settings(rate=0.001, count=7, flag=False, names=["p", "q"])
@@ -132,7 +132,7 @@ def test_every_configuration_parses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "demo.py", "sft.py", "dpo.py"])
-def test_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_printed(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = {
         "pretrain.py": pretrain.run,
         "finetune.py": finetune.run,
@@ -152,7 +152,7 @@ LADDER = {"c4_24m": 24e6, "c4_42m": 42e6, "c4_118m": 118e6, "c4_208m": 208e6, "c
 
 
 @pytest.mark.parametrize(("name", "size"), LADDER.items(), ids=LADDER)
-def test_ladder(name: str, size: float) -> None:
+def test_the_models_of_the_ladder_have_the_sizes_of_their_names(name: str, size: float) -> None:
     path = config.CONFIGS / f"{name}.yaml"
     types = (pretrain.ModelArguments, DatasetArguments, FSAMTrainingArguments)
     model, data, training = config.parse(types, [str(path), "--bf16", "false"], "pretrain.py")
@@ -165,7 +165,7 @@ def test_ladder(name: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_both_families_have_the_asked_shape(architecture: str) -> None:
+def test_both_architectures_have_the_shape_in_the_arguments(architecture: str) -> None:
     arguments = pretrain.ModelArguments(architecture, hidden_size=32, intermediate_size=48, layers=3, heads=2)
     built = AutoModelForCausalLM.from_config(pretrain.build_config(arguments, vocab_size=300, sequence_length=16))
     weights = dict(built.named_parameters())
@@ -179,12 +179,12 @@ def test_both_families_have_the_asked_shape(architecture: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_size": 30, "heads": 4}, "heads=4 does not cut hidden_size=30"),
+        ({"hidden_size": 30, "heads": 4}, "heads=4 does not divide hidden_size=30"),
         ({"layers": 0}, "layers=0 is too small"),
         ({"vocab_size": 100}, "vocab_size=100 is too small"),
     ],
 )
-def test_models_that_cannot_be_are_refused(settings: dict[str, int], message: str) -> None:
+def test_impossible_model_shapes_are_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pretrain.ModelArguments(**settings)
 
@@ -239,7 +239,7 @@ def test_pretraining_leaves_a_model_that_reproduces_its_loss(pretrained: Run) ->
     tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
     assert model.config.vocab_size == len(tokenizer) == 512
     metrics = pretrained.results["metrics"]
-    # The library's own loss and the metric's sum are two computations of one number.
+    # The loss of transformers and the sum of the metric are two computations of one number.
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
     assert 0 <= metrics["eval_next_token_accuracy"] <= 1
     untrained = math.log(512)
@@ -248,7 +248,7 @@ def test_pretraining_leaves_a_model_that_reproduces_its_loss(pretrained: Run) ->
     assert model(input_ids=ids, labels=ids).loss < untrained
 
 
-def test_results_tell_what_was_run(pretrained: Run) -> None:
+def test_the_results_record_what_was_run(pretrained: Run) -> None:
     written = pretrained.written
     assert written["metrics"] == pretrained.results["metrics"]
     assert (written["seed"], written["steps"], written["tokens_seen"]) == (0, 6, 6 * 4 * 64)
@@ -295,7 +295,7 @@ def test_lora_reports_both_domains_before_and_after(lora: Run, pretrained: Run) 
         assert losses["loss_after"] == lora.results["metrics"][f"eval_{name}_loss"]
         assert losses["change"] == losses["loss_after"] - losses["loss_before"] != 0
     assert domains["new"]["change"] < 0
-    # Before the first step an adapter changes nothing: the old loss is that of the pretrained model on this text.
+    # Before the first step an adapter changes nothing, so that the old loss is that of the pretrained model.
     assert domains["old"]["loss_before"] == pytest.approx(pretrained.results["metrics"]["eval_loss"], abs=0.3)
 
 
@@ -314,7 +314,9 @@ def test_lora_adapter_loads_in_the_three_ways(lora: Run, pretrained: Run) -> Non
     assert not torch.allclose(plain, tuned[0], atol=1e-4)
 
 
-def test_trained_weights_are_kept_in_fp32_and_frozen_ones_as_they_come(tmp_path: Path, pretrained: Run) -> None:
+def test_trained_weights_are_in_fp32_and_frozen_ones_in_the_type_of_the_checkpoint(
+    tmp_path: Path, pretrained: Run
+) -> None:
     AutoModelForCausalLM.from_pretrained(pretrained.folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     dtypes = {}
     for adapter in ("none", "lora"):
@@ -334,17 +336,17 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     AutoModelForCausalLM.from_pretrained(full.folder)
 
 
-def test_classifier_knows_its_labels(classifier: Run) -> None:
+def test_a_classifier_is_saved_with_its_labels(classifier: Run) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(classifier.folder)
     assert model.config.id2label == dict(enumerate(sorted(model.config.id2label.values())))
     assert "asyncio" in model.config.label2id
     metrics = classifier.results["metrics"]
     assert {"eval_accuracy", "eval_f1"} <= metrics.keys()
-    # Examples are counted, not batches: 353 or so, of one batch size only the last is shorter.
+    # The mean is over examples and not over batches, of which the last one is shorter.
     assert 0 < metrics["eval_f1"] <= metrics["eval_accuracy"] + 0.5 <= 1.5
 
 
-def test_adapter_with_labels_loads_with_their_number(tmp_path: Path, cache: str, pretrained: Run) -> None:
+def test_an_adapter_with_labels_is_loaded_with_their_number(tmp_path: Path, cache: str, pretrained: Run) -> None:
     settings = {"adapter": "lora", "max_steps": 2, "eval_strategy": "no"}
     run = run_finetune("finetune_packages", tmp_path / "out", cache, pretrained, **settings)
     labels = run.written["labels"]
@@ -385,7 +387,7 @@ def test_instructions_are_masked_up_to_the_answer(pretrained: Run) -> None:
 
 
 def test_instructions_from_a_local_file(tmp_path: Path, cache: str, pretrained: Run, instructions: Path) -> None:
-    # The tiny model's 64 positions hold no Alpaca prompt.
+    # An Alpaca prompt is longer than the 64 positions of the tiny model.
     base = run_pretrain(tmp_path / "base", cache, sequence_length=256, max_steps=1, eval_strategy="no")
     settings = {"dataset": instructions, "sequence_length": 256, "max_steps": 2, "bf16": False, "eval_strategy": "no"}
     run = run_finetune("alpaca", tmp_path / "out", cache, base, old_dataset="stdlib", **settings)
@@ -440,7 +442,7 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
         ("finetune_topics", {"fsam_rho": -1}, ValueError, "fsam_rho=-1.0"),
     ],
 )
-def test_fine_tuning_refuses_by_name_before_training(
+def test_what_fine_tuning_cannot_use_is_refused_by_name_before_training(
     recipe: str,
     settings: dict[str, Any],
     error: type[Exception],
@@ -503,7 +505,7 @@ def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pyte
     ("launcher", "processes"),
     [("torchrun", 1), ("torchrun", 2), ("accelerate", 1)],  # accelerate starts several on CPUs through MPI only
 )
-def test_launchers(launcher: str, processes: int, tmp_path: Path) -> None:
+def test_the_launchers_train(launcher: str, processes: int, tmp_path: Path) -> None:
     command = {
         "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
         "accelerate": ["accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--main_process_port=0"],
@@ -524,7 +526,7 @@ def test_launchers(launcher: str, processes: int, tmp_path: Path) -> None:
     assert written["machine"]["processes"] == processes
     assert written["tokens_per_step"] == processes * 4 * 64
     metrics = written["metrics"]
-    # Every process's blocks are counted, each once: the metric's sum over 24 blocks is the Trainer's mean loss.
+    # The blocks of all processes count, each once, so that the metric over 24 blocks is the Trainer's mean loss.
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
     assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(24, abs=0.5)
     assert not list(tmp_path.glob("cache/tmp*"))
@@ -560,7 +562,7 @@ def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretra
     AutoModelForCausalLM.from_pretrained(run.folder)
 
 
-def test_trl_recipes_refuse_what_they_would_ignore(tmp_path: Path, cache: str, pretrained: Run) -> None:
+def test_trl_recipes_refuse_arguments_that_they_would_ignore(tmp_path: Path, cache: str, pretrained: Run) -> None:
     for wrong, message in (
         ({"sequence_length": 64}, "use max_length"),
         ({"text_column": "body"}, "TRL's own columns"),

@@ -1,4 +1,4 @@
-"""The scripts of recipes/studies: what an arm trains with, and what is measured after training."""
+"""The scripts of recipes/studies: which steps perturb, and what is measured after training."""
 
 import copy
 import sys
@@ -21,7 +21,7 @@ from tests.toys import LENGTH, VOCABULARY, llama, make_trainer, same_bits, weigh
 ROOT = Path(__file__).parents[2]
 
 
-def test_late_perturbs_in_the_last_share_alone(tmp_path: Path) -> None:
+def test_late_perturbs_in_the_last_part_of_the_training_alone(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, trainer_class=late.LateTrainer, arguments_class=late.LateArguments, perturb_last=0.5, logging_steps=1
     )
@@ -41,7 +41,7 @@ def test_the_loss_after_training_is_the_mean_over_all_tokens() -> None:
     assert found == pytest.approx(float(F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())), rel=1e-5)
 
 
-def test_noise_is_a_share_of_each_matrix_and_the_model_stays() -> None:
+def test_noise_is_a_share_of_each_matrix_and_does_not_change_the_model() -> None:
     model = llama()
     before = weights_of(model)
     noisy = after_training.changed(model, after_training.noisy(0.1, draw=0))
@@ -52,8 +52,8 @@ def test_noise_is_a_share_of_each_matrix_and_the_model_stays() -> None:
         assert float(away) == pytest.approx(0.1 if weight.ndim > 1 else 0.0, rel=0.2), name
 
 
-def test_quantized_weights_are_near_to_what_they_were() -> None:
-    """Only where torchao is installed (the extra `quantization`), which the other tests do without."""
+def test_quantized_weights_are_close_to_the_weights() -> None:
+    """Runs only where torchao is installed (the extra `quantization`). The other tests do not need it."""
     pytest.importorskip("torchao")
     model = llama(hidden_size=64)
     ids = torch.randint(3, VOCABULARY, (2, LENGTH))
@@ -67,7 +67,7 @@ def test_quantized_weights_are_near_to_what_they_were() -> None:
 
 
 @pytest.mark.slow
-def test_after_training_adds_what_the_model_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_training_adds_its_metrics_to_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def coarse(model: Any) -> None:
         for weight in model.parameters():
             weight.data = weight.data.round(decimals=2)

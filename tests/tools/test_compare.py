@@ -1,4 +1,4 @@
-"""`hf-fsam compare`: what is run, what is not run twice, and what the table makes of it."""
+"""`hf-fsam compare`: which runs it makes, that it repeats none, and what it reports."""
 
 import importlib.util
 import json
@@ -17,15 +17,16 @@ from tqdm import tqdm
 
 from hf_fsam import FSAMTrainingArguments
 from hf_fsam.arguments import FSAMArguments, plain_passes
-from hf_fsam.studies.compare import Runner, main, read_results, run_study, total_weight
+from hf_fsam.studies.compare import main, run_study
 from hf_fsam.studies.masking import masked, masked_command
 from hf_fsam.studies.report import Difference, cost, rho_curve, setting, table
+from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import Study, load_studies
 
 ROOT = Path(__file__).parents[2]
-COMPARE = [sys.executable, "-m", "hf_fsam.studies.compare"]
+COMPARE = [sys.executable, "-m", "hf_fsam", "compare"]
 
-# A recipe that takes no time: the loss is a parabola in the learning rate and in ρ, with noise that a seed shares.
+# A recipe that takes no time. Its loss is a parabola in the learning rate and in ρ, with noise that follows the seed.
 RECIPE = """
 import json, sys, time
 from pathlib import Path
@@ -83,7 +84,7 @@ def run(study: Study, folder: Path, **options: Any) -> list[dict[str, Any]]:
         return run_study(study, runner)
 
 
-def test_tunes_on_its_own_seeds_and_hands_what_it_chose_on(folder: Path) -> None:
+def test_tuning_uses_its_own_seeds_and_its_choice_is_handed_on(folder: Path) -> None:
     rows = run(study_of(folder), folder)
     final = [row for row in rows if row["stage"] == "final"]
     assert [(row["arm"], row["seed"]) for row in final] == [("AdamW", 0), ("FSAM", 0), ("AdamW", 1), ("FSAM", 1)]
@@ -92,10 +93,10 @@ def test_tunes_on_its_own_seeds_and_hands_what_it_chose_on(folder: Path) -> None
     assert {row["seed"] for row in rows if row["stage"] == "tuning"} == {100}
     assert len(called(folder)) == 3 + 2 + 4
     assert [row["passes"] for row in final] == [1.0, 2.0, 1.0, 2.0]
-    assert not list((folder / "out" / "runs").iterdir())  # models are not left behind
+    assert not list((folder / "out" / "runs").iterdir())  # no models are left behind
 
 
-def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_has_ended_is_not_run_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
     write_study(folder)
     compare(folder)
     first, table_before = len(called(folder)), (folder / "out" / "study.md").read_text()
@@ -115,7 +116,7 @@ def test_what_has_been_run_is_not_run_again(folder: Path, capsys: pytest.Capture
     assert (folder / "out" / "study.png").stat().st_size > 1000
 
 
-def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_were_there_do_not_shorten_the_estimated_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[tqdm] = []
     monkeypatch.setattr("hf_fsam.studies.compare.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     write_study(folder, seeds=[0])
@@ -123,12 +124,12 @@ def test_the_time_left_is_told_apart_from_runs_that_were_there(folder: Path, mon
     compare(folder)
     compare(folder, "--seeds", "0", "1")
     first, again, more = bars
-    assert (first.initial, first.n) == (0, pytest.approx(total_weight(study_of(folder, seeds=[0]))))
+    assert (first.initial, first.n) == (0, pytest.approx(study_of(folder, seeds=[0]).total_weight()))
     assert again.initial == again.n == first.n
-    assert (more.initial, more.n) == (first.n, pytest.approx(total_weight(study_of(folder, seeds=[0, 1]))))
+    assert (more.initial, more.n) == (first.n, pytest.approx(study_of(folder, seeds=[0, 1]).total_weight()))
 
 
-def test_a_name_with_a_point_names_its_report(folder: Path) -> None:
+def test_a_study_with_a_point_in_its_name_gets_a_report_of_that_name(folder: Path) -> None:
     write_study(folder, seeds=[0]).rename(folder / "size_1.2b.yaml")
     main([str(folder / "size_1.2b.yaml"), "--out", str(folder / "out")])
     assert {path.name for path in (folder / "out").glob("size*")} == {"size_1.2b.md", "size_1.2b.png"}
@@ -136,14 +137,7 @@ def test_a_name_with_a_point_names_its_report(folder: Path) -> None:
 
 def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
     write_study(folder, settings={"sleep": 3}, arms={"A": {"rate": 1}, "B": {"rate": 2}}, seeds=[0])
-    command = [
-        sys.executable,
-        "-m",
-        "hf_fsam.studies.compare",
-        str(folder / "study.yaml"),
-        "--out",
-        str(folder / "out"),
-    ]
+    command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(called(folder)) < 2 and time.monotonic() < deadline:
@@ -164,14 +158,7 @@ def test_a_killed_study_goes_on_where_it_was(folder: Path) -> None:
 
 def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
     write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
-    command = [
-        sys.executable,
-        "-m",
-        "hf_fsam.studies.compare",
-        str(folder / "study.yaml"),
-        "--out",
-        str(folder / "out"),
-    ]
+    command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not called(folder) and time.monotonic() < deadline:
@@ -179,7 +166,7 @@ def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
     process.terminate()
     assert process.wait(timeout=20) != 0
     study = study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0])
-    run(study, folder)  # nobody holds the lock
+    run(study, folder)  # the lock is free
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(folder: Path) -> None:
@@ -197,7 +184,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(folder: Path) -> None:
     assert not called(folder)[0].get("resume_from_checkpoint")
 
 
-def test_a_failing_run_says_which_and_why(folder: Path) -> None:
+def test_the_error_of_a_failed_run_says_which_run_and_why(folder: Path) -> None:
     study = study_of(folder, arms={"A": {}, "B": {"fail": True}}, seeds=[0])
     with pytest.raises(RuntimeError, match=r"(?s)study: B, seed 0, ended with code 1.*no such optimizer"):
         run(study, folder)
@@ -226,7 +213,7 @@ def test_arms_with_the_same_settings_share_a_run(folder: Path) -> None:
     assert len(called(folder)) == 1
 
 
-def test_scripts_of_one_name_and_other_launches_are_other_runs(folder: Path) -> None:
+def test_another_script_of_the_same_name_or_another_launch_is_another_run(folder: Path) -> None:
     (folder / "x").mkdir()
     (folder / "x" / "recipe.py").write_text(
         RECIPE.replace("loss = 2 +", "loss = 9 +").replace(".parent /", ".parent.parent /")
@@ -238,7 +225,7 @@ def test_scripts_of_one_name_and_other_launches_are_other_runs(folder: Path) -> 
     assert len(called(folder)) == 4
 
 
-def test_studies_share_their_runs_and_a_new_metric_needs_none_again(folder: Path) -> None:
+def test_studies_share_runs_and_another_metric_repeats_none(folder: Path) -> None:
     first = study_of(folder, arms={"A": {"rate": 1}}, seeds=[0])
     run(first, folder)
     second = study_of(folder, arms={"B": {"rate": 1, "passes": 3}}, seeds=[0], metrics=["best_eval_loss", "eval_loss"])
@@ -253,12 +240,12 @@ def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
     rows = run(study, folder)
     assert "CAUTION" not in "\n".join(setting(study, rows, "command"))
     (folder / "recipe.py").write_text(RECIPE + "\n# changed\n")
-    assert "their recipe, which is another one now" in "\n".join(setting(study, rows, "command"))
+    assert "their recipe, which has changed since" in "\n".join(setting(study, rows, "command"))
     rows[0]["corpus_sha256"] = "other"
     assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
 
 
-def test_longer_multiplies_what_the_settings_end_with(folder: Path) -> None:
+def test_longer_multiplies_the_length_in_the_settings(folder: Path) -> None:
     arms = {"A": {"fsam_variant": "none"}, "A2": {"like": "A", "longer": 2}, "A3": {"like": "A2", "longer": 1.5}}
     study = study_of(folder, arms=arms, settings={"max_steps": 10, "warmup_steps": 1}, seeds=[0])
     rows = run(study, folder)
@@ -269,10 +256,10 @@ def test_longer_multiplies_what_the_settings_end_with(folder: Path) -> None:
     (settings,) = study.arms["A3"].candidates(study.settings)
     assert settings["num_train_epochs"] == 1.5  # not whole, and not none
     assert (settings["max_steps"], settings["warmup_steps"]) == (-1, 0.1)  # no length, a share
-    assert total_weight(study) > 0
+    assert study.total_weight() > 0
 
 
-def test_a_launcher_and_what_it_started_end_together(folder: Path, request: pytest.FixtureRequest) -> None:
+def test_a_launcher_is_ended_with_the_processes_that_it_started(folder: Path, request: pytest.FixtureRequest) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test runner may ignore
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     launcher = folder / "launcher.py"
@@ -289,10 +276,10 @@ def test_a_launcher_and_what_it_started_end_together(folder: Path, request: pyte
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             run_study(study, runner)
-    run(study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0]), folder)  # nobody holds the lock
+    run(study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0]), folder)  # the lock is free
 
 
-def test_each_run_gets_one_of_the_gpus_that_are_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_gets_one_of_the_visible_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "recipe.py").write_text(
         "import os, sys\nopen(sys.argv[1] + '.gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n" + RECIPE
     )
@@ -339,7 +326,7 @@ def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> 
     assert "3.2000 ± 1.1000" in line
     assert "| 2.00 " in line
     assert "| 1.90 " in line
-    # A resumed run's clock began anew.
+    # The clock of a resumed run started anew.
     for each in rows:
         each["resumed"], each["train_seconds"] = (
             each["seed"] == 0,
@@ -355,7 +342,7 @@ def test_differences_are_paired_by_seed_with_students_interval(folder: Path) -> 
     assert Difference.of([0.1]).verdict() == "undecided"
 
 
-def test_an_arm_that_lost_a_seed_is_not_better(folder: Path) -> None:
+def test_an_arm_that_diverged_with_one_seed_is_not_called_better(folder: Path) -> None:
     study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0, 1, 2])
     rows = [row("A", seed, 2.0) for seed in range(3)] + [row("B", seed, 1.0 + 0.01 * seed) for seed in range(2)]
     rows.append(row("B", 2, None))
@@ -369,7 +356,7 @@ def test_an_arm_that_lost_a_seed_is_not_better(folder: Path) -> None:
     assert "worse" not in line
 
 
-def test_what_is_better_when_greater_is_tuned_for(folder: Path) -> None:
+def test_tuning_and_verdict_follow_greater_is_better(folder: Path) -> None:
     (folder / "recipe.py").write_text(RECIPE.replace('"metrics": {"eval_loss": loss}', '"metrics": {"eval_f1": -loss}'))
     keys = {"metrics": ["eval_f1"], "arms": {"A": {"rate": 3, "learning_rate": [1, 2]}, "B": {"learning_rate": 3}}}
     study = study_of(folder, **keys, greater_is_better=True)
@@ -377,7 +364,7 @@ def test_what_is_better_when_greater_is_tuned_for(folder: Path) -> None:
     final = [each for each in rows if each["stage"] == "final"]
     assert {each["settings"]["learning_rate"] for each in final if each["arm"] == "A"} == {2}
     assert any(line.startswith("| B") and "better" in line for line in table(study, rows))
-    with pytest.raises(ValueError, match="say `greater_is_better: true`"):
+    with pytest.raises(ValueError, match="add `greater_is_better: true`"):
         study_of(folder, **keys)
 
 
@@ -405,7 +392,7 @@ def test_tuned_values_at_the_edge_are_marked_and_the_radius_has_a_curve(folder: 
     assert curve[0][1] == pytest.approx(12 + 0.01)  # 2 + (0.1 - 0.2)² + 0.1 · 100
 
 
-def test_reads_what_the_trainers_own_examples_leave(tmp_path: Path) -> None:
+def test_results_of_the_examples_of_transformers_are_read(tmp_path: Path) -> None:
     history = [
         {"step": 2, "fsam/top_curvature": 3},
         {"step": 5, "eval_loss": 1.5},
@@ -434,8 +421,8 @@ def test_a_run_whose_metric_was_mistyped_is_not_lost(folder: Path) -> None:
     assert len(called(folder)) == 1
 
 
-def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
-    """Without curve, cost and time."""
+def test_results_that_hold_only_metrics_make_a_table(folder: Path) -> None:
+    """The table then has no curve, cost and time."""
     (folder / "recipe.py").write_text(
         "import json, sys\n"
         "settings = json.load(open(sys.argv[1]))\n"
@@ -457,13 +444,13 @@ def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
     ("keys", "message"),
     [
         ({"recipe": "nowhere.py"}, "recipe: .*nowhere.py does not exist"),
-        ({"seedz": [1]}, "'seedz' is not a key of the study"),
-        ({"arms": {}}, "needs 'arms'"),
+        ({"seedz": [1]}, "'seedz' is not a key of a study"),
+        ({"arms": {}}, "needs the key 'arms'"),
         ({"baseline": "Adam"}, "baseline: 'Adam' is not an arm; there are 'AdamW', 'FSAM'"),
         ({"arms": {"A": {"like": "B"}, "B": {"like": "A"}}}, "in a circle"),
         ({"arms": {"A": {"like": "C"}}}, "A: like: 'C' is not an arm"),
         ({"seeds": [0.5]}, r"seeds=\[0.5\] is not a list of whole numbers"),
-        ({"tuning_seeds": [0]}, "tuning_seeds must be others than seeds"),
+        ({"tuning_seeds": [0]}, r"tuning_seeds=\[0\] and seeds=\[0, 1\] overlap"),
         ({"arms": {"A": {"fsam_rho": [0.1, -1]}}}, "fsam_rho=-1 is not a radius"),
         ({"arms": {"A": {"fsam_variant": "vanilla"}}}, "fsam_variant='vanilla' is unknown"),
         ({"arms": {"A": {"fsam_rho": []}}}, "fsam_rho has no candidates"),
@@ -476,7 +463,7 @@ def test_results_of_metrics_alone_make_a_table(folder: Path) -> None:
         ({"settings": [1]}, "settings is list, not a mapping"),
         ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
-        ({"arms": {"A": {"seed": 3}}}, "'seed' is `compare`'s own to set: list them under `seeds`"),
+        ({"arms": {"A": {"seed": 3}}}, "'seed' is set by `compare` for every run: list them under `seeds`"),
     ],
 )
 def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, Any], message: str) -> None:
@@ -489,13 +476,13 @@ def test_mistakes_are_named_before_the_first_run(folder: Path, keys: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--learning_rate", "1"], "--learning_rate is for all arms, but AdamW set it"),
+        (["--learning_rate", "1"], "--learning_rate would apply to all arms, but AdamW set it"),
         (["--parallel", "2", "--launch", "torchrun"], "--parallel with --launch"),
-        (["--seed", "1"], "'seed' is `compare`'s own to set: list them under `seeds`, or use --seeds"),
-        (["--output_dir", "here"], "'output_dir' is `compare`'s own to set: use --out"),
+        (["--seed", "1"], "'seed' is set by `compare` for every run: list them under `seeds`, or use --seeds"),
+        (["--output_dir", "here"], "'output_dir' is set by `compare` for every run: use --out"),
     ],
 )
-def test_options_that_would_do_nothing_or_harm_are_refused(
+def test_options_without_effect_or_with_harm_are_refused(
     folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     write_study(folder)
@@ -505,7 +492,7 @@ def test_options_that_would_do_nothing_or_harm_are_refused(
     assert not called(folder)
 
 
-def test_the_file_comes_first(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_study_comes_before_its_options(folder: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--max_steps", "20", str(write_study(folder))])
     assert "20 does not exist: the study's YAML file comes before other settings" in capsys.readouterr().err
@@ -522,7 +509,7 @@ GIVEN = [
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=lambda given: given[0])
-def test_secrets_reach_the_run_and_nothing_that_is_written_or_printed(
+def test_secrets_reach_the_run_but_no_file_and_no_output(
     folder: Path, given: list[str], capfd: pytest.CaptureFixture
 ) -> None:
     write_study(folder, arms={"A": {}, "B": {"learning_rate": [1, 2]}}, seeds=[0])
@@ -532,7 +519,7 @@ def test_secrets_reach_the_run_and_nothing_that_is_written_or_printed(
         assert {each["password"] for each in called(folder)} == {"0123456"}  # not the number that YAML reads there
     (folder / "called.txt").unlink()
     compare(folder, *given)
-    assert not called(folder)  # what has been run is known again
+    assert not called(folder)  # the runs are recognized
     shown = capfd.readouterr()
     assert "_TOKEN>" in shown.out or "KEY>" in shown.out or "<TOKEN>" in shown.out
     for text in (shown.out, shown.err, *everything(folder / "out")):
@@ -544,7 +531,7 @@ def everything(folder: Path) -> list[str]:
     return [path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file()]
 
 
-def test_secrets_of_the_files_are_kept_out_too(folder: Path, capfd: pytest.CaptureFixture) -> None:
+def test_secrets_in_the_yaml_files_reach_no_file_and_no_output(folder: Path, capfd: pytest.CaptureFixture) -> None:
     (folder / "config.yaml").write_text(f"push_to_hub_token: {SECRET}\nsub: {{secret_key: '5e5'}}\n")
     arms = {"A": {"hub_token": SECRET}, "B": {"access_token": ["one-token", "another-token"], "learning_rate": [2, 3]}}
     write_study(folder, config="config.yaml", arms=arms, seeds=[0])
@@ -553,7 +540,7 @@ def test_secrets_of_the_files_are_kept_out_too(folder: Path, capfd: pytest.Captu
     assert {each["sub"]["secret_key"] for each in called(folder)} == {"5e5"}
     assert {each.get("access_token") for each in called(folder)} == {None, "one-token", "another-token"}
     shown = capfd.readouterr()
-    assert "learning_rate 3!" in shown.out  # what is tuned is told apart though its records look alike
+    assert "learning_rate 3!" in shown.out  # candidates differ though their masked records are equal
     for text in (shown.out, shown.err, *everything(folder / "out")):
         assert SECRET not in text
         assert "one-token" not in text
@@ -589,7 +576,7 @@ def test_results_of_the_recipes_hold_no_secret(tmp_path: Path, monkeypatch: pyte
     assert SECRET not in f"{error.value} {broken.value}"
 
 
-def test_a_value_without_a_name_is_not_repeated(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_value_without_a_name_is_not_printed(folder: Path, capsys: pytest.CaptureFixture) -> None:
     write_study(folder)
     with pytest.raises(SystemExit):
         compare(folder, "--hub_token", "x", SECRET)
@@ -597,7 +584,7 @@ def test_a_value_without_a_name_is_not_repeated(folder: Path, capsys: pytest.Cap
     assert "a value without its name after ['hub_token']" in shown
 
 
-def test_what_is_no_secret_is_written_as_it_is() -> None:
+def test_settings_that_are_no_secrets_are_not_masked() -> None:
     settings = {"tokens": 3, "max_new_tokens": 5, "tokenizer": "a", "key": "b", "text": [{"label_key": "c"}]}
     assert masked(settings) == settings
     line = ["--tokens", "3", "a b'c", "--question=what is it = that", "x=1"]
@@ -608,7 +595,7 @@ STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_of_the_repository_is_one_its_recipe_understands(
+def test_every_study_of_the_repository_is_accepted_by_its_recipe(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All candidates of all arms go through the recipe's own parser."""
@@ -636,7 +623,7 @@ def test_every_study_of_the_repository_is_one_its_recipe_understands(
             for arm in arms:
                 candidates = arm.candidates(chosen[arm.like] if arm.like else study.settings)
                 chosen[arm.name] = candidates[0]
-                script = arm.recipe or study.recipe
+                script = arm.recipe
                 for name in ("pretrain", "finetune"):
                     monkeypatch.delitem(sys.modules, name, raising=False)
                 spec = importlib.util.spec_from_file_location(f"studied_{script.stem}", script)
@@ -656,7 +643,7 @@ def test_every_study_of_the_repository_is_one_its_recipe_understands(
 
 
 def test_a_real_recipe_gives_all_arms_the_same_batches(tmp_path: Path) -> None:
-    """ρ = 0 is plain training: to the last bit the baseline's loss, so weights and batches were the same."""
+    """With ρ = 0 the training is plain. It has the baseline's loss to the last bit, so weights and batches agree."""
     path = tmp_path / "real.yaml"
     small = {"max_steps": 2, "warmup_steps": 0, "eval_steps": 1, "validation_blocks": 2, "corpus_max_bytes": 400000}
     study = {

@@ -1,4 +1,4 @@
-"""The diagnostics' numbers against plain torch, and that measuring leaves the training alone."""
+"""The diagnostics agree with plain PyTorch, and measuring does not change the training."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_fsam import FSAMDiagnosticsCallback
+from hf_fsam import FSAMDiagnosticsCallback, FSAMTrainer
 from hf_fsam.diagnostics.probe import Probe
 from hf_fsam.engines.fsdp import FSDPEngine
 from tests.engines.distributed import train_distributed
@@ -32,7 +32,7 @@ BATCH = 24  # all rows: whatever their order, one batch
 
 
 def tiny() -> GPT2LMHeadModel:
-    """Of 400 weights, so that its Hessian is a matrix that can be looked at."""
+    """A model of 400 weights, so that its whole Hessian can be computed."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 48, "n_positions": 10, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_inner": 4}
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -40,7 +40,7 @@ def tiny() -> GPT2LMHeadModel:
 
 
 def measured(trainer: Trainer) -> list[dict[str, float]]:
-    """What was logged, one dict a measurement."""
+    """What was logged, as one dict for each measurement."""
     return [
         {name: entry[f"fsam/{name}"] for name in NAMES}
         for entry in trainer.state.log_history
@@ -124,7 +124,7 @@ def test_numbers_are_those_of_the_formulas(tmp_path: Path, variant: str) -> None
     p = z.softmax(-1)
     assert found["logit_entropy"] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-4)
     assert found["logit_norm"] == pytest.approx(float((z - z.mean(-1, keepdim=True)).norm(dim=-1).mean()), rel=1e-4)
-    # The whole Hessian, eigenvalues and all.
+    # The eigenvalues of the whole Hessian.
     names, sizes = list(formulas.theta), [weight.numel() for weight in formulas.theta.values()]
 
     def loss(vector: Tensor) -> Tensor:
@@ -137,11 +137,11 @@ def test_numbers_are_those_of_the_formulas(tmp_path: Path, variant: str) -> None
         eigenvalues = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat(formulas.theta)))
     largest = eigenvalues[eigenvalues.abs().argmax()]
     assert found["top_curvature"] == pytest.approx(float(largest), rel=0.05)
-    # A random direction of norm ρ rises by ρ²/2 times the Hessian's mean eigenvalue, and by far less than the ascent's.
+    # Along a random ε the loss rises by ρ²/2 times the Hessian's mean eigenvalue, far less than along the ascent.
     assert abs(found["rise_random"]) < 0.5 * found["rise_ascent"]
 
 
-def test_preconditioned_direction_is_the_optimizers(tmp_path: Path) -> None:
+def test_the_preconditioned_direction_uses_the_second_moment_of_the_optimizer(tmp_path: Path) -> None:
     trainer, found = one_measurement(tmp_path, tiny(), fsam_variant="none", fsam_precondition=True)
     group, state = trainer.optimizer.param_groups[0], trainer.optimizer.state
 
@@ -159,9 +159,30 @@ def test_preconditioned_direction_is_the_optimizers(tmp_path: Path) -> None:
         assert found[name] == pytest.approx(value, rel=2e-3), name
 
 
+class SignOfTheBlocks(FSAMTrainer):
+    """Perturbs the blocks alone, along the signs of their gradients."""
+
+    def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
+        return ".h." in name
+
+    def fsam_direction(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
+        torch._foreach_sign_(gradients)
+
+
+def test_a_trainer_that_changes_the_perturbation_is_measured_with_its_own(tmp_path: Path) -> None:
+    settings = {"fsam_variant": "none", "trainer_class": SignOfTheBlocks, "fsam_precondition": False}
+    trainer, found = one_measurement(tmp_path, tiny(), **settings)
+
+    def direction(g: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: g[name].sign() if ".h." in name else torch.zeros_like(g[name]) for name in g}
+
+    for name, value in expected_paths(Formulas(trainer.model), direction).items():
+        assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
 @pytest.mark.parametrize("variant", ["none", "sam", "functional"])
-def test_measuring_leaves_the_training_alone_to_the_bit(tmp_path: Path, variant: str) -> None:
-    """Dropout, accumulation, shuffled batches: the weights and the logged losses are those without diagnostics."""
+def test_measuring_does_not_change_the_training_by_a_bit(tmp_path: Path, variant: str) -> None:
+    """With dropout, accumulation and shuffled batches, weights and logged losses are those without diagnostics."""
     settings: dict[str, Any] = {"fsam_variant": variant, "gradient_accumulation_steps": 2}
     without = make_trainer(tmp_path, model=gpt2(0.2), **settings)
     without.train()
@@ -175,8 +196,8 @@ def test_measuring_leaves_the_training_alone_to_the_bit(tmp_path: Path, variant:
     assert losses[0] == losses[1]
 
 
-def test_data_and_collators_with_a_state_are_left_alone(tmp_path: Path) -> None:
-    """A stream that can be read once, and a collator that draws from a generator of its own."""
+def test_measuring_draws_nothing_from_data_and_collators_with_a_state(tmp_path: Path) -> None:
+    """The data is a stream that can be read once, and the collator draws from a generator of its own."""
 
     def stream() -> Any:
         yield from sentences(24)
@@ -223,8 +244,8 @@ def test_only_positions_whose_next_label_counts_are_measured(tmp_path: Path) -> 
     assert found["logit_entropy"] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-4)
 
 
-def test_logits_without_a_label_each_have_no_statistics(tmp_path: Path) -> None:
-    """A decoder scores every position, of which one is its answer: what no softmax sees is not logged."""
+def test_no_statistics_are_logged_where_logits_have_no_label_each(tmp_path: Path) -> None:
+    """A decoder that classifies scores every position, but only one score is its answer and has a label."""
     model = LlamaForSequenceClassification(llama(num_labels=3).config)
     rows = [{**row, "labels": torch.tensor(index % 3)} for index, row in enumerate(sentences(BATCH))]
     settings = {"max_steps": 1, "fsam_diagnostics_steps": 1}
@@ -235,7 +256,7 @@ def test_logits_without_a_label_each_have_no_statistics(tmp_path: Path) -> None:
     assert "fsam/logit_norm" not in entry
 
 
-def test_a_batch_without_a_gradient_or_a_radius_ends_nothing(tmp_path: Path) -> None:
+def test_training_goes_on_after_a_batch_without_a_gradient_or_a_radius_of_zero(tmp_path: Path) -> None:
     def flat(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return 0.0 * outputs.logits.sum()
 
@@ -257,16 +278,16 @@ def full(*args: Any) -> None:
     raise torch.OutOfMemoryError("no")
 
 
-def test_memory_that_does_not_last_ends_nothing(
+def test_training_goes_on_where_memory_does_not_suffice_to_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Probe, "paths", full)
     weights = train(tmp_path, fsam_diagnostics_steps=2)
-    assert "The diagnostics are left out" in caplog.text
+    assert "The diagnostics are not logged" in caplog.text
     assert same_bits(weights, train(tmp_path))
 
 
-def test_memory_for_the_paths_alone_gives_them(
+def test_the_paths_are_logged_where_memory_suffices_for_them_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Probe, "top_curvature", full)
@@ -275,7 +296,7 @@ def test_memory_for_the_paths_alone_gives_them(
     logged = {name for entry in trainer.state.log_history for name in entry}
     assert "fsam/logit_to_functional" in logged
     assert "fsam/top_curvature" not in logged
-    assert "fsam/top_curvature is left out" in caplog.text
+    assert "fsam/top_curvature is not logged" in caplog.text
 
 
 @pytest.mark.parametrize("make", [lambda: adapted(gpt2()), lambda: llama().to(torch.bfloat16)], ids=["LoRA", "bf16"])
@@ -291,13 +312,13 @@ def test_measures_adapters_and_low_precision(tmp_path: Path, make: Any) -> None:
 
 
 def flash(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """An operation that raises when it is differentiated twice."""
+    """An operation that raises when it is differentiated a second time."""
     heads = output[:, None]  # (B, 1, T, C)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads, heads, heads)[0][:, 0]
 
 
 class Kernel(torch.autograd.Function):
-    """x³ with a backward pass as fused kernels have it: it does not raise, and its derivative is not there."""
+    """x³ with a backward pass like that of a fused kernel: it has no derivative, but autograd does not raise."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -323,7 +344,7 @@ def test_a_model_without_a_second_derivative_is_measured_without_curvature(
         assert "may have no derivative" in caplog.text
 
 
-def test_under_ddp_it_leaves_the_training_alone(tmp_path: Path) -> None:
+def test_measuring_under_ddp_does_not_change_the_training(tmp_path: Path) -> None:
     case = {"fsam_precondition": False, "fsam_rho": RHO, "max_steps": 2, "logging_steps": 1}
     without, with_them = train_distributed(tmp_path / "two", 2, case, case | {"fsam_diagnostics_steps": 1})
     assert same_bits(with_them.weights, without.weights)
@@ -332,7 +353,7 @@ def test_under_ddp_it_leaves_the_training_alone(tmp_path: Path) -> None:
     assert first["fsam/logit_path"] != second["fsam/logit_path"]
 
 
-def test_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every=0 is not a count"):
         FSAMDiagnosticsCallback(every=0)
     with pytest.raises(ValueError, match="fsam_diagnostics_steps=-1"):

@@ -1,4 +1,4 @@
-"""The image: what its Dockerfile promises, how its entry point decides; slow, the whole build and a training in it."""
+"""The Docker image: what its Dockerfile promises, what its entry point starts and, as a slow test, the whole build."""
 
 import re
 import shutil
@@ -44,7 +44,7 @@ def test_the_base_is_pinned() -> None:
         assert re.fullmatch(r"[\w./-]+:\d[\w.-]*(@sha256:[0-9a-f]{64})?", base), base
 
 
-def test_what_runs_is_not_root() -> None:
+def test_the_image_runs_as_a_user_who_is_not_root() -> None:
     users = [rest for name, rest in STEPS if name == "USER"]
     assert users
     assert users[-1] not in ("root", "0")
@@ -52,7 +52,7 @@ def test_what_runs_is_not_root() -> None:
     assert any("useradd" in run and f" {users[-1]} " in run for run in RUNS)
 
 
-def test_system_packages_leave_nothing_behind() -> None:
+def test_system_packages_leave_no_lists_behind() -> None:
     for run in RUNS:
         assert not re.search(r"apt-get\s+(dist-)?upgrade|\bsudo\b|curl .*\|", run)
         if "apt-get install" in run:
@@ -69,7 +69,7 @@ def test_python_packages_are_pinned_and_not_cached() -> None:
         assert "-c /opt/constraints.txt" in run
 
 
-def test_what_changes_often_comes_last() -> None:
+def test_files_that_change_often_are_copied_last() -> None:
     order = [
         position("RUN", "apt-get install"),
         position("COPY", "${CONSTRAINTS}"),
@@ -82,7 +82,7 @@ def test_what_changes_often_comes_last() -> None:
     assert order == sorted(order)
 
 
-def test_what_is_copied_exists_and_is_in_the_context() -> None:
+def test_copied_files_exist_and_are_in_the_context() -> None:
     patterns = check.ignore_patterns()
     for source in [*sources(), "constraints.txt"]:
         assert (ROOT / source).exists(), source
@@ -92,7 +92,7 @@ def test_what_is_copied_exists_and_is_in_the_context() -> None:
 @pytest.mark.parametrize(
     "path", [".git", ".venv/bin/python", "outputs/x", "tests/toys.py", "hf_fsam/__pycache__/a.pyc", ".env"]
 )
-def test_what_stays_out_of_the_context(path: str) -> None:
+def test_files_that_the_image_does_not_need_stay_out_of_the_context(path: str) -> None:
     assert check.ignored(path, check.ignore_patterns())
 
 
@@ -111,7 +111,7 @@ def test_comments_and_continued_lines_are_read_as_docker_reads_them() -> None:
 # ---- Constraints ----
 
 
-def test_the_constraints_pin_what_pyproject_asks_for() -> None:
+def test_the_constraints_pin_the_packages_of_pyproject() -> None:
     lines = (ROOT / "docker" / "constraints-gpu.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     wanted = [Requirement(text) for text in requires("hf-fsam") or []]

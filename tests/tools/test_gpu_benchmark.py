@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu`: the order of checks, their limits, what is kept and what is done again; and every check
-that a CPU can run, at toy size."""
+"""`python -m benchmarks.gpu`: the order of the checks, their limits, which results are kept and which checks are run
+again. Every check that a CPU can run is also run here, at toy size."""
 
 import functools
 import json
@@ -89,7 +89,7 @@ def order(out: Path) -> list[str]:
     return (out.parent / "order").read_text().split()
 
 
-def test_one_that_hangs_or_crashes_does_not_stop_the_rest(tmp_path: Path, module: str) -> None:
+def test_a_check_that_hangs_or_crashes_does_not_stop_the_others(tmp_path: Path, module: str) -> None:
     out = tmp_path / "gpu_here"
     code, entries = run(out, module)
     assert code == 1
@@ -117,7 +117,7 @@ def test_one_that_hangs_or_crashes_does_not_stop_the_rest(tmp_path: Path, module
     assert "no_such_package not installed" in table
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_is_done_is_not_run_again(tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "gpu_here"
     assert run(out, module, "--only", "good", "bad")[0] == 1
     assert run(out, module, "--only", "good", "bad")[0] == 1  # it failed still
@@ -151,7 +151,7 @@ def test_arguments(tmp_path: Path, module: str, capsys: pytest.CaptureFixture[st
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:2] == ["good", "hangs"]
 
 
-def test_wheels_are_what_is_wanted_less_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wheels_are_those_that_are_wanted_and_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wheels.print_wheels("")
     missing, *commands = capsys.readouterr().out.splitlines()
     names = missing.removeprefix("# missing there: ").split(", ")

@@ -1,4 +1,4 @@
-"""The finder of a radius: what it measures, what it suggests, and that it leaves nothing behind."""
+"""`hf-fsam rho`: what it measures, what it suggests, and that it leaves nothing behind."""
 
 import subprocess
 import sys
@@ -11,13 +11,22 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
-from hf_fsam import cli, rho
+from hf_fsam import rho
 from hf_fsam.diagnostics.probe import Paths, Probe
 from tests.tools.test_diagnostics import RHO, Formulas, expected_paths, tiny
 from tests.toys import llama, make_trainer, same_bits, sentences, weights_of
 
 ROOT = Path(__file__).parents[2]
-FLAT = Paths(rise=0.0, linear=0.0, gradient=1.0, logit=0.0, functional=0.0, cosine=0.0, kept=1.0, to_nearest=1.0)
+FLAT = Paths(
+    loss_change=0.0,
+    linear_loss_change=0.0,
+    gradient=1.0,
+    logit=0.0,
+    functional=0.0,
+    cosine=0.0,
+    stochastic_share=1.0,
+    nearest_share=1.0,
+)
 
 SCRIPT = """
 import sys
@@ -30,7 +39,7 @@ open({folder!r} + "/trained_to_the_end", "w").close()
 
 
 def seen(trainer: Trainer, count: int) -> Probe:
-    """A probe that has seen the first batches."""
+    """A probe that has the first batches."""
     probe = Probe(trainer, count)
     probe.see(list(trainer.get_train_dataloader()))
     assert len(probe.batches) == count
@@ -56,7 +65,7 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     probe = seen(trainer, 1)
     found = rho.measure(probe, (RHO,))[RHO]
     with probe.measuring():
-        rise_random = probe.rise_random(probe.batches[0], RHO)
+        random_loss_change = probe.random_loss_change(probe.batches[0], RHO)
     directions = [[part.double() for part in probe.random_direction(seed)] for seed in (0, 1)]
     names = {weight: name for name, weight in trainer.model.named_parameters()}
     order = [names[weight] for weight in probe.weights]
@@ -65,51 +74,51 @@ def test_measurements_are_those_of_the_formulas(tmp_path: Path) -> None:
     expected = expected_paths(formulas)
     assert found.logit == pytest.approx(expected["logit_path"], rel=1e-3)
     assert found.functional == pytest.approx(expected["functional_path"], rel=1e-3)
-    assert found.rise == pytest.approx(expected["rise_ascent"], rel=1e-3)
+    assert found.loss_change == pytest.approx(expected["rise_ascent"], rel=1e-3)
     rises = []
     for direction in directions:
         length = float(torch.cat([part.flatten() for part in direction]).norm())
         away = {name: formulas.theta[name] + RHO * d / length for name, d in zip(order, direction, strict=True)}
         rises.append(float(formulas.loss(away) - formulas.loss(formulas.theta)))
-    assert rise_random == pytest.approx(sum(rises) / 2, rel=1e-3)
+    assert random_loss_change == pytest.approx(sum(rises) / 2, rel=1e-3)
     g = formulas.pulled_back(formulas.theta, formulas.cotangent(formulas.theta))
     size = float(torch.cat([part.flatten() for part in g.values()]).norm())
     assert found.gradient == pytest.approx(size, rel=1e-4)
-    assert found.linear == pytest.approx(RHO * size, rel=1e-4)
-    assert found.kept == pytest.approx(1, abs=1e-4)
-    assert found.to_nearest == pytest.approx(1, abs=1e-4)
+    assert found.linear_loss_change == pytest.approx(RHO * size, rel=1e-4)
+    assert found.stochastic_share == pytest.approx(1, abs=1e-4)
+    assert found.nearest_share == pytest.approx(1, abs=1e-4)
 
 
-def test_sees_what_bfloat16_swallows(tmp_path: Path) -> None:
-    """ε far below the gap between two numbers is gone when rounded to nearest, and whole on average when rounded
-    stochastically; far above it, both keep it."""
+def test_the_share_of_the_radius_that_bfloat16_leaves_is_measured(tmp_path: Path) -> None:
+    """An ε far below the gap between two numbers is lost when rounded to nearest, and kept on average when rounded
+    stochastically. Far above the gap, both keep it."""
     trainer = make_trainer(tmp_path, model=llama().to(torch.bfloat16), fsam_precondition=False)
     trainer.create_optimizer()
     found = rho.measure(seen(trainer, 2), (1e-2, 3.0))
-    assert found[1e-2].to_nearest < 0.7
-    assert found[1e-2].kept == pytest.approx(1, abs=0.15)
-    assert found[3.0].to_nearest == pytest.approx(1, abs=0.05)
+    assert found[1e-2].nearest_share < 0.7
+    assert found[1e-2].stochastic_share == pytest.approx(1, abs=0.15)
+    assert found[3.0].nearest_share == pytest.approx(1, abs=0.05)
 
 
-def test_suggests_the_radius_at_which_the_function_moves() -> None:
+def test_the_suggested_radius_is_the_least_that_changes_the_function() -> None:
     found = {
-        0.01: replace(FLAT, functional=0.01, logit=0.02, rise=0.01, linear=0.01),
-        0.1: replace(FLAT, functional=0.12, logit=0.3, rise=0.11, linear=0.1),
-        1.0: replace(FLAT, functional=0.8, logit=2.0, rise=3.0, linear=1.0),
+        0.01: replace(FLAT, functional=0.01, logit=0.02, loss_change=0.01, linear_loss_change=0.01),
+        0.1: replace(FLAT, functional=0.12, logit=0.3, loss_change=0.11, linear_loss_change=0.1),
+        1.0: replace(FLAT, functional=0.8, logit=2.0, loss_change=3.0, linear_loss_change=1.0),
     }
     suggested, reason = rho.suggest(found)
     assert suggested == 0.1
     assert "another 30%" in reason
     steep, reason = rho.suggest({0.01: found[0.01], 1.0: found[1.0]})
     assert steep == 1.0
-    assert "3.0 times as much as on a plane" in reason
+    assert "rises by 3.0 times its linear part" in reason
     assert rho.suggest({0.01: found[0.01]})[0] is None
-    # Of the same size at every ρ: rounding.
+    # A path of the same size at every ρ is rounding.
     assert rho.suggest({each: replace(FLAT, functional=0.2) for each in (0.001, 0.01, 0.1)})[0] is None
     assert rho.suggest({0.1: replace(FLAT, gradient=0.0)})[0] is None
 
 
-def test_runs_a_script_of_ones_own_up_to_its_measurement(tmp_path: Path) -> None:
+def test_a_script_runs_up_to_the_measurement(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hf_fsam.rho", "--after", "3", "--out", str(tmp_path / "rho.png")]
     result = subprocess.run([*command, str(script(tmp_path))], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -118,13 +127,15 @@ def test_runs_a_script_of_ones_own_up_to_its_measurement(tmp_path: Path) -> None
     assert not (tmp_path / "trained_to_the_end").exists()
     lines = [line.split() for line in result.stdout.splitlines() if line.strip()[:2] in ("0.", "1.", "3.")]
     assert len(lines) == len(rho.RADII)
-    assert "fsam/" not in result.stdout  # the steps before are plain ones
+    assert "fsam/" not in result.stdout  # the steps before the measurement are plain
     rises = [float(line[1]) for line in lines]
-    assert rises == sorted(rises)  # along the gradient the loss goes up
+    assert rises == sorted(rises)  # along the gradient the loss rises
 
 
-def test_leaves_the_scripts_folder_and_trackers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints of an earlier training, which a limit would have deleted for new ones."""
+def test_the_output_folder_and_trackers_of_the_script_are_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here are checkpoints of an earlier training, which save_total_limit would delete for new ones."""
 
     class Tracker(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -158,7 +169,7 @@ def test_mistakes_are_named(tmp_path: Path, arguments: str, options: list[str], 
         rho.main([*options, str(script(tmp_path, arguments))])
 
 
-def test_a_script_without_a_training_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_script_that_does_not_train_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(SystemExit, match="nothing was measured"):
         rho.main([str(tmp_path / "empty.py")])
@@ -167,36 +178,10 @@ def test_a_script_without_a_training_is_not_measured(tmp_path: Path, capsys: pyt
     assert "nowhere.py does not exist" in capsys.readouterr().err
 
 
-def test_a_script_with_the_plain_trainer_does_not_train(tmp_path: Path) -> None:
+def test_a_script_with_the_plain_trainer_is_refused_before_it_trains(tmp_path: Path) -> None:
     plain = "trainer_class=__import__('transformers').Trainer"
     path = script(tmp_path, f"save_strategy='steps', save_steps=1, {plain}")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match=r"train\.py trains with Trainer: let it use FSAMTrainer"):
         rho.main(["--after", "3", str(path)])
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_command_says_what_it_can(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def call(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["hf-fsam", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code
-
-    assert call() == 0
-    assert "compare STUDY.yaml" in capsys.readouterr().out
-    assert call("compar") == 2
-    assert "compare STUDY.yaml" in capsys.readouterr().err
-    assert call("compare", "--help") == 0
-    assert "--parallel" in capsys.readouterr().out
-    assert call("rho", "--help") == 0
-    assert "--after" in capsys.readouterr().out
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["hf-fsam", "compare", "x.yaml"])
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "hf_fsam.studies.compare", raising=False)
-    monkeypatch.delitem(sys.modules, "hf_fsam.studies.study", raising=False)
-    with pytest.raises(SystemExit, match=r"needs yaml: pip install 'hf-fsam\[studies\]'"):
-        cli.main()

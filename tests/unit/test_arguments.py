@@ -1,4 +1,4 @@
-"""Every `fsam_*` field: parsed, checked, saved; everything unsupported: refused by name before training."""
+"""Every `fsam_*` field is parsed, checked and saved, and what is not supported is refused by name before training."""
 
 import json
 import math
@@ -92,11 +92,11 @@ def test_bad_values_are_refused_with_the_name_and_the_value(tmp_path: Path, name
         FSAMTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
 
 
-class _Word(str, Enum):  # noqa: UP042 - many still write it so
+class _Word(str, Enum):  # noqa: UP042 - many scripts still write it this way
     SAM = "sam"
 
 
-# A value of every kind that a script, a configuration file, a search or NumPy may give, and what to have in its place.
+# A value of every kind that a script, a configuration file, a search or NumPy may give, and the value that replaces it.
 ODD: dict[str, tuple[Any, Any]] = {
     "fsam_rho": (np.float32(0.25), 0.25),
     "fsam_every_steps": (np.int64(2), 2),
@@ -117,11 +117,11 @@ def exactly(value: Any) -> tuple[type, Any]:
 
 
 @pytest.mark.parametrize("value", RADII, ids=repr)
-def test_a_number_is_a_number_of_whatever_type(tmp_path: Path, value: Any) -> None:
+def test_numbers_of_any_type_are_accepted(tmp_path: Path, value: Any) -> None:
     assert exactly(FSAMTrainingArguments(str(tmp_path), use_cpu=True, fsam_rho=value).fsam_rho) == (float, 0.25)
 
 
-def test_numbers_beyond_what_prints_are_refused_by_name(tmp_path: Path) -> None:
+def test_values_that_no_float_holds_or_python_prints_are_refused_by_name(tmp_path: Path) -> None:
     values = (10**400, 10**5000, Fraction(10**400, 3), torch.zeros(3), np.zeros(2), 1j, np.complex64(1), "", [])
     for name in ("fsam_rho", "fsam_every_steps", "fsam_precondition", "fsam_variant", "fsam_boundary"):
         for value in values:
@@ -129,8 +129,8 @@ def test_numbers_beyond_what_prints_are_refused_by_name(tmp_path: Path) -> None:
                 FSAMTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
 
 
-def test_whatever_is_given_is_refused_by_name_or_saved_and_read_again(tmp_path: Path) -> None:
-    """Two thousand values, at random, for every field: what passes is Python's own and comes back from each file."""
+def test_every_value_is_either_refused_by_name_or_saved_and_read_back(tmp_path: Path) -> None:
+    """Two thousand random values for every field: those that pass have types of Python's own and survive every file."""
     draw = random.Random(0)
     names = [field.name for field in fields(FSAMArguments)]
     words = ["none", "sam", "logit", "rank", "momentum", "", "nan", "1e-2", "3", "true", "lm_head", "\x00"]
@@ -213,14 +213,14 @@ def test_unsupported_ways_of_running_are_refused_by_name(
         is_distributed_loading_by_transformers=False,
         model=trainer.model,
     )
-    select_engine(view)  # passes as it is
+    select_engine(view)  # raises nothing without the change
     for name, value in change.items():
         setattr({"args": view.args, "trainer": view, "accelerator": accelerator}[where], name, value)
     with pytest.raises(ValueError, match=named):
         select_engine(view)
 
 
-def test_the_trainer_asks_before_training(tmp_path: Path) -> None:
+def test_the_trainer_checks_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_liger_kernel"):
         make_trainer(tmp_path, use_liger_kernel=True)
     make_trainer(tmp_path, use_liger_kernel=True, fsam_variant="none")
@@ -245,7 +245,7 @@ def test_fields_changed_after_the_start_are_checked_too(tmp_path: Path, name: st
         trainer.train()
 
 
-def test_preconditioning_switched_on_later_asks_the_optimizer_too(tmp_path: Path) -> None:
+def test_preconditioning_switched_on_later_checks_the_optimizer_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fsam_variant="none", fsam_precondition=True, optim="sgd")
     later = TrainerCallback()
     later.on_step_begin = lambda args, state, control, **_: setattr(args, "fsam_variant", "functional")
@@ -254,7 +254,7 @@ def test_preconditioning_switched_on_later_asks_the_optimizer_too(tmp_path: Path
         trainer.train()
 
 
-def test_a_group_without_weights_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_parameter_group_without_weights_is_accepted(tmp_path: Path) -> None:
     """Training norms alone leaves the Trainer's group with weight decay empty."""
     model = llama()
     for name, parameter in model.named_parameters():
@@ -276,7 +276,7 @@ class _OwnAdam(torch.optim.Adam):
 
 
 class _NamedAdam(torch.optim.AdamW):
-    """With arguments that nobody else can know."""
+    """With arguments that only this optimizer has."""
 
     def __init__(self, params, name: str, **kwargs) -> None:
         self.name = name
@@ -365,7 +365,7 @@ def test_without_preconditioning_any_optimizer_trains(tmp_path: Path, name: str)
     assert not torch.equal(model.lm_head.weight, before)
 
 
-def test_the_default_trainer_takes_no_arguments_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_works_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = FSAMTrainer(model=llama())
     assert trainer.args.fsam_variant == "functional"
