@@ -1,4 +1,4 @@
-"""A batch of its own for each pass: whatever a pass does to its batch, the other pass does not see it."""
+"""A batch for each pass, so that one pass does not see what the other does to its batch."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,10 @@ _UNCHANGEABLE = (str, bytes, Number, torch.dtype, torch.device, type(None))
 
 
 def copied(batch: Any, name: str = "") -> Any:
-    """`batch` with its tensors, arrays and containers copied, and what else is in it, a cache of keys and values say.
+    """A deep copy of `batch`, of its tensors, arrays and containers, and of what else is in it (a cache of keys and
+    values, say).
 
-    name: of this part of it, for an error.
+    name: where in the whole batch this part is, for an error message.
 
     Raises:
         TypeError: it holds something that cannot be copied.
@@ -44,7 +45,7 @@ def copied(batch: Any, name: str = "") -> Any:
 
 
 def parts(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What `batch` holds, by name, down its containers."""
+    """Everything that `batch` and the containers in it hold, each with a name."""
     if isinstance(batch, Mapping):
         for key, value in batch.items():
             yield from parts(value, f"{name}[{key!r}]")
@@ -56,12 +57,12 @@ def parts(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def version(part: Any) -> int | None:
-    """What changes when a tensor is written to in place."""
+    """A number that changes when the tensor is written to in place; None for what has none."""
     return part._version if isinstance(part, Tensor) and not part.is_inference() else None
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two parts hold the same numbers, NaN where NaN is."""
+    """Whether two parts hold the same numbers; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         b = b.to(a.device, a.dtype)
         return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

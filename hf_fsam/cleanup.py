@@ -1,4 +1,4 @@
-"""What is put in place for the time of a step, and taken back whatever happens."""
+"""What is put in place for the time of a step is taken back, whatever happens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class Cleanup:
-    """What a step has to take back, until it has.
+    """A list of what a step has yet to take back.
 
-    A `finally` in a generator does not do: Ctrl-C on the way into its context manager's exit leaves it waiting for as
-    long as the traceback is kept, as in a notebook, and it would run in the middle of some later step.
+    A `finally` in a generator is not enough. If Ctrl-C strikes just before its context manager's exit, the generator
+    waits for as long as somebody keeps the traceback, as a notebook does, and then runs in the middle of a later step.
     """
 
     def __init__(self) -> None:
@@ -17,8 +17,8 @@ class Cleanup:
 
     @contextmanager
     def after(self, undo: Callable[[], object]) -> Iterator[None]:
-        """`undo` is called once, on the way out or by :meth:`run`, whichever comes first. It has to bear that there is
-        nothing to take back yet, and, where it was interrupted itself, to be called again."""
+        """`undo` is called once: on the way out, or by :meth:`run`, whichever comes first. It must work where there is
+        nothing to take back yet, and be called again where it was interrupted."""
 
         def due() -> None:
             undo()
@@ -33,7 +33,7 @@ class Cleanup:
 
     @contextmanager
     def replaced(self, owner: Any, name: str, value: Any) -> Iterator[None]:
-        """`owner.name` is `value` inside. An attribute of the class shows again afterwards, one of its own returns."""
+        """`owner.name` is `value` inside. Afterwards it is what it was: the owner's own attribute, or its class's."""
         had, own = name in vars(owner), vars(owner).get(name)
 
         def undo() -> None:
@@ -47,10 +47,11 @@ class Cleanup:
             yield
 
     def run(self) -> None:
+        """Take back everything, the latest first."""
         while self._due:
             try:
                 self._due[-1]()
-            except Exception:  # what it can't take back, it can't the next time, either
+            except Exception:  # it would not succeed the next time, either
                 self._due.pop()
                 raise
             self._due.pop()

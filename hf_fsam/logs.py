@@ -16,10 +16,13 @@ from hf_fsam.perturbation import Perturbation
 logger = logging.get_logger(__name__)
 
 
-class LoggedMeans:
-    """Means over the logging window, kept on the device: the host asks for them only when it logs."""
+_CHANGES = ("sharpness", "functional_sharpness")
+_SUMS = ("gradient_norm", "radius", "perturbed", "skipped", "not_finite", *_CHANGES)
 
-    _CHANGES = ("sharpness", "functional_sharpness")
+
+class LoggedMeans:
+    """The means for the next line of the log. Their sums stay on the device, so that the host waits for them only where
+    it logs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,61 +30,59 @@ class LoggedMeans:
 
     def clear(self) -> None:
         self._steps = 0
-        self._changes = {name: torch.zeros((), device=self._device) for name in self._CHANGES}
-        self._changed = dict.fromkeys(self._CHANGES, 0)  # in how many steps there was such a change
-        self._last_changed = dict.fromkeys(self._CHANGES, 0)
-        sums = torch.zeros(5, device=self._device).unbind()
-        self._norm, self._radius, self._perturbed, self._skipped, self._not_finite = sums
-
-    def add_ascent(self, perturbation: Perturbation, unit: Tensor) -> None:
-        """unit: what one unit of the plain gradient measures in the ascent gradient's, shape ()."""
-        self._perturbed = self._perturbed + (perturbation.radius != 0)
-        self._skipped = self._skipped + perturbation.skipped
-        self._radius = self._radius + perturbation.radius
-        self._norm = self._norm + torch.where(perturbation.skipped, 0.0, perturbation.gradient_norm / unit)
-
-    def add_second(self, not_finite: Tensor) -> None:
-        """not_finite: the second pass computed what is not a number, where the clean one did not; shape (), bool."""
-        self._not_finite = self._not_finite + not_finite
-
-    def add_change(self, name: str, change: Tensor, skipped: Tensor) -> None:
-        """change: what θ+ε makes of one micro-batch's loss, as it counts in the loss that is logged, shape ()."""
-        change = change.float()
-        self._changes[name] = self._changes[name] + torch.where(skipped | ~change.isfinite(), 0.0, change)
-        if self._last_changed[name] != self._steps:
-            self._last_changed[name] = self._steps
-            self._changed[name] += 1
+        self._sums = dict.fromkeys(_SUMS, torch.zeros((), device=self._device))
+        self._steps_with = {name: set[int]() for name in _CHANGES}
 
     def count_step(self) -> None:
         """An optimizer step begins."""
         self._steps += 1
 
+    def add_ascent(self, perturbation: Perturbation, unit: Tensor) -> None:
+        """unit: what one unit of the plain gradient measures in the ascent gradient's, shape ()."""
+        self._add("perturbed", perturbation.radius != 0)
+        self._add("skipped", perturbation.skipped)
+        self._add("radius", perturbation.radius)
+        self._add("gradient_norm", torch.where(perturbation.skipped, 0.0, perturbation.gradient_norm / unit))
+
+    def add_second(self, not_finite: Tensor) -> None:
+        """not_finite: the second pass computed infinity or NaN where the clean one did not; shape (), bool."""
+        self._add("not_finite", not_finite)
+
+    def add_change(self, name: str, change: Tensor, skipped: Tensor) -> None:
+        """change: ℓ(θ+ε) − ℓ(θ) of a micro-batch, or an estimate of it, as it counts in the logged loss, shape ()."""
+        change = change.float()
+        self._add(name, torch.where(skipped | ~change.isfinite(), 0.0, change))
+        self._steps_with[name].add(self._steps)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value
+
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last call, over all processes; empty where there was no step.
 
-        Processes need not have seen the same changes: one may read the logits of its batches for a metric.
+        All processes reduce the same numbers, although not all need have seen the same changes: one may have read the
+        logits of its batches for a metric.
         """
         if self._steps == 0:
             return {}
-        sums = [self._norm, self._radius, self._perturbed, self._skipped, self._not_finite, *self._changes.values()]
-        counts = torch.tensor(list(self._changed.values()), dtype=torch.float32, device=self._device)
-        means = accelerator.reduce(torch.cat([torch.stack(sums), counts]), "mean").tolist()
-        norm, radius, perturbed, skipped, not_finite, *changes = means
-        perturbed = perturbed or 1.0
-        by_name = zip(self._CHANGES, changes[: len(self._CHANGES)], changes[len(self._CHANGES) :], strict=True)
-        logs = {
-            **{f"fsam/{name}": change / steps for name, change, steps in by_name if steps},
-            "fsam/ascent_grad_norm": norm / perturbed,
-            "fsam/radius": radius / perturbed,
-            "fsam/skipped": skipped,
-            "fsam/not_finite": not_finite,
-        }
+        counts = torch.tensor([float(len(steps)) for steps in self._steps_with.values()], device=self._device)
+        sums = torch.cat([torch.stack([value.float() for value in self._sums.values()]), counts])
+        means = accelerator.reduce(sums, "mean").tolist()
         self.clear()
-        return logs
+        mean = dict(zip(_SUMS, means, strict=False))
+        steps_with = dict(zip(_CHANGES, means[len(_SUMS) :], strict=True))
+        perturbed = mean["perturbed"] or 1.0
+        return {
+            **{f"fsam/{name}": mean[name] / steps_with[name] for name in _CHANGES if steps_with[name]},
+            "fsam/ascent_grad_norm": mean["gradient_norm"] / perturbed,
+            "fsam/radius": mean["radius"] / perturbed,
+            "fsam/skipped": mean["skipped"],
+            "fsam/not_finite": mean["not_finite"],
+        }
 
 
 class FSAMSettings(TrainerCallback, ExportableState):
-    """Writes the `fsam_*` fields into `trainer_state.json`, and says so where a resumed run changes them."""
+    """Writes the `fsam_*` fields into `trainer_state.json`, and warns where a resumed run has others."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -90,11 +91,12 @@ class FSAMSettings(TrainerCallback, ExportableState):
         return {"args": self.settings, "attributes": {}}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.settings = settings_of(args)  # a schedule of ρ, say, changes them
+        self.settings = settings_of(args)  # a callback may have changed them, as a schedule of ρ does
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.settings = settings_of(args)
-        # A plain Trainer's checkpoint has no place for these settings, which the Trainer needs to save them to.
+        # The Trainer saves these settings only where the state has a place for them, which it lacks if a plain Trainer
+        # saved the checkpoint.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["args"].items():
             if state.global_step and self.settings.get(name, value) != value:
@@ -105,5 +107,10 @@ class FSAMSettings(TrainerCallback, ExportableState):
 
 
 def settings_of(args: FSAMArguments) -> dict[str, Any]:
-    check(args)  # and makes them Python's own
+    """All `fsam_*` fields by name, as values of Python's own types.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    check(args)
     return {each.name: getattr(args, each.name) for each in fields(FSAMArguments)}

@@ -15,7 +15,7 @@ _HEADS = (
     *("ctc_head", "logits_dense", "qa_classifier", "discriminator_predictions", "segmentation_head"),
 )
 
-# Names that are a head in the classes of these tasks alone.
+# Names that stand for a head only in classes for these tasks.
 _HEADS_OF = {
     "ForNextSentencePrediction": ("cls",),
     "ForMaskedImageModeling": ("decoder",),
@@ -32,19 +32,20 @@ _HEADS_OF = {
     "ForPrediction": ("head",),
     "ForPretraining": ("head",),
 }
-# Beside these, the head is not all that the loss takes: a second head, or one that returns a distribution's parameters.
+# In a model with one of these, the loss takes more than the head makes: there is a second head, or the head returns the
+# parameters of a distribution.
 _OTHERS = ("auxiliary_head", "dist_head", "distribution_output")
 
 IDENTITY = (
-    "Where the loss takes what no one module puts out, as in CLIP and detectors, give the model an identity, "
-    "model.boundary = torch.nn.Identity(), call it on each such tensor (in forward, loss_function or compute_loss: "
-    "logits = model.boundary(logits)), and set fsam_boundary='boundary'"
+    "Where no single module makes all that the loss takes, as in CLIP and in detectors, give the model an identity, "
+    "model.boundary = torch.nn.Identity(), call it on each tensor that goes to the loss (in forward, loss_function or "
+    "compute_loss: logits = model.boundary(logits)), and set fsam_boundary='boundary'"
 )
 
 
 def find_boundary(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
-    """Name and module of the boundary of `model` (unwrapped; a PEFT model is looked into, and a wrapper that has no
-    weights of its own).
+    """Name and module of the boundary of `model`, which is not wrapped for an engine. The search goes into PEFT models,
+    and into other wrappers that have no weights of their own.
 
     Args:
         name: the module's name in `model.named_modules()`, or, in a PEFT model, in those of its base model. None: the
@@ -108,7 +109,8 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _candidates(model: nn.Module, most: int = 8) -> str:
-    """The last modules without children that hold weights and stand outside the numbered layers: heads, most likely."""
+    """Modules that are heads most likely: the last ones without children that hold weights, outside of the numbered
+    layers."""
     leaves = [
         name
         for name, module in model.named_modules()

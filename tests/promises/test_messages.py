@@ -117,7 +117,7 @@ ARGUMENTS = [
     ),
     Row("no boundary between function and loss", own(_Headless), own(_Headless, fsam_boundary="top")),
     Row("none', which need none", own(_Headless), own(_Headless, fsam_variant="sam")),
-    Row("Where the loss takes what no one module puts", own(_Identity), with_identity),
+    Row("Where no single module makes all that", own(_Identity), with_identity),
     Row("is no module of", trains(fsam_boundary="head"), trains(fsam_boundary="lm_head")),
     Row("nothing crossed the boundary", own(_Unused), own(_Unused, fsam_boundary="top")),
     Row("but the boundary must return", trains(fsam_boundary="model"), trains(fsam_boundary="lm_head")),
