@@ -83,7 +83,7 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
     return ReplicatedDeepSpeedEngine(accelerator) if stage == 1 else FlatDeepSpeedEngine(accelerator)
 
 
-# Is given weights and their gradients, and adds the mean over the processes to the sums at the owners.
+# Takes weights and their gradients, and adds the means over the processes to sums, each number at its owner alone.
 Reduce = Callable[[list[Any], list[Tensor]], None]
 
 
@@ -143,6 +143,7 @@ class _FlatShards:
             start = end
 
     def accumulator(self) -> tuple[Reduce, list[Tensor]]:
+        """What adds gradients up, and this process's sums: zeros, one for each shard."""
         sums = [torch.zeros_like(stretch) for stretch in self.stretches]
         return partial(self._reduce, sums=sums), self.shards(sums)
 
@@ -182,6 +183,7 @@ class _ShardsOfEach:
             yield safe_get_local_optimizer_state(weight, name)
 
     def accumulator(self) -> tuple[Reduce, list[Tensor]]:
+        """What adds gradients up, and this process's sums: zeros, one for each shard."""
         zeros = [torch.zeros_like(shard, device=self._device) for shard in self.shards()]
         sums = dict(zip(self._weights, zeros, strict=True))
 
@@ -199,7 +201,7 @@ class _DeepSpeedEngine(BaseEngine):
 
     @property
     def _engine(self) -> Any:
-        """DeepSpeed's."""
+        """DeepSpeed's, which is there when the training has begun: its names are checked when it is first used."""
         engine = self.accelerator.deepspeed_engine_wrapped.engine
         if not self._checked:
             internals.check_engine(engine)
@@ -257,11 +259,11 @@ class _ShardsEngine(_DeepSpeedEngine):
     """ZeRO-1, -2 and -3: each process has the moments of its shards alone, and perturbs these."""
 
     perturbs_shards = True
-    _shards: Any  # the class that finds this process's shards
+    _shards: type[_FlatShards] | type[_ShardsOfEach]
     _weights: Sequence[Any] = ()  # that are perturbed
 
     @property
-    def _held(self) -> Any:
+    def _held(self) -> Any:  # of the class `_shards`
         return self._shards(self._engine, self._weights, self.accelerator.device)
 
     def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
