@@ -1,6 +1,6 @@
-"""What a forward pass reads and changes besides its output: the random stream, and running statistics.
+"""What a forward pass reads and changes besides computing its output: the random stream, and running statistics.
 
-Both passes of a step must draw the same dropout masks, and a step must leave behind what the plain Trainer's would.
+Both passes of a step have to draw the same dropout masks, and a step has to leave both as the plain Trainer's would.
 """
 
 import random
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-_KEEP_STATISTICS = (
+_WITH_RUNNING_STATISTICS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -50,16 +50,16 @@ class RandomState:
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is but one
+    return () if device.type == "mps" else (device,)  # there is only one of these, and no argument for it
 
 
 def running_statistics(model: nn.Module) -> Callable[[], None]:
-    """Returns what brings the running statistics of batch and instance norms back to what they are now. Those of a
-    forward pass at θ+ε do not count, and those of a second one at θ are counted already."""
+    """Returns a function that sets the running statistics of batch and instance norms back to what they are now. A
+    forward pass at θ+ε must not count in them, and a second one at θ has been counted already."""
     buffers = [
         buffer
         for module in model.modules()
-        if isinstance(module, _KEEP_STATISTICS)
+        if isinstance(module, _WITH_RUNNING_STATISTICS)
         for buffer in module.buffers(recurse=False)
     ]
     saved = [buffer.clone() for buffer in buffers]

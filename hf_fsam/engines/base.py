@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.optimizer_state import SecondMoment, precondition
-from hf_fsam.perturbation import Direction, Perturbation, perturb
+from hf_fsam.perturbation import Direction, Perturbation, own_storage, perturb
 
 RANK_SET_LATE = "fsam_ascent_scope='rank' was set after the start, and gradients are sharded: choose another scope."
 
@@ -102,29 +103,59 @@ class Engine(Protocol):
         """After this all weights are at θ. All processes call it together, before the weights are used again."""
 
 
-def directions(moments: Iterable[SecondMoment | None] | None, direction: Direction | None) -> list[Direction]:
-    """What turns the gradients of an ascent into the direction of ε: preconditioning first, then `direction`."""
-    steps: list[Direction] = []
-    if moments is not None:
-        steps.append(lambda weights, gradients: precondition(gradients, moments))
-    if direction is not None:
-        steps.append(direction)
-    return steps
+class BaseEngine:
+    """What all engines have in common.
 
+    Attributes:
+        perturbs_shards: every process perturbs other numbers than the others. The radius is that of all together.
+    """
 
-def perturb_shards(
-    accelerator: Accelerator, ascent: Ascent, rho: float, seed: int, directions: Sequence[Direction]
-) -> Perturbation:
-    """:func:`perturb` where every process holds other numbers: the radius is that over all processes together."""
+    perturbs_shards = False
 
-    def over_processes(norm: Tensor) -> Tensor:
-        return accelerator.reduce(norm.to(accelerator.device).square(), "sum").sqrt()
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._cleanup = Cleanup()
 
-    # Each process rounds numbers of its own, and draws its own noise for them.
-    generator = torch.Generator(accelerator.device).manual_seed(seed + accelerator.process_index)
-    result = perturb(ascent.weights, ascent.gradients, rho, generator, directions, total=over_processes)
-    result.radius = accelerator.reduce(result.radius, "sum")
-    return result
+    def perturb(
+        self,
+        ascent: Ascent,
+        optimizer: Optimizer | None,
+        rho: float,
+        seed: int,
+        cotangents: list[Tensor],
+        direction: Direction | None,
+    ) -> Perturbation:
+        accelerator = self.accelerator
+
+        def over_processes(norm: Tensor) -> Tensor:
+            if not self.perturbs_shards:
+                return norm
+            return accelerator.reduce(norm.to(accelerator.device).square(), "sum").sqrt()
+
+        moments = None if optimizer is None else self._second_moments(optimizer, ascent.weights)
+        directions: list[Direction] = []
+        if moments is not None:
+            directions.append(lambda weights, gradients: precondition(gradients, moments))
+        if direction is not None:
+            directions.append(direction)
+        # Processes that hold the same weights have to round them alike; each shard gets noise of its own.
+        process = accelerator.process_index if self.perturbs_shards else 0
+        generator = torch.Generator(accelerator.device).manual_seed(seed + process)
+        gradients = own_storage(ascent.gradients, cotangents)
+        result = perturb(ascent.weights, gradients, rho, generator, directions, over_processes)
+        if self.perturbs_shards:
+            result.radius = accelerator.reduce(result.radius, "sum")
+        return result
+
+    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+        """One for each of the ascent's weights or shards; None where there are none yet."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        self._cleanup.run()
+
+    def settle(self) -> None:
+        """Nothing, where :meth:`restore` has done all of it."""
 
 
 class Bucket:

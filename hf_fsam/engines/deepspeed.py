@@ -15,12 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines import deepspeed_internals as internals
-from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Engine, directions, perturb_shards
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, BaseEngine, Bucket, Engine
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
 from hf_fsam.optimizer_state import SecondMoment, second_moments_of_shards
-from hf_fsam.perturbation import Direction, Perturbation
+from hf_fsam.perturbation import Perturbation
 
 
 def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
@@ -84,92 +83,17 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
     return ReplicatedDeepSpeedEngine(accelerator) if stage == 1 else FlatDeepSpeedEngine(accelerator)
 
 
-class _DeepSpeedEngine:
-    """What the engines for all stages have in common."""
-
-    accelerator: Accelerator
-    _cleanup: Cleanup
-    _checked = False
-
-    @property
-    def _engine(self) -> Any:
-        """DeepSpeed's."""
-        engine = self.accelerator.deepspeed_engine_wrapped.engine
-        if not self._checked:
-            internals.check_engine(engine)
-            self._checked = True
-        return engine
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * internals.loss_scale(self._engine)
-
-    def _around_step(
-        self, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
-    ) -> AbstractContextManager[None]:
-        """Inside, DeepSpeed's step has `before` and `after` around it. They can't wait for the end of Accelerate's
-        `backward`, which steps."""
-        engine = self._engine
-        step = engine.step
-
-        def surrounded_step(*args: Any, **kwargs: Any) -> Any:
-            before()
-            result = step(*args, **kwargs)
-            after()
-            return result
-
-        return self._cleanup.replaced(engine, "step", surrounded_step)
-
-    def _ascent_along(self, moments: Iterable[Tensor], shards: list[Tensor]) -> Ascent | None:
-        """The momentum of the shards in the place of their gradients; None before the optimizer's first step."""
-        if not internals.has_stepped(self._engine):
-            return None
-        # A copy on the device where gradients would be. State and shards that are offloaded stay where they are.
-        copies = [
-            moment.to(self.accelerator.device, shard.dtype, copy=True).view_as(shard)
-            for moment, shard in zip(moments, shards, strict=True)
-        ]
-        return Ascent(self._engine.module, lambda loss: None, shards, copies)
-
-    def _moments_of_shards(
-        self, optimizer: Optimizer | None, averages: Iterable[Tensor]
-    ) -> Iterator[SecondMoment] | None:
-        if optimizer is None or not internals.has_stepped(self._engine):
-            return None
-        return second_moments_of_shards(internals.inner_optimizer(self._engine), averages)
+# Takes weights and their gradients, and adds the means over the processes to sums, each number at its owner alone.
+Reduce = Callable[[list[Any], list[Tensor]], None]
 
 
-class WholeDeepSpeedEngine(_DeepSpeedEngine, LocalEngine):
-    """ZeRO-0 and, at stages 1 and 2, the scope `rank`: every process ascends, perturbs and restores on its own, with
-    gradient and backup whole, as under DDP."""
+class _FlatShards:
+    """What this process owns of the weights that are perturbed, at ZeRO-1 and -2: one stretch of each flat group.
 
-    detached_weights_stay = True
-    forward_can_be_retried = gradients_whole = False  # DeepSpeed follows the passes with hooks of its own
+    Stretches come as lists, one for each group. Shards are the parts of the weights in them, as views.
+    """
 
-    @contextmanager
-    def no_sync_model(self, model: nn.Module) -> Iterator[nn.Module]:
-        # The module inside, because the engine's own forward pass announces a backward pass of the training.
-        with internals.gradients_to(self._engine, self._cleanup, take=lambda weight: None):
-            yield self._engine.module
-
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:
-        if internals.shards_optimizer(self._engine):
-            raise ValueError(
-                "fsam_precondition=True was set after the start with fsam_ascent_scope='rank', where no process "
-                "holds the second moment whole: set fsam_precondition=False, or begin with another fsam_ascent_scope."
-            )
-        return super()._second_moments(optimizer, weights)
-
-    @contextmanager
-    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        with super().perturbed(perturbation), self._around_step(before=self._swap.restore):
-            yield
-
-
-class _Flat:
-    """Some weights in the flat groups of ZeRO-1 and -2, of which each process owns one stretch. Stretches come as
-    lists, one for each group; shards are the parts of the weights that this process owns, views of its stretches."""
-
-    def __init__(self, engine: Any, weights: Sequence[Tensor]) -> None:
+    def __init__(self, engine: Any, weights: Sequence[Tensor], device: torch.device) -> None:
         self.groups, self._weights = internals.flat_groups(engine), weights
         self._state = internals.inner_optimizer(engine).state
         self._ranks = [torch.distributed.get_rank(group.processes) for group in self.groups]
@@ -183,7 +107,8 @@ class _Flat:
             for whole, group, rank in zip(wholes, self.groups, self._ranks, strict=True)
         ]
 
-    def shards(self, stretches: list[Tensor]) -> list[Tensor]:
+    def shards(self, stretches: list[Tensor] | None = None) -> list[Tensor]:
+        stretches = self.stretches if stretches is None else stretches
         return [
             stretches[index][begin : begin + part.stop - part.start]
             for weight in self._weights
@@ -217,9 +142,8 @@ class _Flat:
             yield index, owner, begin, slice(start, end)
             start = end
 
-    def accumulator(self) -> tuple[Callable[[list[Any], list[Tensor]], None], list[Tensor]]:
-        """What adds the mean over the processes of weights' gradients to the sums at their owners, and this process's
-        sums, one for each shard."""
+    def accumulator(self) -> tuple[Reduce, list[Tensor]]:
+        """What adds gradients up, and this process's sums: zeros, one for each shard."""
         sums = [torch.zeros_like(stretch) for stretch in self.stretches]
         return partial(self._reduce, sums=sums), self.shards(sums)
 
@@ -243,20 +167,132 @@ class _Flat:
             torch.distributed.all_gather_into_tensor(whole, stretch, group=group.processes)
 
 
-class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
+class _ShardsOfEach:
+    """What this process owns of the weights that are perturbed, at ZeRO-3: one shard of each."""
+
+    def __init__(self, engine: Any, weights: Sequence[Tensor], device: torch.device) -> None:
+        self._weights, self._device = weights, device
+
+    def shards(self) -> list[Tensor]:
+        return [internals.shard_of(weight) for weight in self._weights]
+
+    def moments(self, name: str) -> Iterator[Tensor]:
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        for weight in self._weights:  # one after the other: offloaded state visits the device
+            yield safe_get_local_optimizer_state(weight, name)
+
+    def accumulator(self) -> tuple[Reduce, list[Tensor]]:
+        """What adds gradients up, and this process's sums: zeros, one for each shard."""
+        zeros = [torch.zeros_like(shard, device=self._device) for shard in self.shards()]
+        sums = dict(zip(self._weights, zeros, strict=True))
+
+        def reduce(weights: list[Any], gradients: list[Tensor]) -> None:
+            for weight, part in zip(weights, internals.reduce_scatter(weights, gradients), strict=True):
+                sums[weight][: part.numel()] += part
+
+        return reduce, zeros
+
+
+class _DeepSpeedEngine(BaseEngine):
+    """What the engines for all stages have in common."""
+
+    _checked = False
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's, which is there when the training has begun: its names are checked when it is first used."""
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        if not self._checked:
+            internals.check_engine(engine)
+            self._checked = True
+        return engine
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * internals.loss_scale(self._engine)
+
+    def _around_step(
+        self, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[None]:
+        """Inside, DeepSpeed's step has `before` and `after` around it. They can't wait for the end of Accelerate's
+        `backward`, which steps."""
+        engine = self._engine
+        step = engine.step
+
+        def surrounded_step(*args: Any, **kwargs: Any) -> Any:
+            before()
+            result = step(*args, **kwargs)
+            after()
+            return result
+
+        return self._cleanup.replaced(engine, "step", surrounded_step)
+
+
+class WholeDeepSpeedEngine(_DeepSpeedEngine, LocalEngine):
+    """ZeRO-0 and, at stages 1 and 2, the scope `rank`: every process ascends, perturbs and restores on its own, with
+    gradient and backup whole, as under DDP."""
+
+    detached_weights_stay = True
+    forward_can_be_retried = gradients_whole = False  # DeepSpeed follows the passes with hooks of its own
+
+    @contextmanager
+    def no_sync_model(self, model: nn.Module) -> Iterator[nn.Module]:
+        # The module inside, because the engine's own forward pass announces a backward pass of the training.
+        with internals.gradients_to(self._engine, self._cleanup, take=lambda weight: None):
+            yield self._engine.module
+
+    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+        if internals.shards_optimizer(self._engine):
+            raise ValueError(
+                "fsam_precondition=True was set after the start with fsam_ascent_scope='rank', where no process "
+                "holds the second moment whole: set fsam_precondition=False, or begin with another fsam_ascent_scope."
+            )
+        return super()._second_moments(optimizer, weights)
+
+    @contextmanager
+    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+        with super().perturbed(perturbation), self._around_step(before=self._swap.restore):
+            yield
+
+
+class _ShardsEngine(_DeepSpeedEngine):
+    """ZeRO-1, -2 and -3: each process has the moments of its shards alone, and perturbs these."""
+
+    perturbs_shards = True
+    _shards: type[_FlatShards] | type[_ShardsOfEach]
+    _weights: Sequence[Any] = ()  # that are perturbed
+
+    @property
+    def _held(self) -> Any:  # of the class `_shards`
+        return self._shards(self._engine, self._weights, self.accelerator.device)
+
+    def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
+        self.settle()
+        self._weights = weights
+        if not internals.has_stepped(self._engine):
+            return None
+        held = self._held
+        shards = held.shards()
+        # A copy on the device where gradients would be. State and shards that are offloaded stay where they are.
+        moments = [
+            moment.to(self.accelerator.device, shard.dtype, copy=True).view_as(shard)
+            for moment, shard in zip(held.moments("exp_avg"), shards, strict=True)
+        ]
+        return Ascent(self._engine.module, lambda loss: None, shards, moments)
+
+    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterator[SecondMoment] | None:
+        if not internals.has_stepped(self._engine):
+            return None
+        return second_moments_of_shards(internals.inner_optimizer(self._engine), self._held.moments("exp_avg_sq"))
+
+
+class ReplicatedDeepSpeedEngine(_ShardsEngine, WholeDeepSpeedEngine):
     """ZeRO-1: weights and gradients are whole everywhere, as under DDP, and so are the perturbed weights. But each
     process has the moments, and so the direction, of its own stretch alone."""
 
     detached_weights_stay = True
     forward_can_be_retried = gradients_whole = False
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        super().__init__(accelerator)
-        self._weights: list[Any] = []
-
-    @property
-    def _flat(self) -> _Flat:
-        return _Flat(self._engine, self._weights)
+    _shards = _FlatShards
 
     @contextmanager
     def ascent(self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int) -> Iterator[Ascent]:
@@ -264,68 +300,42 @@ class ReplicatedDeepSpeedEngine(WholeDeepSpeedEngine):
             raise ValueError(RANK_SET_LATE)
         with super().ascent(model, weights, average=False, passes=passes) as ascent:
             yield ascent
-        self._weights = list(weights)
-        flat, gradient_of = self._flat, dict(zip(ascent.weights, ascent.gradients, strict=True))
-        reduce, ascent.gradients = flat.accumulator()
-        ascent.weights = flat.shards(flat.stretches)
+        self._weights = weights
+        held, gradient_of = self._held, dict(zip(ascent.weights, ascent.gradients, strict=True))
+        reduce, ascent.gradients = held.accumulator()
+        ascent.weights = held.shards()
         bucket = Bucket(internals.reduced_at_once(self._engine), reduce)
         for weight in weights:
-            gradient = gradient_of.pop(weight, None)  # which is let go of when it has been reduced
+            gradient = gradient_of.pop(weight, None)  # it is let go of when it has been reduced
             # Another process may have used this weight, and all have to take part in the reduction.
             bucket.add(weight, torch.zeros_like(weight) if gradient is None else gradient)
         bucket.flush()
 
-    def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
-        self._weights = list(weights)
-        return self._ascent_along(self._flat.moments("exp_avg"), self._flat.shards(self._flat.stretches))
-
-    def perturb(
-        self,
-        ascent: Ascent,
-        optimizer: Optimizer | None,
-        rho: float,
-        seed: int,
-        cotangents: list[Tensor],
-        direction: Direction | None,
-    ) -> Perturbation:
-        flat = self._flat
-        moments = self._moments_of_shards(optimizer, flat.moments("exp_avg_sq"))
-        result = perturb_shards(self.accelerator, ascent, rho, seed, directions(moments, direction))
+    def perturb(self, *args: Any, **kwargs: Any) -> Perturbation:
+        result, held = super().perturb(*args, **kwargs), self._held
         # θ+ε of all processes. Only the weights that are perturbed get values here, and only they are used.
-        wholes = [torch.empty_like(whole) for whole in flat.wholes]
-        for shard, value in zip(flat.shards(flat.owned(wholes)), result.values, strict=True):
+        wholes = [torch.empty_like(whole) for whole in held.wholes]
+        for shard, value in zip(held.shards(held.owned(wholes)), result.values, strict=True):
             shard.copy_(value)
-        flat.gather(wholes)
-        result.weights, result.values = self._weights, []
+        held.gather(wholes)
+        result.weights, result.values = list(self._weights), []
         for weight in self._weights:
-            index, begin = flat.place(weight)
+            index, begin = held.place(weight)
             result.values.append(wholes[index][begin : begin + weight.numel()].view_as(weight))
         return result
 
 
-class _ShardingEngine(_DeepSpeedEngine):
-    """ZeRO-2 and -3: each process perturbs the shards that it has the master weights of.
-
-    Ascent gradients are reduced to their owners as they arrive and added up there, in the weights' dtype. Nothing of
-    them enters ZeRO's own accumulators, and no process has them whole.
-    """
-
-    detached_weights_stay = False  # their memory is written to
-    forward_can_be_retried = gradients_whole = False
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self._cleanup = Cleanup()
-        self._weights: list[Any] = []  # that are perturbed
+class _ShardingEngine(_ShardsEngine):
+    """ZeRO-2 and -3: ascent gradients are reduced to their owners as they arrive and added up there, in the weights'
+    dtype. Nothing of them enters ZeRO's own accumulators, and no process has them whole."""
 
     @contextmanager
     def ascent(self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int) -> Iterator[Ascent]:
         if not average:
             raise ValueError(RANK_SET_LATE)
         self.settle()
-        self._weights, perturbed = list(weights), set(weights)
-        engine = self._engine
-        reduce, gradients = self._accumulator()
+        engine, self._weights, perturbed = self._engine, weights, set(weights)
+        reduce, gradients = self._held.accumulator()
         bucket = Bucket(internals.reduced_at_once(engine), reduce)
 
         def backward(loss: Tensor) -> None:
@@ -344,46 +354,10 @@ class _ShardingEngine(_DeepSpeedEngine):
             internals.gradients_to(engine, self._cleanup, take),
         ):
             yield ascent
-        ascent.weights, ascent.gradients = self._shards(), gradients
-
-    def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
-        self.settle()
-        self._weights = list(weights)
-        return self._ascent_along(self._moments("exp_avg"), self._shards())
-
-    def perturb(
-        self,
-        ascent: Ascent,
-        optimizer: Optimizer | None,
-        rho: float,
-        seed: int,
-        cotangents: list[Tensor],
-        direction: Direction | None,
-    ) -> Perturbation:
-        moments = self._moments_of_shards(optimizer, self._moments("exp_avg_sq"))
-        return perturb_shards(self.accelerator, ascent, rho, seed, directions(moments, direction))
-
-    def _shards(self) -> list[Tensor]:
-        """What this process owns of the weights."""
-        raise NotImplementedError
-
-    def _moments(self, name: str) -> Iterator[Tensor]:
-        """What the optimizer has under that name for each shard."""
-        raise NotImplementedError
-
-    def _accumulator(self) -> tuple[Callable[[list[Any], list[Tensor]], None], list[Tensor]]:
-        """What adds the mean over the processes of weights' gradients to the sums at their owners, and this process's
-        sums, one for each shard."""
-        raise NotImplementedError
+        ascent.weights, ascent.gradients = self._held.shards(), gradients
 
     def _end_backward(self) -> None:
-        """What DeepSpeed does after a backward pass of its own, where it has to be done after the ascent's."""
-
-    def restore(self) -> None:
-        self._cleanup.run()
-
-    def settle(self) -> None:
-        """Nothing, where no process holds what another one perturbs."""
+        """What DeepSpeed does after a backward pass of its own, where the ascent's needs it too."""
 
 
 class FlatDeepSpeedEngine(_ShardingEngine):
@@ -394,31 +368,22 @@ class FlatDeepSpeedEngine(_ShardingEngine):
     every weight anyway.
     """
 
+    detached_weights_stay = False  # their memory is written to
+    forward_can_be_retried = gradients_whole = False
+    _shards = _FlatShards
+
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self._own_moved = self._others_moved = False
 
-    @property
-    def _flat(self) -> _Flat:
-        return _Flat(self._engine, self._weights)
-
-    def _shards(self) -> list[Tensor]:
-        return self._flat.shards(self._flat.stretches)
-
-    def _moments(self, name: str) -> Iterator[Tensor]:
-        return self._flat.moments(name)
-
-    def _accumulator(self) -> tuple[Callable[[list[Any], list[Tensor]], None], list[Tensor]]:
-        return self._flat.accumulator()
-
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        flat = self._flat
+        held = self._held
         self._own_moved = self._others_moved = True
         with self._cleanup.after(self._put_back):
             for shard, value in zip(perturbation.weights, perturbation.values, strict=True):
                 shard.copy_(value)
-            flat.gather(flat.wholes)
+            held.gather(held.wholes)
             with self._around_step(after=self._overwritten):
                 yield
             self.settle()
@@ -430,48 +395,29 @@ class FlatDeepSpeedEngine(_ShardingEngine):
 
     def _put_back(self) -> None:
         if self._own_moved:
-            flat = self._flat
-            for stretch, group in zip(flat.stretches, flat.groups, strict=True):
+            held = self._held
+            for stretch, group in zip(held.stretches, held.groups, strict=True):
                 stretch.copy_(group.master.data)
             self._own_moved = False
 
     def settle(self) -> None:
         if self._others_moved:
             self._put_back()
-            flat = self._flat
-            flat.gather(flat.wholes)
+            held = self._held
+            held.gather(held.wholes)
             self._others_moved = False
 
 
 class ShardedDeepSpeedEngine(_ShardingEngine):
     """ZeRO-3: every process holds a shard of every weight, of its gradient and of the optimizer's state."""
 
+    detached_weights_stay = False  # they are gathered for a moment only, and from shards that are written to
+    forward_can_be_retried = gradients_whole = False
+    _shards = _ShardsOfEach
+
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
-        self._all: list[Any] = []  # weights of the model, those that are not trained too
         self._moved = False
-
-    def _shards(self) -> list[Tensor]:
-        self._all = list(self._engine.module.parameters())
-        return [internals.shard_of(weight) for weight in self._weights]
-
-    def _moments(self, name: str) -> Iterator[Tensor]:
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        for weight in self._weights:  # one after the other: offloaded state visits the device
-            yield safe_get_local_optimizer_state(weight, name)
-
-    def _accumulator(self) -> tuple[Callable[[list[Any], list[Tensor]], None], list[Tensor]]:
-        device = self.accelerator.device
-        sums = {
-            w: torch.zeros_like(shard, device=device) for w, shard in zip(self._weights, self._shards(), strict=True)
-        }
-
-        def reduce(weights: list[Any], gradients: list[Tensor]) -> None:
-            for weight, part in zip(weights, internals.reduce_scatter(weights, gradients), strict=True):
-                sums[weight][: part.numel()] += part
-
-        return reduce, list(sums.values())
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
@@ -485,7 +431,9 @@ class ShardedDeepSpeedEngine(_ShardingEngine):
 
     def restore(self) -> None:
         super().restore()
-        internals.release_gathered(self._all)  # what a pass that was broken off has gathered
+        if getattr(self.accelerator, "deepspeed_engine_wrapped", None) is not None:  # the training has begun
+            # What a pass that was broken off has gathered, of weights that are not trained too.
+            internals.release_gathered(self._engine.module.parameters())
 
     def _put_back(self) -> None:
         """From the master weights, of which the weights are the rounding: there is no backup."""

@@ -1,6 +1,6 @@
 """FSDP2 (`fully_shard`): weights, gradients and optimizer state are sharded DTensors between the passes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine, directions, perturb_shards
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
 from hf_fsam.optimizer_state import SecondMoment
-from hf_fsam.perturbation import Direction, Perturbation
+from hf_fsam.perturbation import Perturbation
 
 
 def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
@@ -47,6 +47,7 @@ class FSDPEngine(LocalEngine):
 
     detached_weights_stay = False  # whole weights are gathered, and may be gathered again into the same memory
     forward_can_be_retried = gradients_whole = False
+    perturbs_shards = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
@@ -90,20 +91,8 @@ class FSDPEngine(LocalEngine):
             return None
         return Ascent(model, self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
 
-    def perturb(
-        self,
-        ascent: Ascent,
-        optimizer: Optimizer | None,
-        rho: float,
-        seed: int,
-        cotangents: list[Tensor],
-        direction: Direction | None,
-    ) -> Perturbation:
-        moments = None if optimizer is None else self._second_moments(optimizer, self._weights)
-        return perturb_shards(self.accelerator, ascent, rho, seed, directions(moments, direction))
-
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:
-        moments = super()._second_moments(optimizer, weights)
+    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+        moments = super()._second_moments(optimizer, self._weights) or ()
         return [moment and replace(moment, average=_local(moment.average)) for moment in moments]
 
     @contextmanager

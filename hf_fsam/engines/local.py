@@ -1,6 +1,6 @@
 """One process, or DDP: every process holds every weight whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -10,14 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.engines.base import Ascent, Bucket, directions
+from hf_fsam.engines.base import Ascent, BaseEngine, Bucket
 from hf_fsam.optimizer_state import SecondMoment, check_keeps_second_moment, has_stepped, momenta, second_moments
-from hf_fsam.perturbation import Direction, Perturbation, WeightSwap, own_storage, perturb
+from hf_fsam.perturbation import Perturbation, WeightSwap
 
 _REDUCED_AT_ONCE = 1 << 23  # numbers in a bucket, about as many as in one of DDP's own
 
 
-class LocalEngine:
+class LocalEngine(BaseEngine):
     """Every process ascends on all of its weights, which then change places with θ+ε."""
 
     detached_weights_stay = True
@@ -25,8 +25,7 @@ class LocalEngine:
     gradients_whole = True
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self._cleanup = Cleanup()
+        super().__init__(accelerator)
         self._swap = WeightSwap()
         self._has_second_moment: Optimizer | None = None  # of which that is known
         self._has_stepped: Optimizer | None = None  # the same
@@ -99,21 +98,7 @@ class LocalEngine:
         scaler = self.accelerator.scaler
         return loss if scaler is None else scaler.scale(loss)
 
-    def perturb(
-        self,
-        ascent: Ascent,
-        optimizer: Optimizer | None,
-        rho: float,
-        seed: int,
-        cotangents: list[Tensor],
-        direction: Direction | None,
-    ) -> Perturbation:
-        generator = torch.Generator(self.accelerator.device).manual_seed(seed)
-        gradients = own_storage(ascent.gradients, cotangents)
-        moments = None if optimizer is None else self._second_moments(optimizer, ascent.weights)
-        return perturb(ascent.weights, gradients, rho, generator, directions(moments, direction))
-
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:
+    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
         if optimizer is not self._has_second_moment:  # preconditioning may be switched on in the middle of a training
             check_keeps_second_moment(optimizer)
             self._has_second_moment = optimizer
@@ -127,10 +112,7 @@ class LocalEngine:
 
     def restore(self) -> None:
         self._swap.restore()
-        self._cleanup.run()
-
-    def settle(self) -> None:
-        """:meth:`restore` has done all of it."""
+        super().restore()
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

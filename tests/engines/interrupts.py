@@ -1,8 +1,9 @@
-"""What each process of a test of interruptions runs: `distributed_interrupts.py FOLDER` trains what FOLDER/cases.json
-says, and strikes each line of hf_fsam/engines with a KeyboardInterrupt the first time that a step comes there.
+"""What each process of a test of interruptions runs: `python -m tests.engines.interrupts FOLDER` trains the cases that
+FOLDER/cases.json lists, and strikes each line of hf_fsam/engines with a KeyboardInterrupt the first time that a step
+comes there.
 
-Who is struck tries the same micro-batch again. Every traceback is kept, as in a notebook, and let go of in the second
-pass of the next step.
+A process that is struck tries the same micro-batch again. Every traceback is kept, as a notebook keeps it, and let go
+of in the second pass of the next step.
 """
 
 import gc
@@ -123,4 +124,4 @@ if __name__ == "__main__":
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # see distributed_worker
+    os._exit(0)  # as in worker.py

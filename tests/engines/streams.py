@@ -1,5 +1,5 @@
-"""What each process of a test of streams runs: `distributed_streams.py FOLDER` trains what FOLDER/cases.json says under
-ZeRO-3, on a CPU that DeepSpeed takes for a device with streams.
+"""What each process of a test of streams runs: `python -m tests.engines.streams FOLDER` trains the cases that
+FOLDER/cases.json lists under ZeRO-3, on a CPU that DeepSpeed takes for a device with streams.
 
 Every stream keeps a vector clock: for each stream, up to which of its operations this one comes after. An operation on
 a weight's shard ticks the clock of the stream that is current. On an accelerator a read that does not come after the
@@ -234,4 +234,4 @@ if __name__ == "__main__":
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # see distributed_worker
+    os._exit(0)  # as in worker.py

@@ -68,7 +68,7 @@ def test_memory_grows_by_a_shard_of_the_weights(engine: str, processes: int, tmp
     "engine",
     [pytest.param(e, marks=() if e in ("ddp", "zero2", "zero3", "fsdp2") else pytest.mark.slow) for e in ENGINES],
 )
-def test_no_more_than_twice_passes_between_the_processes(engine: str, tmp_path: Path) -> None:
+def test_a_step_sends_at_most_twice_the_plain_bytes(engine: str, tmp_path: Path) -> None:
     """What a step of `micro_batch` sends, and a window of `optimizer_step`."""
     for case, (split, plain) in run(tmp_path / "run", 2, ENGINES[engine]).items():
         assert plain.facts["bytes"] > 0

@@ -87,12 +87,12 @@ def test_the_engine_follows_stage_and_scope() -> None:
         ),
     ],
 )
-def test_under_deepspeed(change: dict[str, Any], named: str) -> None:
+def test_unsupported_settings_of_deepspeed_are_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         select(config(2) | change)
 
 
-def test_rank_scope_needs_what_it_reads_in_one_place() -> None:
+def test_rank_scope_is_refused_where_gradients_or_moments_are_sharded() -> None:
     with pytest.raises(ValueError, match=r"fsam_ascent_scope='rank' at ZeRO stage 3"):
         select(config(3), fsam_ascent_scope="rank", fsam_precondition=False)
     with pytest.raises(ValueError, match=r"'rank' with fsam_ascent_direction='momentum' at ZeRO stage 2"):
@@ -112,7 +112,7 @@ def test_rank_scope_needs_what_it_reads_in_one_place() -> None:
         ({"torch_compile": True}, "torch_compile"),
     ],
 )
-def test_under_fsdp(change: dict[str, Any], named: str) -> None:
+def test_unsupported_settings_of_fsdp_are_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         select_fsdp(**change)
 
@@ -190,7 +190,9 @@ def test_momentum_is_copied_to_the_device_of_the_gradients() -> None:
     moments, shards = [torch.ones(4, dtype=torch.float32)], [torch.zeros(2, 2, dtype=torch.bfloat16)]
     wrapper = SimpleNamespace(engine=wrapped("AdamW"))
     accelerator = SimpleNamespace(deepspeed_engine_wrapped=wrapper, device=torch.device("meta"))
-    ascent = ShardedDeepSpeedEngine(accelerator)._ascent_along(moments, shards)
+    engine: Any = ShardedDeepSpeedEngine(accelerator)
+    engine._shards = lambda *args: SimpleNamespace(shards=lambda: shards, moments=lambda name: moments)
+    ascent = engine.momentum(None, [], None)
     assert ascent is not None
     (copy,) = ascent.gradients
     assert (copy.device.type, copy.dtype, copy.shape) == ("meta", torch.bfloat16, (2, 2))
@@ -262,7 +264,7 @@ def test_what_has_been_cleaned_up_is_not_undone_later() -> None:
     assert owner.step == "the user's"
 
 
-def test_an_interrupted_cleanup_is_finished_by_the_next() -> None:
+def test_an_interrupted_cleanup_is_finished_by_the_next_one() -> None:
     cleanup, tries = Cleanup(), []
 
     def undo() -> None:

@@ -44,12 +44,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_gather_comes_after_what_was_written(case: str, watched: dict[str, dict[str, Any]]) -> None:
+def test_weights_are_gathered_after_their_shards_are_written(case: str, watched: dict[str, dict[str, Any]]) -> None:
     assert watched[case]["reads"] > 50
     assert watched[case]["races"] == {}
 
 
 @pytest.mark.parametrize("case", UNCURED)
-def test_without_the_engines_order_there_are_races(case: str, watched: dict[str, dict[str, Any]]) -> None:
+def test_without_the_engines_ordering_the_clocks_see_races(case: str, watched: dict[str, dict[str, Any]]) -> None:
     """Or the clocks see nothing."""
     assert any("written at deepspeed.py" in race for race in watched[f"{case} uncured"]["races"])

@@ -1,4 +1,5 @@
-"""What each process of a distributed test runs: `distributed_worker.py FOLDER` trains what FOLDER/cases.json says."""
+"""What each process of a distributed test runs: `python -m tests.engines.worker FOLDER` trains the cases that
+FOLDER/cases.json lists."""
 
 import gc
 import itertools

@@ -44,7 +44,26 @@ def test_epsilon_is_rho_times_the_unit_direction_over_all_weights_together(preco
     assert not result.skipped
 
 
-def test_large_tensors_are_worked_on_in_pieces_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directions_are_applied_in_turn_after_the_norm_that_is_logged() -> None:
+    weights, gradients = _pair((3, 4), (5,))
+    before = [g.clone() for g in gradients]
+
+    def adaptive(weights: list[Tensor], gradients: list[Tensor]) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            gradient.mul_(weight)
+
+    def second_alone(weights: list[Tensor], gradients: list[Tensor]) -> None:
+        gradients[0].zero_()
+
+    result = perturb(weights, gradients, 0.3, _generator(), [adaptive, second_alone])
+    direction = before[1] * weights[1]
+    assert torch.equal(result.values[0], weights[0])
+    torch.testing.assert_close(result.values[1], weights[1] + 0.3 * direction / direction.norm())
+    assert result.gradient_norm.item() == pytest.approx(norm(before).item())
+    assert result.radius.item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_large_tensors_are_perturbed_in_chunks_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perturb(*_pair((37, 5), (64,)), 0.1, _generator())
     monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
     pieces = perturb(*_pair((37, 5), (64,)), 0.1, _generator())
@@ -53,7 +72,7 @@ def test_large_tensors_are_worked_on_in_pieces_with_the_same_outcome(monkeypatch
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5, 0), (40,), (9, 4), (1, 37), (3, 2, 50), (2, 1, 1, 33), (17, 1)])
-def test_no_piece_is_longer_than_a_chunk_and_together_they_are_the_tensor(
+def test_chunks_have_a_greatest_length_and_make_up_the_tensor(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
@@ -65,7 +84,7 @@ def test_no_piece_is_longer_than_a_chunk_and_together_they_are_the_tensor(
     assert all(piece.data_ptr() == tensor.data_ptr() for piece in pieces[:1])  # views
 
 
-def test_tensors_on_two_devices_or_in_two_layouts_are_cut_alike() -> None:
+def test_tensors_on_two_devices_or_in_two_layouts_are_cut_at_the_same_places() -> None:
     """A shard that is offloaded, and its gradient: what is a chunk differs."""
     shape = (3, 1 << 19)
     offloaded, elsewhere = torch.empty(shape), torch.empty(shape, device="meta")
@@ -164,15 +183,15 @@ def test_numbers_that_need_no_rounding_are_kept() -> None:
     assert torch.equal(stochastic_round(y, torch.float32, _generator()), y)
 
 
-def test_the_exchange_is_exact_and_undone_by_any_exception() -> None:
+def test_the_swap_is_exact_and_undone_by_any_exception() -> None:
     weights, gradients = _pair((3, 4), (5,), dtype=torch.bfloat16)
     parameters = [torch.nn.Parameter(w) for w in weights]
     before, places = [p.detach().clone() for p in parameters], [p.data_ptr() for p in parameters]
     result = perturb(parameters, gradients, 1.0, _generator())
-    exchange = WeightSwap()
+    swap = WeightSwap()
 
     def interrupted() -> None:
-        with exchange(result):
+        with swap(result):
             assert not any(map(torch.equal, parameters, before))
             raise KeyboardInterrupt
 
@@ -180,7 +199,7 @@ def test_the_exchange_is_exact_and_undone_by_any_exception() -> None:
         interrupted()
     assert all(map(torch.equal, parameters, before))
     assert [p.data_ptr() for p in parameters] == places  # whoever holds a view of the weights still does
-    exchange.restore()
+    swap.restore()
     assert all(map(torch.equal, parameters, before))
 
 
