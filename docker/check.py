@@ -1,11 +1,12 @@
-"""Builds the image without Docker, and trains with it: each instruction of the Dockerfile in a clean system of its own.
+"""Builds the image without Docker and trains with it, by carrying out the Dockerfile in a clean system.
 
-    python docker/check.py    # Linux, as root, with debootstrap (apt-get install debootstrap); minutes
+    python docker/check.py    # Linux, as root, with debootstrap (apt-get install debootstrap); takes minutes
 
-Three things stand in for the real ones. Debian bookworm, made by debootstrap, for the CUDA image: Python 3.11, no CUDA.
-The CPU pins of constraints.txt for docker/constraints-gpu.txt. chroot for a container: other users and files, but the
-machine's own network and processes. So what it shows is that every step works from nothing, that nothing is missing
-from the context, and that the entry point trains as a user who is not root; a GPU it does not touch.
+Three things stand in for the real ones. Debian bookworm, made by debootstrap, replaces the CUDA image, so that there
+is Python 3.11 and no CUDA. The CPU pins of constraints.txt replace docker/constraints-gpu.txt. chroot replaces a
+container: users and files are separate, but network and processes are those of the machine. So this shows that every
+step works from nothing, that nothing is missing in the context, and that the entry point trains as a user who is not
+root. It does not use a GPU.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Docker's default
 HOST = "/host"  # where files of this machine that pip is configured with appear in the image
-OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the recipes that are run here promise to need nothing
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the recipes that are run here need no network
 FEW_STEPS = ["--max_steps", "4", "--eval_steps", "4", "--validation_blocks", "8"]
 
 
@@ -34,7 +35,7 @@ FEW_STEPS = ["--max_steps", "4", "--eval_steps", "4", "--validation_blocks", "8"
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(name, the rest) of each, comments left out and continued lines joined."""
+    """(name, the rest) of each instruction, without comments and with continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", "")
     return [(name.upper(), rest.strip()) for name, rest in (line.split(maxsplit=1) for line in joined.splitlines())]
@@ -89,7 +90,7 @@ def pip_settings() -> tuple[dict[str, str], list[Path]]:
 
 @dataclass
 class Image:
-    """A folder that the instructions fill, and what they set besides."""
+    """A folder that the instructions fill, and the settings that they make."""
 
     folder: Path
     build_args: dict[str, str]
@@ -104,7 +105,7 @@ class Image:
         proxies = {key: value for key, value in os.environ.items() if key.lower().endswith("_proxy")}
         self.machine_env = {**proxies, **pip}
         self.binds = {path: f"{HOST}{path}" for path in named}
-        # Docker, too, lays files of its own over these two.
+        # Docker, too, mounts files of its own over the first two.
         self.binds |= {Path(path): path for path in ("/etc/resolv.conf", "/etc/hosts", "/dev")}
 
     def apply(self, name: str, rest: str) -> None:
@@ -132,7 +133,9 @@ class Image:
             case "ENTRYPOINT":
                 self.entrypoint = json.loads(rest)
             case _:
-                raise ValueError(f"docker/check.py does not know the instruction {name}: teach it, or do without.")
+                raise ValueError(
+                    f"docker/check.py does not know the instruction {name}: add it to Image.apply, or leave it out."
+                )
 
     def expand(self, text: str) -> str:
         return string.Template(text).substitute(self.args | self.env)
@@ -142,7 +145,7 @@ class Image:
         return self.folder / str(PurePosixPath("/", self.workdir, path)).lstrip("/")
 
     def copy(self, source: str, target: str) -> None:
-        """Of a folder the content, as Docker does; a file into `target/`, or as `target`."""
+        """Copies as Docker does: of a folder its content, and a file into `target/` or as `target`."""
         patterns = ignore_patterns()
         if source.startswith("--") or ignored(source, patterns):
             raise ValueError(f"COPY {source}: an option that docker/check.py does not know, or out of the context.")
@@ -163,7 +166,7 @@ class Image:
         variables = {"HOME": home} | self.env | (env or {})
         chroot = ["chroot", f"--userspec={self.user}", "--", str(self.folder), "/usr/bin/env", "-i"]
         chroot += [f"--chdir={self.workdir}", *(f"{key}={value}" for key, value in variables.items()), *command]
-        # The mounts are seen by this command only and end with it: removing the folder can never reach through them.
+        # The mounts exist for this command only and end with it, so that removing the folder can't reach through them.
         lines = ["set -e", *self.mounts(), f"exec {shlex.join(chroot)}"]
         unshared = ["unshare", "--mount", "--", "/bin/sh", "-c", "\n".join(lines)]
         done = subprocess.run(unshared, check=True, text=True, stdout=subprocess.PIPE if capture else None)
@@ -197,7 +200,7 @@ def build(image: Image) -> None:
 
 
 def check(image: Image) -> None:
-    """Asserts what the image promises."""
+    """Asserts what the image is to provide."""
     user = image.run(["whoami"], capture=True).strip()
     assert user == image.user != "root", f"The entry point runs as {user}."
     leftovers = [*image.inside("/var/lib/apt/lists").glob("*Packages*"), *image.inside("/root/.cache").glob("*")]

@@ -1,4 +1,4 @@
-"""The image's entry point: runs the recipe that a configuration is for, on every GPU that is visible."""
+"""The entry point of the image: runs the recipe that a configuration is for, on every visible GPU."""
 
 import os
 import shlex
@@ -8,14 +8,15 @@ from pathlib import Path
 import yaml
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# What every configuration of a recipe says, and none of the other's can: which model to make, or to start from.
+# Keys that the configurations of one recipe have and those of the other can't have: the model to make or to start from.
 TELLTALES = {"pretrain.py": ("architecture", "model_config"), "finetune.py": ("model_name_or_path",)}
 
 USAGE = """\
 usage: docker run --rm --gpus all --ipc=host -v "$PWD/outputs:/app/outputs" IMAGE CONFIG.yaml [--name value ...]
 
-Everything behind the configuration goes to its recipe; `CONFIG.yaml --help` lists what it takes. More than one GPU: one
-process each. Results appear in outputs/; `-v hf-fsam-cache:/cache` keeps downloads and prepared data.
+Everything after the configuration is passed to its recipe; `CONFIG.yaml --help` lists the arguments. With several GPUs
+there is one process for each. Results appear in outputs/, and `-v hf-fsam-cache:/cache` keeps downloads and prepared
+data.
 """
 
 
@@ -26,8 +27,8 @@ def recipe_of(config: Path) -> str:
     """The script that `config` is for.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no configuration of exactly one recipe.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not the configuration of exactly one recipe.
     """
     if not config.is_file():
         raise FileNotFoundError(f"The configuration {str(config)!r} does not exist.")
@@ -45,7 +46,7 @@ def recipe_of(config: Path) -> str:
 
 
 def command(argv: list[str], gpus: int) -> list[str]:
-    """What to execute for `argv = [CONFIG.yaml, ...]`."""
+    """The command line to execute for `argv = [CONFIG.yaml, ...]`."""
     script = str(RECIPES / recipe_of(Path(argv[0])))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     return [sys.executable, *launcher, script, *argv]
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    import torch  # seconds, so not for a usage message
+    import torch  # here, since it takes seconds that the usage message does not need
 
     try:
         line = command(argv, torch.cuda.device_count())
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
             'build the image with --build-arg UID="$(id -u)".'
         )
     print("+", shlex.join(line), flush=True)
-    os.execv(line[0], line)  # in place of this process: Ctrl-C reaches the training, its exit status is the container's
+    os.execv(line[0], line)  # replaces this process, so that Ctrl-C and the exit status are the training's
 
 
 if __name__ == "__main__":
