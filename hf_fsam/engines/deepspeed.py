@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fsam.engines import deepspeed_internals as internals
+import hf_fsam.engines.deepspeed_internals as internals
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, BaseEngine, Bucket, Engine
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
 from hf_fsam.optimizer_state import SecondMoment, second_moments_of_shards
