@@ -70,17 +70,29 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
     found, averages = [], []
     for weight in weights:
         state = optimizer.state.get(weight, {})
-        average = state.get("exp_avg", state.get("momentum_buffer"))
+        average = state[momentum_name(optimizer, state)] if state else None
         if average is not None:
             found.append(weight)
             averages.append(average.to(weight.device, weight.dtype, copy=True))
-        elif state:
-            raise ValueError(
-                f"fsam_ascent_direction='momentum': {type(optimizer).__name__} has none (no 'exp_avg' and no "
-                f"'momentum_buffer' in its state, which is {sorted(state)}). Choose an optimizer that has one, or "
-                "fsam_ascent_direction='gradient'."
-            )
     return found, averages
+
+
+def momentum_name(optimizer: Optimizer, state: dict[str, Any] | None = None) -> str:
+    """The name of the momentum in a weight's `state`; None: in that of any weight that has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if state is None:
+        state = next((each for each in optimizer.state.values() if each), {})
+    for name in ("exp_avg", "momentum_buffer"):
+        if name in state:
+            return name
+    raise ValueError(
+        f"fsam_ascent_direction='momentum': {type(optimizer).__name__} has none (no 'exp_avg' and no 'momentum_buffer' "
+        f"in its state, which is {sorted(state)}). Choose an optimizer that has one, or "
+        "fsam_ascent_direction='gradient'."
+    )
 
 
 def second_moments(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[SecondMoment | None]:

@@ -169,16 +169,19 @@ class CleanPass(Pass):
     Args:
         unperturbed: the head at the weights of this pass, shared by all passes at the same weights.
         stops_at_boundary: the graph begins at the boundary, and :meth:`differentiate` is the backward pass.
+        records: False for a pass that gives an ascent gradient and nothing else.
 
     Attributes:
         crossings: in the order of the forward pass.
         nodes: the autograd nodes of what crossed, while the pass lasts.
     """
 
-    def __init__(self, unperturbed: UnperturbedHead | None = None, *, stops_at_boundary: bool = False) -> None:
+    def __init__(
+        self, unperturbed: UnperturbedHead | None = None, *, stops_at_boundary: bool = False, records: bool = True
+    ) -> None:
         super().__init__()
         self.unperturbed = unperturbed or UnperturbedHead()
-        self.stops_at_boundary = stops_at_boundary
+        self.stops_at_boundary, self.records = stops_at_boundary, records
         self.crossings: list[Crossing] = []
         self.nodes: set[Any] = set()
         self._leaves: list[Tensor] = []
@@ -206,6 +209,8 @@ class CleanPass(Pass):
 
     def record(self, crossing: Crossing, cotangent: Tensor) -> None:
         """∂(scaled loss)/∂z has arrived at `crossing`."""
+        if not self.records:
+            return
         crossing.early += self.in_compute_loss
         # Two crossings can be handed one and the same tensor (z₁ + z₂), and a second pass scales in place.
         others = [other.data_ptr() for each in self.crossings for other in each.cotangents]
@@ -224,7 +229,7 @@ class CleanPass(Pass):
         """
         self.nodes.clear()
         self._leaves.clear()
-        if not any(crossing.reached for crossing in self.crossings):
+        if self.records and not any(crossing.reached for crossing in self.crossings):
             raise ValueError(
                 f"in this batch nothing crossed the boundary {name!r} on the way from the weights to the loss, so "
                 "there is no cotangent to record: name the module that makes the logits with fsam_boundary. (A model "

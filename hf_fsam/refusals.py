@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from hf_fsam.heads.trl import has_unknown_fused_head
+
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.DEEPSPEED,
@@ -116,8 +118,6 @@ def _cuda_graphs(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
     """How the loss comes about."""
-    # Here, because heads import from engines, which import this module.
-    from hf_fsam.heads.trl import has_unknown_fused_head
 
     if args.use_liger_kernel:
         yield (

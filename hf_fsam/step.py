@@ -354,10 +354,12 @@ class SplitStep:
                     ascended = self.trainer.fsam_ascent_inputs(batch.inputs)
                     if ascended is not batch.inputs:
                         with fsam.uncounted(model):
-                            self._run(CleanPass(unperturbed), call, ascent.model, ascended, backward)
+                            self._run(CleanPass(unperturbed, records=False), call, ascent.model, ascended, backward)
                         batch.random.restore()
                         backward = None
-                batch.clean = CleanPass(unperturbed, stops_at_boundary=backward is None)
+                # The cotangents of `logit` are those at θ+ε.
+                records = backward is None or args.fsam_variant != "logit"
+                batch.clean = CleanPass(unperturbed, stops_at_boundary=backward is None, records=records)
                 self._run(batch.clean, call, ascent.model, batch.inputs, backward)
                 if args.fsam_offload_hidden_states:
                     batch.clean.offload()

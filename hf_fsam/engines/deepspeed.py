@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 import hf_fsam.engines.deepspeed_internals as internals
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, BaseEngine, Bucket, Engine
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
-from hf_fsam.optimizer_state import SecondMoment, second_moments_of_shards
+from hf_fsam.optimizer_state import SecondMoment, momentum_name, second_moments_of_shards
 from hf_fsam.perturbation import Perturbation
 
 
@@ -255,15 +255,18 @@ class WholeDeepSpeedEngine(_DeepSpeedEngine, LocalEngine):
             yield
 
 
-class _ShardsEngine(_DeepSpeedEngine):
+_Shards = TypeVar("_Shards", _FlatShards, _ShardsOfEach)
+
+
+class _ShardsEngine(_DeepSpeedEngine, Generic[_Shards]):
     """ZeRO-1, -2 and -3: each process has the moments of its shards alone, and perturbs these."""
 
     perturbs_shards = True
-    _shards: type[_FlatShards] | type[_ShardsOfEach]
+    _shards: type[_Shards]
     _weights: Sequence[Any] = ()  # that are perturbed
 
     @property
-    def _held(self) -> Any:  # of the class `_shards`
+    def _held(self) -> _Shards:
         return self._shards(self._engine, self._weights, self.accelerator.device)
 
     def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
@@ -271,12 +274,12 @@ class _ShardsEngine(_DeepSpeedEngine):
         self._weights = weights
         if not internals.has_stepped(self._engine):
             return None
-        held = self._held
+        held, name = self._held, momentum_name(internals.inner_optimizer(self._engine))
         shards = held.shards()
         # A copy on the device where gradients would be. State and shards that are offloaded stay where they are.
         moments = [
             moment.to(self.accelerator.device, shard.dtype, copy=True).view_as(shard)
-            for moment, shard in zip(held.moments("exp_avg"), shards, strict=True)
+            for moment, shard in zip(held.moments(name), shards, strict=True)
         ]
         return Ascent(self._engine.module, lambda loss: None, shards, moments)
 
@@ -286,7 +289,7 @@ class _ShardsEngine(_DeepSpeedEngine):
         return second_moments_of_shards(internals.inner_optimizer(self._engine), self._held.moments("exp_avg_sq"))
 
 
-class ReplicatedDeepSpeedEngine(_ShardsEngine, WholeDeepSpeedEngine):
+class ReplicatedDeepSpeedEngine(_ShardsEngine[_FlatShards], WholeDeepSpeedEngine):
     """ZeRO-1: weights and gradients are whole everywhere, as under DDP, and so are the perturbed weights. But each
     process has the moments, and so the direction, of its own stretch alone."""
 
@@ -325,7 +328,7 @@ class ReplicatedDeepSpeedEngine(_ShardsEngine, WholeDeepSpeedEngine):
         return result
 
 
-class _ShardingEngine(_ShardsEngine):
+class _ShardingEngine(_ShardsEngine[_Shards]):
     """ZeRO-2 and -3: ascent gradients are reduced to their owners as they arrive and added up there, in the weights'
     dtype. Nothing of them enters ZeRO's own accumulators, and no process has them whole."""
 
@@ -360,7 +363,7 @@ class _ShardingEngine(_ShardsEngine):
         """What DeepSpeed does after a backward pass of its own, where the ascent's needs it too."""
 
 
-class FlatDeepSpeedEngine(_ShardingEngine):
+class FlatDeepSpeedEngine(_ShardingEngine[_FlatShards]):
     """ZeRO-2: weights are whole everywhere, gradients are not. Each process perturbs the stretch that it owns, and the
     stretches are gathered as after an optimizer step.
 
@@ -408,7 +411,7 @@ class FlatDeepSpeedEngine(_ShardingEngine):
             self._others_moved = False
 
 
-class ShardedDeepSpeedEngine(_ShardingEngine):
+class ShardedDeepSpeedEngine(_ShardingEngine[_ShardsOfEach]):
     """ZeRO-3: every process holds a shard of every weight, of its gradient and of the optimizer's state."""
 
     detached_weights_stay = False  # they are gathered for a moment only, and from shards that are written to

@@ -127,7 +127,7 @@ class CleanCall(HeadCall):
         fused = self._take(z, rows)
         fused.targets, fused.counted, fused.smoothing = targets, counted, smoothing
         differentiated = torch.is_grad_enabled() and z.requires_grad and not self._clean.stops_at_boundary
-        cache = self._clean.unperturbed.cotangents
+        cache = self._clean.unperturbed.cotangents if self._clean.records else None
         if differentiated and cache is not None:
             fused.cached = cache.take(len(fused.hidden), self._weight, self.dtype)
         # The list gives them up when they are handed on: autograd takes over the memory of a gradient with one owner.
