@@ -47,6 +47,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "scheduled": VARIANTS["functional"] | {"lr_scheduler_type": "linear", "warmup_steps": 1},
     "checkpointed": VARIANTS["preconditioned"] | {"gradient_checkpointing": True},
     "momentum": VARIANTS["preconditioned"] | {"fsam_ascent_direction": "momentum", "gradient_accumulation_steps": 2},
+    "sgd_momentum": VARIANTS["functional"]
+    | {"fsam_ascent_direction": "momentum", "optim": "sgd", "optim_args": "momentum=0.9"},
     "every_second": VARIANTS["functional"] | {"fsam_every_steps": 2},
     "logits": VARIANTS["functional"] | {"fsam_fused_head": False, "gradient_accumulation_steps": 2},
     "reads": VARIANTS["functional"] | {"reads": True, "gradient_accumulation_steps": 2},
@@ -199,7 +201,10 @@ def _reference_weights(case: str) -> tuple[Tensors, Tensors]:
         return step / warmup if step < warmup else (total - step) / (total - warmup)
 
     def optimizer_factory(model: torch.nn.Module) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(reference.trainable(model).values(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+        weights = reference.trainable(model).values()
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(weights, lr=1e-2, eps=1e-3, weight_decay=0.0)
+        if settings.get("optim") == "sgd":
+            optimizer = torch.optim.SGD(weights, lr=1e-2, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
         return optimizer
