@@ -41,8 +41,9 @@ class Seam(_AnyTrainer):
         return inputs
 
     def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
-        """Whether ε moves this trainable weight, `name` in `model.named_parameters()`. ρ is the norm over those that it
-        moves; the others get their gradient J(θ+ε)ᵀu(θ) as well. Default: all of them."""
+        """Whether ε moves this trainable weight, `name` in `model.named_parameters()`; to be answered alike on all
+        processes. ρ is the norm over those that it moves; the others get their gradient J(θ+ε)ᵀu(θ) as well. Default:
+        all of them."""
         return True
 
     def fsam_direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

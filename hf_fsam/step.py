@@ -65,7 +65,7 @@ class MicroBatch:
 
 @dataclass
 class Window:
-    """The micro-batches that share one ascent and wait for their second passes, and the perturbation it gave.
+    """The micro-batches that share one ascent and wait for their second passes, and the perturbation that it gave.
 
     Attributes:
         of_gradient: the ascent went along their gradient, not along the momentum.
@@ -88,7 +88,7 @@ class FunctionalSAM:
         probes: diagnostics that want to see the batches.
         current_pass: the pass that `compute_loss` is called in; None outside of a split step.
         batches: what the Trainer fetched for this optimizer step; None where `training_step` is called by hand.
-        window: that still waits for second passes.
+        window: the one whose micro-batches still wait for second passes.
         micro_step: how many micro-batches of this optimizer step have ended.
         training: inside of `train`.
         entered: `training_step` was called.
@@ -153,7 +153,7 @@ class FunctionalSAM:
             self.means.count_step()
 
     def drop(self) -> None:
-        """Forget a step that was broken off: all that belongs to the user is as it was before."""
+        """Forget a step that was broken off. All that belongs to the user is as it was before it."""
         self.cleanup.run()
         if self._engine is not None:
             self._engine.restore()
@@ -162,8 +162,8 @@ class FunctionalSAM:
         self.means.clear()
 
     def settle(self) -> None:
-        """Before the weights are used outside of a step, which all processes do together: an exception may have left
-        some of other processes' shards at θ+ε."""
+        """Call it before the weights are used outside of a step, on all processes together. An exception may have left
+        other processes' shards at θ+ε."""
         if self._engine is not None:
             self._engine.settle()
 
@@ -187,7 +187,7 @@ class FunctionalSAM:
 
     @contextmanager
     def uncounted(self, model: nn.Module) -> Iterator[None]:
-        """What a pass over a batch counts beside its loss, another pass over it has counted or will count."""
+        """A pass inside counts nothing beside its loss, because another pass over the same batch does."""
         with self.cleanup.after(running_statistics(model)), self.cleanup.after(Counters(self.trainer).restore):
             yield
 
@@ -209,12 +209,12 @@ class FunctionalSAM:
 
 
 class SplitStep:
-    """The step of one micro-batch. Inside of it, as a context manager, each call of the trainer's `compute_loss` is
-    split; when it ends, the weights are at θ.
+    """The step of one micro-batch. It is a context manager: inside, each call of the trainer's `compute_loss` is split,
+    and afterwards the weights are at θ.
 
     Args:
         fetched: the micro-batch, as `training_step` got it.
-        num_items: that share a loss, as the Trainer counts them.
+        num_items: how many items share a loss, as the Trainer counts them.
     """
 
     def __init__(self, fsam: FunctionalSAM, fetched: dict[str, Any], num_items: Tensor | int | None) -> None:
@@ -243,8 +243,8 @@ class SplitStep:
         self._contexts.__exit__(kind, error, traceback)
 
     def _splitting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        """`compute_loss`, whether the parent's, a subclass's or one set on the instance, with its gradient split. An
-        exception comes out where the parent's step calls it, and can be caught there."""
+        """`compute_loss` with its gradient split, whether it is the parent's, a subclass's or one set on the instance.
+        An exception comes out where the parent's step calls it, and can be caught there."""
 
         @functools.wraps(compute_loss)
         def split(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +252,7 @@ class SplitStep:
                 return compute_loss(model, inputs, *args, **kwargs)
 
             second_pass_runs = self.second is not None and not self.second.backward_ended
-            if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation inside of the parent's step
+            if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation in the parent's step
                 if self.second is not None:
                     self._contexts.close()  # at θ
                 return call(model, inputs)
@@ -265,8 +265,8 @@ class SplitStep:
         return split
 
     def _compute_loss(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The clean passes, where they are due; the perturbation; and the result of the second pass, which the parent's
-        step goes on with. The weights stay at θ+ε until the step ends."""
+        """Make the clean passes, if they are due, and the perturbation, and return the result of the second pass, with
+        which the parent's step goes on. The weights stay at θ+ε until the step ends."""
         if self.second is not None:
             raise RuntimeError(CALLED_TWICE)
         fsam, engine = self.fsam, self.fsam.engine
@@ -295,22 +295,13 @@ class SplitStep:
     # ---- Ascent ----
 
     def _ascend(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Window:
-        """Clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
+        """Make the clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
         fsam, trainer, args, engine = self.fsam, self.trainer, self.trainer.args, self.fsam.engine
         fetched = (args.fsam_ascent_scope == "optimizer_step" and fsam.batches) or [self.fetched]
         waiting = [
             MicroBatch(each, inputs if each is self.fetched else trainer._prepare_inputs(each)) for each in fetched
         ]
-        momentum = None
-        if args.fsam_ascent_direction == "momentum":
-            momentum = engine.momentum(model, fsam.perturbed_weights(), trainer.optimizer)
-            if momentum is None and trainer.state.global_step > 1:
-                logger.warning_once(
-                    "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has; a "
-                    "loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes "
-                    "two passes: choose an optimizer with one (SGD with momentum=0.9, Adam), or "
-                    "fsam_ascent_direction='gradient'."
-                )
+        momentum = self._momentum(model) if args.fsam_ascent_direction == "momentum" else None
         counters, head = Counters(trainer), fsam.boundary.head
         deferring = head is not None and not head.off
         try:
@@ -334,11 +325,24 @@ class SplitStep:
         fsam.window = Window(waiting, perturbation, of_gradient=momentum is None)
         return fsam.window
 
+    def _momentum(self, model: nn.Module) -> Ascent | None:
+        """To ascend along; None where the optimizer has none yet, as in the first step."""
+        trainer = self.trainer
+        momentum = self.fsam.engine.momentum(model, self.fsam.perturbed_weights(), trainer.optimizer)
+        if momentum is None and trainer.state.global_step > 1:
+            logger.warning_once(
+                "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has one, and "
+                "a loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes two "
+                "passes: choose an optimizer with a momentum (SGD with momentum=0.9, Adam), or "
+                "fsam_ascent_direction='gradient'."
+            )
+        return momentum
+
     def _clean_passes(
         self, call: Callable[..., Any], model: nn.Module, waiting: list[MicroBatch], momentum: Ascent | None
     ) -> Ascent:
-        """A clean pass for each micro-batch of a window. With a `momentum` to ascend along, their backward passes stop
-        at the boundary."""
+        """Make a clean pass for each micro-batch of a window. If there is a `momentum` to ascend along, the backward
+        passes stop at the boundary."""
         fsam, engine, args = self.fsam, self.fsam.engine, self.trainer.args
         unperturbed = UnperturbedHead(engine.detached_weights_stay, fsam.cotangent_cache)
         ascents: AbstractContextManager[Ascent] = nullcontext(momentum)  # type: ignore[arg-type]
@@ -373,7 +377,7 @@ class SplitStep:
         inputs: dict[str, Any],
         backward: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """The forward and the backward pass of `clean`; without `backward`, only back to the boundary."""
+        """Run the forward and the backward pass of `clean`; without `backward`, the latter stops at the boundary."""
         with self.fsam.boundary.running(clean):
             result = call(model, batches.copied(inputs))
             loss = clean.take_loss(result[0] if isinstance(result, tuple) else result)
@@ -387,7 +391,7 @@ class SplitStep:
                     backward(loss)
 
     def _take(self, window: Window, inputs: dict[str, Any]) -> MicroBatch:
-        """The micro-batch of this step out of those that have had their clean pass."""
+        """Take the micro-batch of this step out of those that have had their clean pass."""
         batch = next((each for each in window.waiting if each.fetched is self.fetched), None)
         if batch is not None:
             window.waiting.remove(batch)
