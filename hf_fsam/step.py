@@ -332,8 +332,8 @@ class SplitStep:
         if momentum is None and trainer.state.global_step > 1:
             logger.warning_once(
                 "fsam_ascent_direction='momentum': the optimizer has none yet. SGD without momentum never has one, and "
-                "a loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes two "
-                "passes: choose an optimizer with a momentum (SGD with momentum=0.9, Adam), or "
+                "a loss scaler may have skipped its first steps. The ascent is along the gradient, and a step takes "
+                "two passes: choose an optimizer with a momentum (SGD with momentum=0.9, Adam), or "
                 "fsam_ascent_direction='gradient'."
             )
         return momentum
