@@ -21,7 +21,7 @@ from transformers.utils import logging
 from hf_fsam import FSAMTrainer, passes, perturbation
 from hf_fsam.heads import fused_head
 from tests.toys import llama, make_trainer
-from tests.unit.test_boundary import ROWS, _Headless
+from tests.unit.test_find_boundary import ROWS, _Headless
 
 VARIANTS = ["sam", "functional", "logit"]
 NOT_OURS = (type, ModuleType, FunctionType, nn.Module, Tensor, Trainer, TrainingArguments, Accelerator, Optimizer)

@@ -41,7 +41,7 @@ from tests.engines.test_selection import config, select, select_fsdp
 from tests.tools.test_compare import RECIPE
 from tests.toys import VOCABULARY, llama, make_trainer
 from tests.unit.test_arguments import _Lion
-from tests.unit.test_boundary import ROWS, _Headless
+from tests.unit.test_find_boundary import ROWS, _Headless
 
 PACKAGE = Path(hf_fsam.__file__).parent
 Run = Callable[[Path], Any]
