@@ -1,4 +1,4 @@
-"""Which module is the boundary: the one that is found, the one that `fsam_boundary` names, or an error with candidates."""
+"""Which module is the boundary: the one that is found or that `fsam_boundary` names; or an error with candidates."""
 
 import copy
 import functools
@@ -183,7 +183,7 @@ def weights_past(loss: Tensor, boundary: set[object], model: nn.Module) -> set[s
 
 
 @pytest.mark.parametrize(("name", "settings", "inputs"), ALONE, ids=[name for name, _, _ in ALONE])
-def test_every_weight_reaches_the_loss_through_the_head_that_is_found(name: str, settings: dict, inputs: dict) -> None:
+def test_no_weight_reaches_the_loss_past_the_head_that_is_found(name: str, settings: dict, inputs: dict) -> None:
     model_class = getattr(tf, name)
     model = model_class(model_class.config_class(**settings))
     crossings: set[object] = set()
