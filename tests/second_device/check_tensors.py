@@ -8,14 +8,12 @@ from tests.second_device.device import host_waits  # before transformers
 
 # isort: split
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
 from hf_fsam.optimizer_state import SecondMoment, has_stepped, momenta, precondition
-from hf_fsam.perturbation import perturb
+from hf_fsam.perturbation import Direction, perturb
 
 RHO, BETA, EPS = 0.3, 0.9, 1e-3
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # ε is 1e-4; the CPU's norm of 2²² numbers, float32 all along, is off by 6e-5
@@ -42,10 +40,14 @@ def device_generator() -> torch.Generator:
     return torch.Generator("npu").manual_seed(0)
 
 
+def divided_by(moments: list[SecondMoment]) -> Direction:
+    return lambda weights, gradients: precondition(gradients, moments)
+
+
 @pytest.mark.parametrize("place", ["cpu", "npu"])
 def test_weights_are_perturbed_where_they_are(place: str) -> None:
     weights, gradients = drawn(0, 0.02), drawn(1)
-    result = perturb(to(place, weights), to("npu", gradients), None, RHO, device_generator())
+    result = perturb(to(place, weights), to("npu", gradients), RHO, device_generator())
     for value, wanted in zip(result.values, away(weights, gradients), strict=True):
         assert value.device.type == "npu"
         torch.testing.assert_close(value.cpu().double(), wanted, **CLOSE)
@@ -56,7 +58,7 @@ def test_weights_are_perturbed_where_they_are(place: str) -> None:
 def test_in_bfloat16_the_radius_is_kept(place: str) -> None:
     weights = [w.bfloat16() for w in drawn(0, 0.02)]
     gradients = [g.bfloat16() for g in drawn(1)]
-    result = perturb(to(place, weights), to("npu", gradients), None, RHO, device_generator())
+    result = perturb(to(place, weights), to("npu", gradients), RHO, device_generator())
     moved = [value.cpu().double() - w.double() for value, w in zip(result.values, weights, strict=True)]
     epsilon = [a - w.double() for a, w in zip(away(weights, gradients), weights, strict=True)]
     along = sum(float(torch.dot(m.flatten(), e.flatten())) for m, e in zip(moved, epsilon, strict=True)) / RHO
@@ -73,8 +75,7 @@ def test_gradients_are_preconditioned_by_moments_where_those_are(place: str, ste
     directions = [
         g.double() / ((v.double() / (1 - BETA**3)).sqrt() + EPS) for g, v in zip(gradients, averages, strict=True)
     ]
-    divide = partial(precondition, moments=moments)
-    result = perturb(to(place, weights), to("npu", gradients), divide, RHO, device_generator())
+    result = perturb(to(place, weights), to("npu", gradients), RHO, device_generator(), [divided_by(moments)])
     for value, wanted in zip(result.values, away(weights, directions), strict=True):
         torch.testing.assert_close(value.cpu().double(), wanted, **CLOSE)
 
@@ -99,7 +100,7 @@ def test_momentum_comes_to_the_weights_device_from_where_it_is() -> None:
     assert has_stepped(optimizer)
     found, copies = momenta(optimizer, weights)
     assert all(a is b for a, b in zip(found, weights, strict=True))
-    result = perturb(found, copies, None, RHO, device_generator())
+    result = perturb(found, copies, RHO, device_generator())
     for value, wanted in zip(result.values, away(drawn(0, 0.02), averages), strict=True):
         torch.testing.assert_close(value.cpu().double(), wanted, **CLOSE)
     assert all(torch.equal(a, b) for a, b in zip(averages, drawn(1), strict=True))  # the optimizer's own stay
@@ -107,7 +108,7 @@ def test_momentum_comes_to_the_weights_device_from_where_it_is() -> None:
 
 def test_a_momentum_on_the_device_perturbs_weights_on_the_host() -> None:
     weights, averages = drawn(0, 0.02), drawn(1)
-    result = perturb(weights, to("npu", averages), None, RHO, device_generator())
+    result = perturb(weights, to("npu", averages), RHO, device_generator())
     for value, wanted in zip(result.values, away(weights, averages), strict=True):
         torch.testing.assert_close(value.cpu().double(), wanted, **CLOSE)
 
@@ -117,5 +118,5 @@ def test_a_perturbation_asks_nobody() -> None:
     moments = [SecondMoment(g.abs(), BETA, torch.ones((), device="npu"), EPS) for g in gradients]
     generator = device_generator()
     with host_waits() as waits:
-        perturb(weights, gradients, partial(precondition, moments=moments), RHO, generator)
+        perturb(weights, gradients, RHO, generator, [divided_by(moments)])
     assert not waits
