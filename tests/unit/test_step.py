@@ -255,7 +255,7 @@ def test_after_running_out_of_memory_auto_find_batch_size_goes_on_from_clean_wei
 def test_training_step_called_by_hand_leaves_no_hook(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop sets it
+    trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop does
     batch = trainer.data_collator(sentences()[:2])
     loss = trainer.training_step(trainer.model, batch)
     assert loss.isfinite()
