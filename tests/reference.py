@@ -1,6 +1,6 @@
 """Functional-SAM written out from its formulas in plain torch: what the package has to agree with.
 
-Nothing here comes from `hf_fsam` or from `transformers.Trainer`. A model is cut in two, the function F_θ(x) = z (the
+Nothing here comes from `hf_fsam` or from `transformers.Trainer`. A model is split into the function F_θ(x) = z (the
 logits) and the loss ℓ(z, y). With the cotangent u(θ) = ∂ℓ/∂z and the Jacobian J(θ) = ∂F_θ/∂θ, the gradient is
 
     none        J(θ)ᵀ   u(θ)
@@ -41,7 +41,7 @@ def output_logits(model: nn.Module, theta: Tensors, inputs: Batch) -> Logits:
 
 
 def head_logits(head: str) -> Callable[[nn.Module, Tensors, Batch], Logits]:
-    """z = F_θ(x), read behind the module called `head`, for models that go on computing between it and their output."""
+    """z = F_θ(x), the output of the module called `head`, for models that compute more between it and their output."""
 
     def read(model: nn.Module, theta: Tensors, inputs: Batch) -> Logits:
         seen: list[Tensor] = []
@@ -63,10 +63,10 @@ def without_targets(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and its loss, cut at the logits.
+    """A model and its loss, split at the logits.
 
     Args:
-        loss: ℓ(z, batch, window), this micro-batch's share of the window's loss: the shares add up to it.
+        loss: ℓ(z, batch, window), this micro-batch's share of the window's loss. The shares add up to that loss.
         inputs: what of a batch the function sees.
         logits: F_θ(x).
         count: how many targets a batch holds, as the Trainer counts them.
@@ -86,7 +86,7 @@ def count_labels(batch: Batch) -> int:
 
 
 def count_shifted_labels(batch: Batch) -> int:
-    """Position 0 has no logits before it, so that nothing predicts it."""
+    """The label at position 0 does not count: there are no logits before it that could predict it."""
     return int((batch["labels"][..., 1:] != IGNORED).sum())
 
 
@@ -109,26 +109,26 @@ def causal_lm_loss(logits: Logits, batch: Batch, window: Window) -> Tensor:
 
 
 def summed_loss(logits: Logits, batch: Batch, window: Window) -> Tensor:
-    """The same without a shift: models that hand `num_items_in_batch` on to their loss."""
+    """The same without a shift, for models that pass `num_items_in_batch` on to their loss."""
     return nll_sum(logits[0], batch["labels"]) / window.num_items
 
 
 def mean_loss(logits: Logits, batch: Batch, window: Window) -> Tensor:
     """The micro-batch's mean, not divided by the number of micro-batches.
 
-    Models whose forward takes `**kwargs` but whose own loss is a plain mean (most of BERT's family, T5): the Trainer
-    believes them to have divided by the window's count already. That is a quirk of transformers 5, not of the method.
+    For models whose forward takes `**kwargs` but whose own loss is a plain mean (most of BERT's family, T5). The
+    Trainer assumes that they have divided by the window's count already, a quirk of transformers 5, not of the method.
     """
     return nll_sum(logits[0], batch["labels"]) / count_labels(batch)
 
 
 def mean_loss_over_window(logits: Logits, batch: Batch, window: Window) -> Tensor:
-    """The micro-batch's mean, divided by the number of micro-batches: models without a count of targets."""
+    """The micro-batch's mean, divided by the number of micro-batches, for models that take no count of targets."""
     return mean_loss(logits, batch, window) / len(window.batches)
 
 
 def question_answering_loss(logits: Logits, batch: Batch, window: Window) -> Tensor:
-    """Mean of the start's and the end's losses; a position outside of the text is ignored. No `labels`, so no count."""
+    """The mean of the losses of start and end. A position outside of the text is ignored. No `labels`, so no count."""
     losses = []
     for scores, position in zip(logits, (batch["start_positions"], batch["end_positions"]), strict=True):
         inside = position < scores.shape[-1]
@@ -295,8 +295,12 @@ def train(
     epochs: int = 1,
     max_grad_norm: float = 0.0,
 ) -> Tensors:
-    """Train a copy of `model` and return its trainable weights by name. `perturbs`: the optimizer steps, from 0, that
-    are not plain. `turned`: what else makes the direction, of θ and d; ε is 0 for weights that it leaves out."""
+    """Train a copy of `model` and return its trainable weights by name.
+
+    Args:
+        perturbs: whether the optimizer step with this index, counted from 0, perturbs the weights; else it is plain.
+        turned: a further change to the direction, given θ and d. ε is 0 for weights that it leaves out.
+    """
     model = copy.deepcopy(model).train()
     parameters = trainable(model)
     optimizer = optimizer_factory(model)

@@ -12,15 +12,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
-# The one switch: HF_FSAM_TEST_DEVICE=cuda, or the name of another accelerator that torch sees, has the tests' Trainers
-# train there. References stay on the CPU, and so do the processes of the distributed tests.
+# HF_FSAM_TEST_DEVICE=cuda, or the name of another accelerator that torch sees, has the tests' Trainers train on it.
+# References stay on the CPU, and so do the processes of the distributed tests.
 DEVICE = torch.device(os.environ.get("HF_FSAM_TEST_DEVICE", "cpu"))
 if DEVICE.type != "cpu" and DEVICE.type != getattr(torch.accelerator.current_accelerator(), "type", None):
     raise ValueError(
         f"HF_FSAM_TEST_DEVICE={DEVICE.type}, but torch's accelerator is {torch.accelerator.current_accelerator()}: "
         "give its name, or unset the variable for the CPU."
     )
-# Training arguments. float32 has to be that: torch_compile would switch TF32 on.
+# Training arguments. The tests need full float32, and torch_compile would switch TF32 on.
 ON_DEVICE: dict[str, Any] = {
     "use_cpu": DEVICE.type == "cpu",
     "dataloader_pin_memory": DEVICE.type == "cuda",
@@ -29,7 +29,7 @@ ON_DEVICE: dict[str, Any] = {
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 VOCABULARY, LENGTH = 48, 10
-# A Llama of a million weights, of which a copy stands out beside ten tokens.
+# The sizes of a Llama with a million weights: a copy of them stands out beside the memory of ten tokens.
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
 
@@ -69,7 +69,7 @@ def gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """With LoRA on GPT-2's attention; no adapter begins at zero, where half of the gradients would be, too."""
+    """The model with LoRA on GPT-2's attention. No adapter begins at zero, or half of the gradients would be zero."""
     torch.manual_seed(0)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False
@@ -78,7 +78,7 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def sentences(count: int = 24, seed: int = 1, masked: bool = False) -> list[dict[str, Tensor]]:
-    """masked: each row has another number of targets."""
+    """Rows of random tokens, which are the labels, too. masked: each row has another number of targets."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(3, VOCABULARY, (count, LENGTH), generator=generator)
     labels = rows.clone()
@@ -96,8 +96,8 @@ def make_trainer(
     trainer: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Trainer:
-    """A quiet Trainer of six steps on the tests' device. `trainer`: arguments of the Trainer, the rest are training
-    arguments."""
+    """A Trainer on the tests' device that takes six steps and prints nothing. trainer: arguments of the Trainer; all
+    others are training arguments."""
     settings = ON_DEVICE | {
         "output_dir": str(folder),
         "report_to": "none",

@@ -1,6 +1,6 @@
-"""Tiny models of every kind the Trainer meets, each with examples and the cut between its function and its loss.
+"""Tiny models of every kind the Trainer meets, each with examples and with the split into its function and its loss.
 
-Weights are drawn with a standard deviation that lets gradients, and the variants' differences, be far from zero.
+The weights' standard deviation is large, so that gradients and the differences between variants are far from zero.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,10 @@ class Case:
     Args:
         build: the model, the same at every call.
         example: one example, drawn with the default generator.
-        problem: the cut between function and loss.
+        problem: the split into function and loss.
         boundary: what to give as `fsam_boundary`, for models whose head is not found by itself.
         learning_rate: of SGD.
+        check: asserts what else must hold for the model and its first batch.
     """
 
     build: Callable[[], nn.Module]
@@ -69,18 +70,18 @@ def tokens(length: int = LENGTH) -> Example:
 
 
 def next_tokens() -> Example:
-    """Labels are the tokens, but for the padding and a prompt that is sometimes there."""
+    """Labels are the tokens, except for the padding and for the prompt that some examples have."""
     text = tokens()
     prompt = torch.arange(LENGTH) < torch.randint(0, 4, ())
     return text | {"labels": text["input_ids"].masked_fill(prompt | (text["attention_mask"] == 0), IGNORED)}
 
 
 def masked_tokens() -> Example:
-    """Every third token is to be told, and the first always."""
+    """A third of the tokens has to be predicted, and always the first."""
     text = tokens()
-    told = (torch.rand(LENGTH) < 1 / 3) & (text["attention_mask"] == 1)
-    told[0] = True
-    return text | {"labels": text["input_ids"].masked_fill(~told, IGNORED)}
+    predicted = (torch.rand(LENGTH) < 1 / 3) & (text["attention_mask"] == 1)
+    predicted[0] = True
+    return text | {"labels": text["input_ids"].masked_fill(~predicted, IGNORED)}
 
 
 def classified_tokens() -> Example:
@@ -95,7 +96,7 @@ def classified_text() -> Example:
 
 
 def answered_question() -> Example:
-    """Some answers end behind the text (position `LENGTH`): the end is ignored then."""
+    """The answer starts in the first half of the text, and ends in the second."""
     return tokens() | {
         "start_positions": torch.randint(LENGTH // 2, ()),
         "end_positions": torch.randint(LENGTH // 2, LENGTH, ()),
@@ -184,7 +185,7 @@ def qwen3() -> nn.Module:
 
 
 def gemma2() -> nn.Module:
-    """Tied, and a tanh between the head and the model's logits: it belongs to the loss."""
+    """Tied weights, and a tanh between the head and the model's logits, which belongs to the loss."""
     config = DECODER | {"num_key_value_heads": 2}
     return transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**config, query_pre_attn_scalar=WIDTH // 2, final_logit_softcapping=2.0)
@@ -196,9 +197,9 @@ def capped_loss(logits: reference.Logits, batch: Batch, window: reference.Window
 
 
 def mixtral() -> nn.Module:
-    """Five experts, two for each token, the last of them for none.
+    """Five experts, of which two are asked for each token, and the last for none.
 
-    Router rows a, -a, b, -b, 0: two of the first four have positive scores whatever the token.
+    The router's rows are a, -a, b, -b and 0: two of the first four have positive scores, whatever the token is.
     """
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**DECODER, num_local_experts=5, num_experts_per_tok=2)
@@ -209,7 +210,7 @@ def mixtral() -> nn.Module:
     return model
 
 
-def nobody_asks_the_last_expert(model: nn.Module, batch: Batch) -> None:
+def the_last_expert_gets_no_gradient(model: nn.Module, batch: Batch) -> None:
     model(**batch).loss.backward()
     for layer in model.model.layers:
         by_expert = layer.mlp.experts.down_proj.grad.flatten(1).abs().sum(1)
@@ -302,7 +303,7 @@ def prompt_tuning_loss(logits: reference.Logits, batch: Batch, window: reference
 
 
 def llama_frozen() -> nn.Module:
-    """Embeddings and the first layer stay; and one trainable parameter never meets the loss."""
+    """Embeddings and the first layer are frozen, and the loss does not depend on one trainable parameter."""
     model = llama()
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[0].requires_grad_(False)
@@ -311,7 +312,7 @@ def llama_frozen() -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """A model that nobody has heard of: no output embeddings, no `**kwargs`, a dict for an output."""
+    """A model of a user's own: no output embeddings, no `**kwargs`, and a dict as output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +331,7 @@ SHIFTED = Problem(reference.causal_lm_loss, count=reference.count_shifted_labels
 MEAN = Problem(reference.mean_loss, count=reference.count_labels)
 
 CASES = {
-    # transformers does not know GPT-2's loss for one that shifts, and counts the first label too
+    # The Trainer does not know that GPT-2's loss shifts the labels, and counts the first one, too.
     "gpt2": Case(gpt2, next_tokens, Problem(reference.causal_lm_loss, count=reference.count_labels)),
     "llama": Case(llama, next_tokens, SHIFTED),
     "qwen3": Case(qwen3, next_tokens, SHIFTED),
@@ -339,7 +340,7 @@ CASES = {
         next_tokens,
         Problem(capped_loss, logits=reference.head_logits("lm_head"), count=reference.count_shifted_labels),
     ),
-    "mixtral": Case(mixtral, next_tokens, SHIFTED, learning_rate=0.02, check=nobody_asks_the_last_expert),
+    "mixtral": Case(mixtral, next_tokens, SHIFTED, learning_rate=0.02, check=the_last_expert_gets_no_gradient),
     "bert_classification": Case(bert("SequenceClassification"), classified_text, MEAN),
     "bert_question_answering": Case(
         bert("QuestionAnswering", num_labels=2), answered_question, Problem(reference.question_answering_loss)

@@ -1,4 +1,4 @@
-"""What the Trainer offers keeps working under the split step."""
+"""What the Trainer and torch offer works under the split step: checkpointing, compilation, mixed precision and more."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ ACTIVE = ["sam", "functional", "logit"]
 
 @pytest.mark.parametrize("variant", ACTIVE)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_nothing(tmp_path: Path, variant: str, reentrant: bool) -> None:
+def test_activation_checkpointing_does_not_change_the_training(tmp_path: Path, variant: str, reentrant: bool) -> None:
     settings = {"fsam_variant": variant, "fsam_rho": 0.3, "fsam_precondition": False}
     whole = train(tmp_path, model=gpt2(0.2), **settings)
     recomputed = make_trainer(
@@ -43,7 +43,7 @@ def test_neftune_noise_is_the_same_in_both_passes(tmp_path: Path, variant: str) 
 
 @pytest.mark.parametrize("variant", ACTIVE)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_models_train_alike_and_compile_once(tmp_path: Path, variant: str, backend: str) -> None:
+def test_compiled_models_train_as_eager_ones_and_compile_once(tmp_path: Path, variant: str, backend: str) -> None:
     from torch._dynamo.utils import counters
 
     settings = {"fsam_variant": variant, "fsam_rho": 0.3}
@@ -61,8 +61,8 @@ def test_compiled_models_train_alike_and_compile_once(tmp_path: Path, variant: s
     assert graphs[-1] == graphs[1], f"compiled anew: {graphs}"
 
 
-def test_a_model_compiled_for_a_plain_training_before(tmp_path: Path) -> None:
-    """torch does not look whether a hook has come since: what was compiled without one would pass it by."""
+def test_a_model_compiled_in_an_earlier_plain_training_trains_as_an_eager_one(tmp_path: Path) -> None:
+    """torch does not check whether a hook was added since it compiled. What it compiled without one never calls it."""
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "fsam_rho": 0.3}
     torch._dynamo.reset()
     train(tmp_path, fsam_variant="none", **settings)
@@ -70,7 +70,7 @@ def test_a_model_compiled_for_a_plain_training_before(tmp_path: Path) -> None:
 
 
 def test_a_callback_may_copy_and_pickle_the_model(tmp_path: Path) -> None:
-    """As one that keeps a moving average does; what it takes away has nothing of this package in it."""
+    """A callback that keeps a moving average does so. The copy has nothing of this package in it."""
     taken: list[nn.Module] = []
 
     class Copies(TrainerCallback):
@@ -90,8 +90,8 @@ def test_a_callback_may_copy_and_pickle_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ACTIVE)
 def test_bfloat16_autocast_trains_like_float32_within_its_precision(tmp_path: Path, variant: str) -> None:
-    """The split must survive the low precision: the run in bfloat16 is nearer to its own variant in float32 than that
-    is to any other."""
+    """What tells the variants apart is not lost to rounding: a run in bfloat16 ends nearer to the same variant in
+    float32 than to any other."""
     settings = {"fsam_rho": 1.0, "fsam_precondition": False, "learning_rate": 3e-2, "optim": "sgd"}
     mixed = make_trainer(tmp_path, bf16=True, fsam_variant=variant, **settings)
     dtypes: set[torch.dtype] = set()
@@ -108,7 +108,7 @@ def test_bfloat16_autocast_trains_like_float32_within_its_precision(tmp_path: Pa
 
 
 @pytest.mark.parametrize("variant", ACTIVE)
-def test_weights_in_bfloat16_train_and_keep_their_radius(tmp_path: Path, variant: str) -> None:
+def test_weights_in_bfloat16_train_and_are_perturbed_by_rho(tmp_path: Path, variant: str) -> None:
     model = llama(hidden_size=64, intermediate_size=256).to(torch.bfloat16)
     before = weights_of(model)
     trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=0.05)
@@ -129,7 +129,7 @@ class _Scaled(FSAMTrainer):
 
 @pytest.mark.parametrize("variant", ACTIVE)
 @pytest.mark.parametrize("precondition", [False, True])
-def test_loss_scaling_changes_nothing(tmp_path: Path, variant: str, precondition: bool) -> None:
+def test_loss_scaling_does_not_change_the_training(tmp_path: Path, variant: str, precondition: bool) -> None:
     settings = {
         "fsam_variant": variant,
         "fsam_rho": 0.3,
@@ -141,7 +141,7 @@ def test_loss_scaling_changes_nothing(tmp_path: Path, variant: str, precondition
     plain.train()
     scaled = make_trainer(tmp_path, trainer_class=_Scaled, **settings)
     scaled.train()
-    assert scaled.accelerator.scaler.get_scale() > 2.0**10  # it was in use
+    assert scaled.accelerator.scaler.get_scale() > 2.0**10  # it has grown, so it was in use
     assert distance(weights_of(scaled.model), weights_of(plain.model)) < 1e-6
     for one, other in zip(scaled.state.log_history[:3], plain.state.log_history[:3], strict=True):
         rise = "fsam/functional_sharpness" if variant == "functional" else "fsam/sharpness"
@@ -166,8 +166,9 @@ def test_fp16_with_grad_scaler_trains_like_float32_within_its_precision(tmp_path
     assert half.state.log_history[0]["fsam/radius"] == pytest.approx(1.0, rel=1e-2)
 
 
-def test_weights_of_one_and_the_same_gradient_memory_are_perturbed_apart(tmp_path: Path) -> None:
-    """Autograd gives p and q one gradient memory here; writing θ+ε into it would give q the values of p."""
+def test_weights_whose_gradients_share_memory_are_each_perturbed_by_their_own(tmp_path: Path) -> None:
+    """Autograd puts the gradients of p and q into the same memory here. If θ+ε of p were written into it, q would get
+    the values of p."""
 
     class Twins(nn.Module):
         def __init__(self) -> None:
@@ -192,7 +193,7 @@ def test_weights_of_one_and_the_same_gradient_memory_are_perturbed_apart(tmp_pat
 
 
 class _Normed(nn.Module):
-    """A batch norm, whose running statistics every forward pass would move."""
+    """A model with a batch norm, whose running statistics change with every forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ class _Normed(nn.Module):
 
 @pytest.mark.parametrize("variant", ACTIVE)
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
-def test_running_statistics_are_those_of_the_clean_pass_counted_once(tmp_path: Path, variant: str, scope: str) -> None:
+def test_running_statistics_are_those_of_the_clean_passes_alone(tmp_path: Path, variant: str, scope: str) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = [{"x": torch.randn(4, generator=generator), "labels": torch.tensor(i % 3)} for i in range(24)]
     settings = {"trainer": {"train_dataset": rows}, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
@@ -218,7 +219,7 @@ def test_running_statistics_are_those_of_the_clean_pass_counted_once(tmp_path: P
 
 @pytest.mark.parametrize("variant", ACTIVE)
 def test_an_adapter_may_write_into_its_batch(tmp_path: Path, variant: str) -> None:
-    """As PEFT's context-aware prompt tuning does, in its own forward pass: to `input_type_mask`."""
+    """PEFT's context-aware prompt tuning writes into `input_type_mask` in its forward pass."""
 
     def model() -> nn.Module:
         ids = [5, 6, 7, 8]

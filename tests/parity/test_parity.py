@@ -1,4 +1,4 @@
-"""FSAMTrainer ends on the weights that the formulas give: every kind of model, variant, window and scope.
+"""FSAMTrainer ends on the weights that the formulas give, for every kind of model, variant, window and scope.
 
 Each test trains twice from the same start, once through the Trainer and once through `tests.reference`, for eight
 optimizer steps in fp32. `pytest -m "slow or not slow"` runs the whole product of models and settings.
@@ -26,8 +26,8 @@ BATCH_SIZE = 2
 STEPS = 8
 WEIGHT_TOLERANCE = 1e-5  # ‖θ - θ_ref‖ / ‖θ_ref‖
 MOVEMENT_TOLERANCE = 1e-4  # ‖θ - θ_ref‖ / ‖θ_ref - θ₀‖: weights that never moved, or moved elsewhere, are far off
-DISTINCT = 0.05  # how far apart two variants end, by the same measure: what a mix-up of variants would show
-SLIGHT = 0.01  # the same for what makes less of a difference
+DISTINCT = 0.05  # how far apart two variants end at least, by the same measure, so that a mix-up would show
+SLIGHT = 0.01  # the same for settings that make less of a difference
 
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -38,13 +38,13 @@ def sgd(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """A large eps: gradients that are zero but for rounding would otherwise be blown up to the size of all others."""
+    """eps is large: with a small one, gradients that are zero except for rounding would be as large as all others."""
     return torch.optim.AdamW(reference.trainable(model).values(), lr=0.005, betas=(0.9, 0.95), eps=1e-3)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How to train: what the arguments `fsam_*` and the reference are told alike."""
+    """How to train. The Trainer gets it as arguments, the reference as parameters."""
 
     variant: reference.Variant
     precondition: bool = False
@@ -66,7 +66,8 @@ class Setting:
 
     @property
     def examples(self) -> int:
-        """Eight steps in all; an epoch's last micro-batch holds one example, its last window lacks a micro-batch."""
+        """As many as make eight steps. An epoch's last micro-batch holds one example; where there are two epochs, the
+        last window of each lacks a micro-batch."""
         if self.epochs == 1:
             return STEPS * self.accumulation * BATCH_SIZE - 1
         return (STEPS // 2 * self.accumulation - 1) * BATCH_SIZE - 1
@@ -159,7 +160,7 @@ def distance(a: Tensors, b: Tensors) -> float:
 
 
 def assert_same_weights(model: nn.Module, start: nn.Module, wanted: Tensors) -> None:
-    """The trained weights are the reference's, and all other weights and buffers are where they began, to the bit."""
+    """The trained weights are the reference's, and all other weights and buffers have not changed by a bit."""
     trained, before = reference.trainable(model), reference.trainable(start)
     weights = {name: weight.detach().cpu() for name, weight in trained.items()}
     apart = distance(weights, wanted)
@@ -222,7 +223,7 @@ def product() -> Iterator[object]:
 
 
 @pytest.mark.parametrize(("name", "setting"), list(product()))
-def test_trained_weights_are_the_formulas(name: str, setting: Setting, tmp_path: Path) -> None:
+def test_trained_weights_agree_with_the_formulas(name: str, setting: Setting, tmp_path: Path) -> None:
     check_parity(CASES[name], setting, tmp_path, wanted=expected(name, setting))
 
 
@@ -266,7 +267,7 @@ perturbed = pytest.mark.parametrize("setting", PERTURBED, ids=str)
 
 @perturbed
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert_classification", "roberta_tokens"])
-def test_label_smoothing(name: str, setting: Setting, tmp_path: Path) -> None:
+def test_label_smoothing_agrees_with_the_formulas(name: str, setting: Setting, tmp_path: Path) -> None:
     case = CASES[name]
     smoothed = reference.label_smoothing(shift=name in ("gpt2", "llama"), factor=0.1)
     case = replace(case, problem=replace(case.problem, loss=smoothed))
@@ -293,7 +294,7 @@ CHEAPER = {
     ],
 )
 @pytest.mark.parametrize("cheaper", CHEAPER)
-def test_cheaper_ascents(name: str, cheaper: str, tmp_path: Path) -> None:
+def test_cheaper_ascents_agree_with_the_formulas(name: str, cheaper: str, tmp_path: Path) -> None:
     setting = CHEAPER[cheaper]
     check_parity(CASES[name], setting, tmp_path, wanted=expected(name, setting))
 
@@ -310,14 +311,14 @@ def test_the_reference_tells_cheaper_ascents_apart(name: str) -> None:
 
 
 def loss_with_penalty(logits: Tensor, labels: Tensor, num_items: int | Tensor) -> Tensor:
-    """Next-token loss and a penalty on the partition function: a loss of the caller's own, not linear in the logits."""
+    """The next-token loss with a penalty on the partition function, as a user's own loss may have one."""
     scores, targets = reference.shifted(logits, labels)
     penalty = (scores.logsumexp(-1).square() * (targets != IGNORED)).sum()
     return (reference.nll_sum(scores, targets) + 0.1 * penalty) / num_items
 
 
 @perturbed
-def test_compute_loss_func(setting: Setting, tmp_path: Path) -> None:
+def test_a_compute_loss_func_agrees_with_the_formulas(setting: Setting, tmp_path: Path) -> None:
     def through_the_trainer(outputs: object, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         return loss_with_penalty(outputs["logits"], labels, num_items_in_batch)
 
@@ -331,8 +332,8 @@ def test_compute_loss_func(setting: Setting, tmp_path: Path) -> None:
 
 @perturbed
 @pytest.mark.parametrize("name", ["llama", "bert_question_answering"])
-def test_clipping(name: str, setting: Setting, tmp_path: Path) -> None:
-    """The gradient handed to the optimizer is clipped, the ascent gradient is not."""
+def test_clipping_leaves_the_ascent_gradient_alone(name: str, setting: Setting, tmp_path: Path) -> None:
+    """The gradient that the optimizer gets is clipped, the ascent gradient is not."""
     setting = replace(setting, max_grad_norm=0.05)
     wanted = expected(name, setting)
     unclipped = expected(name, replace(setting, max_grad_norm=0.0))
@@ -341,7 +342,7 @@ def test_clipping(name: str, setting: Setting, tmp_path: Path) -> None:
 
 
 def grouped_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Two groups with nothing in common, and the norms' weights in no group at all: they get gradients, not steps."""
+    """Two groups whose settings all differ. The norms' weights are in neither: they get gradients, but no steps."""
     parameters = reference.trainable(model)
     one = [parameter for name, parameter in parameters.items() if "layers.0" in name and "norm" not in name]
     other = [parameter for name, parameter in parameters.items() if "layers.0" not in name and "norm" not in name]
@@ -354,8 +355,9 @@ def grouped_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 @perturbed
-def test_parameter_groups(setting: Setting, tmp_path: Path) -> None:
-    """Each parameter's own group gives its v̂ and eps; one norm goes over all groups, and over what no group holds."""
+def test_parameter_groups_have_their_own_preconditioner_and_one_norm_together(setting: Setting, tmp_path: Path) -> None:
+    """v̂ and eps come from each parameter's own group. The norm of d goes over all groups, and over the parameters that
+    are in none."""
     case = CASES["llama"]
     model, examples = case.model(), case.examples(setting.examples)
     start = copy.deepcopy(model)
@@ -365,8 +367,8 @@ def test_parameter_groups(setting: Setting, tmp_path: Path) -> None:
 
 
 @perturbed
-def test_a_micro_batch_without_labels(setting: Setting, tmp_path: Path) -> None:
-    """Its gradient is zero: no perturbation, no NaN, and no change to what the others of its window give."""
+def test_a_micro_batch_without_labels_adds_nothing_to_its_window(setting: Setting, tmp_path: Path) -> None:
+    """Its gradient is zero: there is no perturbation, no NaN, and no change to the gradients of the window's others."""
     case = CASES["llama"]
 
     def examples(count: int) -> list[Example]:
@@ -387,7 +389,7 @@ def test_a_micro_batch_without_labels(setting: Setting, tmp_path: Path) -> None:
 def silent_where_nothing_counts(
     loss: Callable[[reference.Logits, Batch, Window], Tensor], of_window: bool
 ) -> Callable[[reference.Logits, Batch, Window], Tensor]:
-    """The loss, and 0 in the place of its 0 / 0, whose gradient the plain Trainer has as 0."""
+    """The loss, with 0 in place of 0 / 0 where no label counts. The plain Trainer's gradient is 0 there, too."""
 
     def guarded(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
         count = window.num_items if of_window else reference.count_shifted_labels(batch)
@@ -404,8 +406,8 @@ SILENT = {
 
 @pytest.mark.parametrize("kind", ["sum", "smoothed", "mean", "logits"])
 @pytest.mark.parametrize("setting", [*SILENT["micro_batch"], *SILENT["window"]], ids=str)
-def test_an_optimizer_step_without_labels(setting: Setting, kind: str, tmp_path: Path) -> None:
-    """Its gradient is zero, as the plain Trainer's: the first step's, one on the way, and the last one's."""
+def test_an_optimizer_step_without_labels_has_a_zero_gradient(setting: Setting, kind: str, tmp_path: Path) -> None:
+    """As it has under the plain Trainer. The first step has no labels, nor have the third and the last."""
     case = CASES["llama"]
     loss, options = case.problem.loss, {}
     if kind == "smoothed":
@@ -438,16 +440,18 @@ def test_an_optimizer_step_without_labels(setting: Setting, kind: str, tmp_path:
     ("name", "boundary"),
     [("gpt2", "lm_head"), ("bert_classification", "classifier"), ("bert_question_answering", "qa_outputs")],
 )
-def test_boundary_by_name(name: str, boundary: str, setting: Setting, tmp_path: Path) -> None:
-    """The head by its name is the head found without one."""
+def test_a_head_named_as_the_boundary_is_the_head_that_is_found(
+    name: str, boundary: str, setting: Setting, tmp_path: Path
+) -> None:
+    """Training ends where it does without `fsam_boundary`."""
     check_parity(replace(CASES[name], boundary=boundary), setting, tmp_path, wanted=expected(name, setting))
 
 
 @pytest.mark.parametrize("setting", [s for s in PERTURBED if s.variant in ("functional", "logit")], ids=str)
-def test_a_boundary_before_the_head(setting: Setting, tmp_path: Path) -> None:
-    """What lies behind the named module belongs to the loss, here a tanh and a linear layer.
+def test_what_follows_a_boundary_before_the_head_belongs_to_the_loss(setting: Setting, tmp_path: Path) -> None:
+    """A tanh and a linear layer follow the named module.
 
-    That layer is frozen: a loss with weights of its own that move with ε is outside of the formulas.
+    The layer is frozen: the formulas do not cover a loss whose own weights move by ε.
     """
 
     def build() -> nn.Module:
@@ -477,15 +481,15 @@ def test_a_boundary_before_the_head(setting: Setting, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["sam", "functional", "logit"])
-def test_one_process_is_one_rank(variant: reference.Variant, tmp_path: Path) -> None:
-    """m-SAM in a single process: the rank's micro-batch is the micro-batch."""
+def test_in_one_process_the_scope_rank_is_micro_batch(variant: reference.Variant, tmp_path: Path) -> None:
+    """m-SAM in a single process: the micro-batch of its rank is the whole micro-batch."""
     setting = Setting(variant, accumulation=3)
     check_parity(CASES["gpt2"], replace(setting, scope="rank"), tmp_path, wanted=expected("gpt2", setting))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("name", ["gpt2", "bert_question_answering", "llama_lora"])
-def test_none_is_the_plain_trainer_to_the_bit(name: str, accumulation: int, tmp_path: Path) -> None:
+def test_variant_none_trains_bit_for_bit_as_the_plain_trainer(name: str, accumulation: int, tmp_path: Path) -> None:
     setting = Setting("none", accumulation=accumulation)
     case = CASES[name]
     ends = []
@@ -504,13 +508,13 @@ def test_none_is_the_plain_trainer_to_the_bit(name: str, accumulation: int, tmp_
 
 
 @pytest.mark.parametrize("variant", ["sam", "functional", "logit"])
-def test_zero_radius_is_the_plain_trainer(variant: reference.Variant, tmp_path: Path) -> None:
+def test_rho_zero_trains_as_the_plain_trainer(variant: reference.Variant, tmp_path: Path) -> None:
     wanted = expected("gpt2", Setting("none", accumulation=3))
     check_parity(CASES["gpt2"], Setting(variant, accumulation=3, rho=0.0), tmp_path, wanted=wanted)
 
 
-def test_a_head_alone_has_no_curvature(tmp_path: Path) -> None:
-    """F linear in θ: J does not depend on θ, so that Functional-SAM is the plain gradient whatever the radius."""
+def test_where_only_the_head_is_trained_functional_sam_gives_the_plain_gradient(tmp_path: Path) -> None:
+    """F is linear in θ, so J does not depend on θ, and Functional-SAM's gradient is the plain one at any radius."""
 
     def build() -> nn.Module:
         model = zoo.vit()
@@ -529,7 +533,7 @@ def test_a_head_alone_has_no_curvature(tmp_path: Path) -> None:
 
 
 class RandomStream:
-    """Where the random stream stands as the Trainer first calls the model, and as training ends."""
+    """The state of the random stream as the Trainer first calls the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.start: Tensor | None = None
@@ -540,9 +544,11 @@ class RandomStream:
             self.start = torch.get_rng_state()
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the reference draws on the CPU; `make gpu` holds masks against plain")
+@pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="the reference draws on the CPU; `make gpu` compares masks with plain ones"
+)
 @pytest.mark.parametrize("setting", [replace(setting, one_epoch=True) for setting in SETTINGS], ids=str)
-def test_dropout(setting: Setting, tmp_path: Path) -> None:
+def test_dropout_masks_are_the_plain_trainers_in_both_passes(setting: Setting, tmp_path: Path) -> None:
     """Both passes draw the same masks, and the next micro-batch draws those that the plain Trainer would give it.
 
     In one epoch nothing but the model draws random numbers between its first call and its last.
@@ -577,7 +583,7 @@ def in_double(name: str) -> tuple[nn.Module, Problem, list[Batch]]:
 @pytest.mark.parametrize("name", ["gpt2", "bert_question_answering", "roberta_tokens", "vit"])  # double throughout
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
 def test_the_two_paths_of_the_reference_add_up_to_sam(name: str, scope: reference.Scope) -> None:
-    """(functional - none) + (logit - none) = (sam - none) + O(ρ²): a tenth of ρ, a hundredth of the rest."""
+    """(functional - none) + (logit - none) = (sam - none) + O(ρ²): with a tenth of ρ, the rest is a hundredth."""
     model, problem, batches = in_double(name)
     theta = reference.trainable(model)
 
@@ -605,7 +611,7 @@ def test_the_reference_has_the_formulas_derivatives(name: str) -> None:
     window = Window([batch], problem.count(batch))
 
     def slope_at_zero(variant: reference.Variant, rho: float = 1e-3) -> Tensors:
-        """Central difference; llama and T5 normalise in fp32 even in a double model, hence the large step."""
+        """A central difference. Its step is large because Llama and T5 normalize in fp32 even in a double model."""
         up, down = (
             reference.window_gradient(problem, model, theta, [batch], variant=variant, rho=r) for r in (rho, -rho)
         )

@@ -1,6 +1,6 @@
-"""TRL's trainers under the mixin: the formulas' weights, through a fused head that returns no logits, and TRL's counts.
+"""TRL's trainers under the mixin: they count right, and end on the formulas' weights without logits in memory.
 
-The batches are TRL's own, written down as the trainer gets them; everything after that is `tests.reference`.
+The batches are TRL's own, recorded as the trainer gets them. `tests.reference` computes everything after that.
 """
 
 import copy
@@ -83,7 +83,7 @@ def lengths(generator: torch.Generator) -> int:
 
 
 def conversations() -> Dataset:
-    """Of unequal length; the first two tokens are the prompt."""
+    """Texts of unequal length, of which the first two tokens are the prompt."""
     g = torch.Generator().manual_seed(0)
     texts = [ids(lengths(g), g) for _ in range(40)]
     return Dataset.from_list([{"input_ids": t, "completion_mask": [0, 0] + [1] * (len(t) - 2)} for t in texts])
@@ -131,13 +131,13 @@ def make_trainer(
     trainer.batches = []
     training_step = trainer.training_step
 
-    def written_down(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def recording(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         trainer.batches.append(
             {name: x.cpu().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in inputs.items()}
         )
         return training_step(model, inputs, num_items_in_batch)
 
-    trainer.training_step = written_down
+    trainer.training_step = recording
     return trainer
 
 
@@ -166,7 +166,7 @@ def check(trainer: Any, start: nn.Module, problem: Problem, setting: str) -> Non
 
 
 def seen_by_the_model(batch: Batch) -> Batch:
-    """Without a cache, with which a model does not look for packed sequences in `position_ids`."""
+    """The model's inputs, and no cache: with one, a model does not look for packed sequences in `position_ids`."""
     seen = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     return seen | {"use_cache": False}
 
@@ -183,8 +183,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @settings
 @pytest.mark.parametrize("layout", ["padded", "packed", "padding_free"])
-def test_sft_is_the_formulas(layout: str, setting: str, tmp_path: Path) -> None:
-    """With the loss on completions alone, as `completion_mask` says."""
+def test_sft_agrees_with_the_formulas(layout: str, setting: str, tmp_path: Path) -> None:
+    """The loss is that of completions alone, which `completion_mask` marks."""
     model = llama()
     start = copy.deepcopy(model)
     arguments = SETTINGS[setting] | LAYOUTS[layout]
@@ -195,7 +195,7 @@ def test_sft_is_the_formulas(layout: str, setting: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["checkpointed", "offloaded"])
-def test_sft_with_less_memory(layout: str, tmp_path: Path) -> None:
+def test_sft_with_checkpointing_or_offloading_agrees_with_the_formulas(layout: str, tmp_path: Path) -> None:
     model = llama()
     start = copy.deepcopy(model)
     arguments = SETTINGS["window"] | LAYOUTS[layout]
@@ -203,7 +203,7 @@ def test_sft_with_less_memory(layout: str, tmp_path: Path) -> None:
     check(trainer, start, SFT, "window")
 
 
-def test_sft_of_a_capped_head(tmp_path: Path) -> None:
+def test_sft_of_a_model_that_caps_its_logits_agrees_with_the_formulas(tmp_path: Path) -> None:
     model = zoo.gemma2()
     start = copy.deepcopy(model)
     trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **SETTINGS["functional"])
@@ -211,7 +211,7 @@ def test_sft_of_a_capped_head(tmp_path: Path) -> None:
     check(trainer, start, problem, "functional")
 
 
-def test_sft_of_a_head_with_a_bias(tmp_path: Path) -> None:
+def test_sft_of_a_head_with_a_bias_agrees_with_the_formulas(tmp_path: Path) -> None:
     from tests.unit.test_fused_head import phi
 
     model = phi()
@@ -222,8 +222,8 @@ def test_sft_of_a_head_with_a_bias(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["functional", "window"])
-def test_sft_with_label_smoothing(setting: str, tmp_path: Path) -> None:
-    """TRL makes the logits for that, and the metrics in a pass of their own, without a gradient."""
+def test_sft_with_label_smoothing_agrees_with_the_formulas(setting: str, tmp_path: Path) -> None:
+    """For label smoothing, TRL makes the logits, and computes its metrics in a pass of their own without gradients."""
     model = llama()
     start = copy.deepcopy(model)
     arguments = SETTINGS[setting] | {"label_smoothing_factor": 0.1}
@@ -233,15 +233,15 @@ def test_sft_with_label_smoothing(setting: str, tmp_path: Path) -> None:
 
 @settings
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sft_without_a_target(smoothing: float, setting: str, tmp_path: Path) -> None:
-    """A micro-batch, and a whole window, of truncated completions: their gradient is zero, as under TRL."""
+def test_sft_without_a_target_has_a_zero_gradient(smoothing: float, setting: str, tmp_path: Path) -> None:
+    """The completions of a micro-batch, and of a whole window, are cut off. Their gradient is zero, as under TRL."""
     rows = list(conversations())
     for row in rows[2:8]:
         row["completion_mask"] = [0] * len(row["input_ids"])
     model = llama()
     start = copy.deepcopy(model)
     arguments = SETTINGS[setting] | {"label_smoothing_factor": smoothing, "train_sampling_strategy": "sequential"}
-    arguments |= {"max_length": None, "completion_only_loss": True}  # else TRL would leave them out
+    arguments |= {"max_length": None, "completion_only_loss": True}  # or TRL would leave out such rows
     trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, Dataset.from_list(rows), **arguments)
     loss = reference.label_smoothing(shift=True, factor=smoothing) if smoothing else SFT.loss
 
@@ -278,7 +278,7 @@ def dpo(start: nn.Module) -> Problem:
 
 
 @settings
-def test_dpo_with_lora_is_the_formulas(setting: str, tmp_path: Path) -> None:
+def test_dpo_with_lora_agrees_with_the_formulas(setting: str, tmp_path: Path) -> None:
     model = zoo.llama_lora(use_dora=False)
     arguments = SETTINGS[setting] | {"beta": BETA}
     start = copy.deepcopy(model)
@@ -286,18 +286,18 @@ def test_dpo_with_lora_is_the_formulas(setting: str, tmp_path: Path) -> None:
     check(trainer, start, dpo(copy.deepcopy(start)), setting)
 
 
-def scored_apart(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
+def reward_loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
     chosen, rejected = logits[0].squeeze(-1).chunk(2)
     return -F.logsigmoid(chosen - rejected).mean() / len(window.batches)
 
 
 @pytest.mark.parametrize("setting", ["none", "functional", "window"])
-def test_rewards_are_the_formulas(setting: str, tmp_path: Path) -> None:
+def test_reward_training_agrees_with_the_formulas(setting: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(LlamaConfig(**zoo.DECODER, num_labels=1))
     start = copy.deepcopy(model)
     trainer = make_trainer(tmp_path, FSAMRewardTrainer, FSAMRewardConfig, model, preferences(), **SETTINGS[setting])
-    check(trainer, start, Problem(scored_apart, inputs=seen_by_the_model), setting)
+    check(trainer, start, Problem(reward_loss, inputs=seen_by_the_model), setting)
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------
@@ -317,9 +317,9 @@ CLOCKS = ("train_runtime", "train_samples_per_second", "train_steps_per_second",
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_batch_is_counted_once(name: str, tmp_path: Path) -> None:
-    """`none` is TRL's own log to the bit; what counts tokens counts the same with every variant; and the metrics are
-    those of the clean weights."""
+def test_a_batch_is_counted_once_and_measured_at_the_clean_weights(name: str, tmp_path: Path) -> None:
+    """With `none`, the log is TRL's own to the bit. With every other variant, it counts the same tokens and has the
+    metrics of the clean weights."""
     trainer_class, config_class, plain_class, plain_config, model, data = TRAINERS[name]
 
     def log(trainer_class: Any, config_class: Any, **arguments: Any) -> list[dict[str, float]]:
@@ -342,7 +342,7 @@ def test_a_batch_is_counted_once(name: str, tmp_path: Path) -> None:
         assert {key: entries[0][key] for key in first} == pytest.approx(first, rel=1e-5), setting
 
 
-def test_a_trainer_that_generates_is_refused(tmp_path: Path) -> None:
+def test_a_trainer_that_generates_its_batches_is_refused(tmp_path: Path) -> None:
     class Generates(trl.SFTTrainer):
         def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
             return self.model.generate(**inputs)

@@ -1,4 +1,5 @@
-"""Struck at any line, by any signal: the weights are θ, nothing of a step is left behind, and the next run is whole."""
+"""Interrupted at any line, by an error or a signal: the weights are θ, nothing of a step is left, and the next run is
+undisturbed."""
 
 import contextlib
 import gc
@@ -36,19 +37,19 @@ class Struck(Exception):
 
 
 class Expected(Exception):
-    """One that a run may end with."""
+    """An error that a run may end with."""
 
 
 class Strike(TrainerCallback):
     """Raises `error` at one of the lines that the package runs from the beginning of `step` to the end of the training.
 
-    The entries and exits of its context managers count as lines, too: Ctrl-C is raised where a Python function begins,
-    and the exit of a `with` is one, of the standard library's.
+    The entries and exits of its context managers count as lines, too: Python also raises Ctrl-C where a function
+    begins, and the exit of a `with` block is a function of the standard library.
 
     Attributes:
-        at: which line, counted from 0; None only takes them down.
-        lines: where each of them was.
-        in_step: whether the one that was struck was part of a step.
+        at: which line, counted from 0; None records the lines and raises nothing.
+        lines: file and number of each line that was run.
+        in_step: whether the line that raised was part of a step.
     """
 
     def __init__(self, step: int) -> None:
@@ -69,7 +70,7 @@ class Strike(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._live and state.global_step == self.step:
-            for frame in _stack(sys._getframe()):  # those that are on their way, up to `train`
+            for frame in _stack(sys._getframe()):  # the functions that are running, up to `train`
                 if _is_ours(frame):
                     frame.f_trace = self._see
             sys.settrace(self._enter)
@@ -82,7 +83,7 @@ class Strike(TrainerCallback):
             self.lines.append(_name(frame))
             if len(self.lines) - 1 == self.at:
                 self.in_step = any(each.f_code.co_name == "training_step" for each in _stack(frame))
-                raise self.error  # and Python stops tracing
+                raise self.error  # which also ends the tracing
         return self._see
 
 
@@ -93,7 +94,7 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """A function of the package, or what enters and leaves one that is a context manager."""
+    """Whether this is a function of the package, or contextlib as it enters or leaves one that is a context manager."""
     code = frame.f_code
     if code.co_filename == contextlib.__file__:
         code = getattr(getattr(frame.f_locals.get("self"), "gen", None), "gi_code", code)
@@ -108,7 +109,7 @@ def _name(frame: FrameType) -> str:
 
 
 class Witness:
-    """What a trainer and its model look like from outside, and what of that has changed."""
+    """How a trainer and its model look from outside, and what of that has changed."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -136,7 +137,7 @@ class Witness:
 
 
 class Gradients(TrainerCallback):
-    """`.grad` as it was before a micro-batch; not known once the step's own backward pass has begun."""
+    """`.grad` as it was before a micro-batch. It is not known once the step's own backward pass has begun."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.parameters = list(trainer.model.parameters())
@@ -168,8 +169,8 @@ class Subject:
     """A trainer that is struck again and again.
 
     Args:
-        first: in the first step, in which some things are found out; else in the second.
-        fails: that step's backward pass raises, so that a strike may meet what brings things back.
+        first: strike in the first step, in which the package looks up some things once; else in the second.
+        fails: that step's backward pass raises, so that a strike may hit the package while it cleans up.
     """
 
     def __init__(self, folder: Path, first: bool = False, fails: bool = False, **settings: Any) -> None:
@@ -191,14 +192,15 @@ class Subject:
         self.undisturbed = self.end()
 
     def run(self, learning_rate: float) -> None:
-        """As if for the first time."""
+        """Train as if for the first time."""
         self.trainer.optimizer = self.trainer.lr_scheduler = None
         self.trainer.args.learning_rate = learning_rate
         torch.manual_seed(0)
         self.trainer.train()
 
     def end(self) -> dict[str, Tensor]:
-        """Of a run that nobody disturbs, except that frames which were kept till now go in the middle of a step."""
+        """The weights after a run that nothing disturbs, except that frames which were alive until now are freed in the
+        middle of a step."""
         self.gradients.on_backward = self._forget
         self.run(learning_rate=1e-2)
         result = weights_of(self.trainer.model)
@@ -219,7 +221,7 @@ class Subject:
             try:
                 self.run(learning_rate=0.0)
             except (error, Expected) as caught:
-                self.raised = caught  # and with it all frames that it went through, as a notebook keeps them
+                self.raised = caught  # its traceback keeps all frames alive, as in a notebook
 
     def lines(self) -> list[str]:
         self.struck_run()
@@ -259,15 +261,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def strike_lines(folder: Path, setting: str, error: type[BaseException], every: int, offset: int = 0) -> None:
-    """At every so manieth of the lines that a step goes through, each where it does so first."""
+    """Strike at every `every`-th of the lines that a step runs, each line when it is run first."""
     subject = Subject(folder, **SETTINGS[setting])
-    subject.struck_run()  # what is found out but once is found out
+    subject.struck_run()  # the package has now looked up what it looks up only once
     lines = subject.lines()
     places = [index for index, line in enumerate(lines) if line not in lines[:index]]
     assert len(places) > 100
     wrong: list[str] = []
     gc.collect()
-    gc.freeze()  # the Trainer collects garbage before each training, and all of torch is looked through
+    gc.freeze()  # the Trainer collects garbage before each training, and would search all objects of torch
     try:
         for at in places[offset::every]:
             found = subject.wrong(at, error)
@@ -280,7 +282,9 @@ def strike_lines(folder: Path, setting: str, error: type[BaseException], every: 
 
 
 @pytest.mark.parametrize(("setting", "error", "every"), [("functional", KeyboardInterrupt, 8), ("window", Struck, 16)])
-def test_struck_at_some_lines_of_a_step(tmp_path: Path, setting: str, error: type[BaseException], every: int) -> None:
+def test_a_strike_at_some_lines_of_a_step_leaves_nothing_behind(
+    tmp_path: Path, setting: str, error: type[BaseException], every: int
+) -> None:
     strike_lines(tmp_path, setting, error, every, offset=3)
 
 
@@ -288,14 +292,18 @@ def test_struck_at_some_lines_of_a_step(tmp_path: Path, setting: str, error: typ
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Struck])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_struck_at_any_line_of_a_step(tmp_path: Path, setting: str, error: type[BaseException]) -> None:
+def test_a_strike_at_any_line_of_a_step_leaves_nothing_behind(
+    tmp_path: Path, setting: str, error: type[BaseException]
+) -> None:
     strike_lines(tmp_path, setting, error, every=1)
 
 
 # By signals -----------------------------------------------------------------------------------------------------------
 
 STEPS, SAVED_EVERY, PATIENCE = 16, 4, 300  # steps, steps, seconds
-COMPILED = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())  # by DeepSpeed, in its first run
+COMPILED = Path(
+    os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+)  # where DeepSpeed puts what it compiles in its first run
 
 
 class Running:
@@ -314,7 +322,7 @@ class Running:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
             stdout=self.said,
             stderr=self.said,
-            start_new_session=True,  # Ctrl-C goes to all processes of it
+            start_new_session=True,  # so that Ctrl-C goes to all of its processes
         )
 
     def pids(self) -> list[int]:
@@ -332,7 +340,7 @@ class Running:
             time.sleep(0.002)
 
     def end(self, patience: float = PATIENCE) -> str:
-        """What it said. A run that does not end is a failure."""
+        """What it printed. A run that does not end is a failure."""
         try:
             self.process.wait(patience)
         finally:
@@ -344,7 +352,7 @@ class Running:
 
 
 def complete(run: Path) -> dict[int, Path]:
-    """Checkpoints by step. The Trainer writes its own state last."""
+    """Complete checkpoints by step: the Trainer writes its own state last."""
     found = {int(path.name.split("-")[1]): path for path in run.glob("checkpoint-*")}
     return {step: path for step, path in sorted(found.items()) if (path / "trainer_state.json").is_file()}
 
@@ -352,7 +360,7 @@ def complete(run: Path) -> dict[int, Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "zero3", "fsdp2"])
-def test_struck_by_signals_and_resumed_it_ends_where_it_would(engine: str, tmp_path: Path) -> None:
+def test_a_run_struck_by_signals_and_resumed_ends_where_an_undisturbed_one_does(engine: str, tmp_path: Path) -> None:
     seed = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10_000))
     print(f"CHAOS_SEED={seed}")
     chance = random.Random(seed)
@@ -370,13 +378,13 @@ def test_struck_by_signals_and_resumed_it_ends_where_it_would(engine: str, tmp_p
     assert list(path) == list(range(1, STEPS + 1))
 
     def survivor() -> tuple[int, str | None]:
-        """The last step that can be resumed from. All that is saved was on the way of the undisturbed run."""
+        """The last step to resume from. Each checkpoint must hold the weights of the undisturbed run at its step."""
         for each in set(run.glob("checkpoint-*")) - set(complete(run).values()):
             shutil.rmtree(each)  # killed while it was written
         for step, saved in complete(run).items():
             weights = weights_in(saved, engine)
-            # SIGTERM has the Trainer save before the optimizer's step, which DeepSpeed has made by then (0.19.8):
-            # a plain Trainer's checkpoint of that moment can't be resumed from to the bit, either.
+            # On SIGTERM the Trainer saves before the optimizer's step, which DeepSpeed has taken by then (0.19.8). From
+            # such a checkpoint, a plain Trainer can't resume bit for bit, either.
             if engine.startswith("zero") and not same_bits(weights, path[step]):
                 assert terminated
                 assert same_bits(weights, path[step + 1])
@@ -395,7 +403,7 @@ def test_struck_by_signals_and_resumed_it_ends_where_it_would(engine: str, tmp_p
             break
         at = chance.randint(done, min(done + 5, STEPS - 1))
         terminated = kind == signal.SIGTERM
-        # Several processes agree on the step in which they save only if they get the signal at the same place of it.
+        # Several processes save in the same step only if the signal reaches them at the same place of that step.
         case = {"struck": {"kind": "terminate", "step": at - done}} if terminated and processes > 1 else {}
         struck = start(f"struck-{index}", output_dir=str(run), resume=resume, enable_jit_checkpoint=terminated, **case)
         struck.wait_for(at)
@@ -409,12 +417,11 @@ def test_struck_by_signals_and_resumed_it_ends_where_it_would(engine: str, tmp_p
         said = struck.end()
         assert (struck.process.returncode == 0) <= (terminated or STEPS in complete(run)), said
         assert terminated <= (struck.process.returncode == 0), said
-        assert not list(COMPILED.glob("*/deepspeed*/lock"))  # whoever finds it there waits for ever
+        assert not list(COMPILED.glob("*/deepspeed*/lock"))  # a run that finds it would wait for ever
 
     done, resume = survivor()
-    if (
-        done == STEPS
-    ):  # SIGTERM's run came to its end; the Trainer would go on from there, to step 17 (transformers 5.23)
+    if done == STEPS:
+        # The run with SIGTERM came to its end. The Trainer would go on from there to step 17 (transformers 5.23).
         return
     last = start("last", output_dir=str(run), resume=resume)
     said = last.end()

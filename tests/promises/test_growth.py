@@ -1,4 +1,4 @@
-"""What a training leaves alone: other people's memory, attributes and compiled functions; and that nothing grows."""
+"""A training does not grow, and leaves other people's memory, attributes and compiled functions alone."""
 
 import copy
 import gc
@@ -21,14 +21,14 @@ from transformers.utils import logging
 from hf_fsam import FSAMTrainer, passes, perturbation
 from hf_fsam.heads import fused_head
 from tests.toys import llama, make_trainer
-from tests.unit.test_boundary import ROWS, _Headless
+from tests.unit.test_find_boundary import ROWS, _Headless
 
 VARIANTS = ["sam", "functional", "logit"]
 NOT_OURS = (type, ModuleType, FunctionType, nn.Module, Tensor, Trainer, TrainingArguments, Accelerator, Optimizer)
 
 
 def bytes_of(roots: list[Any]) -> int:
-    """Of all objects that hang on `roots`, but for the trainer, the model and what else is not the package's own."""
+    """Of all objects that `roots` lead to, except for the trainer, the model and others that are not the package's."""
     seen: dict[int, Any] = {}
     while roots:
         each = roots.pop()
@@ -39,7 +39,7 @@ def bytes_of(roots: list[Any]) -> int:
 
 
 class _Sizes(TrainerCallback):
-    """Bytes of what the mixin keeps, objects and tensors in the process, at some steps."""
+    """Records the bytes that the mixin holds, and the objects and tensors in the process, at some steps."""
 
     def __init__(self, *steps: int) -> None:
         self.steps, self.bytes, self.objects, self.tensors = steps, [], [], []
@@ -66,18 +66,18 @@ def test_a_training_that_logs_nothing_does_not_grow(tmp_path: Path, variant: str
         max_steps=300,
     )
     trainer.train()
-    assert sizes.bytes[1] - sizes.bytes[0] < 100  # a counter takes a few more
+    assert sizes.bytes[1] - sizes.bytes[0] < 100  # a counter may take a few more
     assert sizes.objects[1] - sizes.objects[0] < 100
     assert sizes.tensors[1] <= sizes.tensors[0]
 
 
 @pytest.mark.parametrize("variant", ["sam", "functional", "logit"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_a_step_holds_is_gone_with_it(
+def test_what_a_step_holds_is_freed_with_it(
     tmp_path: Path, variant: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hidden states, cotangents, θ+ε: without the garbage collector, which would come steps later. Also where TRL is
-    imported, whose fused head is stood in for."""
+    """Hidden states, cotangents and θ+ε are freed without the garbage collector, which would run steps later. So they
+    are where TRL is imported and its fused head is replaced."""
     assert trl.trainer.utils is not None
     alive: list[weakref.ref] = []
     left: list[int] = []
@@ -112,7 +112,7 @@ def test_what_a_step_holds_is_gone_with_it(
 
 
 def test_metrics_of_trl_are_not_copied_for_every_micro_batch(tmp_path: Path) -> None:
-    """However many have gathered since the last line of the log."""
+    """However many of them have accumulated since the last log."""
     from tests.parity import test_trl
 
     class Entry(float):
@@ -129,19 +129,19 @@ def test_metrics_of_trl_are_not_copied_for_every_micro_batch(tmp_path: Path) -> 
     metrics = trainer._metrics["train"]
     metrics["gathered"] = [Entry(1.0)] * 8000
     trainer.train()
-    assert len(metrics["gathered"]) in (0, 8000)  # a last line of the log empties it
+    assert len(metrics["gathered"]) in (0, 8000)  # a log at the end empties it
     assert Entry.copies == 0
 
 
-def test_attributes_of_other_trainers_are_theirs(tmp_path: Path) -> None:
-    """Whatever their names, also those that TRL gives to its counts."""
+def test_attributes_of_other_trainers_are_left_alone(tmp_path: Path) -> None:
+    """Whatever their names are, and even where TRL has its counts under them."""
 
     class Mine(FSAMTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._metrics: list[float] = []
             self._mine: list[float] = []
-            self._stored_metrics = self.lock = threading.Lock()  # nothing that could be copied
+            self._stored_metrics = self.lock = threading.Lock()  # which cannot be copied
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
@@ -157,7 +157,7 @@ def test_attributes_of_other_trainers_are_theirs(tmp_path: Path) -> None:
     assert trainer._stored_metrics is trainer.lock
 
 
-def test_what_a_process_has_compiled_stays_compiled(tmp_path: Path) -> None:
+def test_what_was_compiled_before_a_training_is_not_compiled_anew(tmp_path: Path) -> None:
     compiled: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -174,7 +174,7 @@ def test_what_a_process_has_compiled_stays_compiled(tmp_path: Path) -> None:
     assert len(compiled) == 1
 
 
-def test_an_engine_that_is_replaced_is_gone(tmp_path: Path) -> None:
+def test_an_engine_that_is_replaced_is_freed(tmp_path: Path) -> None:
     """As after each trial of a hyperparameter search, which makes a new accelerator."""
     trainer = make_trainer(tmp_path)
     trainer.train()
@@ -186,7 +186,7 @@ def test_an_engine_that_is_replaced_is_gone(tmp_path: Path) -> None:
     trainer.train()
 
 
-def test_a_run_that_resumes_along_the_momentum_tells_of_a_loss_past_the_boundary(
+def test_a_resumed_run_with_a_momentum_ascent_warns_of_weights_past_the_boundary(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.enable_propagation()
@@ -208,8 +208,8 @@ def test_a_run_that_resumes_along_the_momentum_tells_of_a_loss_past_the_boundary
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_both_backward_passes_are_of_one_magnitude(tmp_path: Path, variant: str) -> None:
-    """The clean one too is divided by the number of accumulated micro-batches, or fp16 would overflow in it first."""
+def test_the_gradients_of_both_backward_passes_have_one_magnitude(tmp_path: Path, variant: str) -> None:
+    """The clean pass, too, divides by the number of accumulated micro-batches, or fp16 would overflow in it first."""
     model = _Headless()
     trainer = make_trainer(
         tmp_path,

@@ -1,4 +1,4 @@
-"""One more copy of the trainable weights, and the cotangent: no more, counted storage by storage."""
+"""A step holds one more copy of the trainable weights, and the cotangent, and no more, counted storage by storage."""
 
 from pathlib import Path
 
@@ -33,10 +33,10 @@ def _size(model: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precondition", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_at_most_one_copy_of_the_weights_beyond_the_plain_trainer(
+def test_a_step_holds_at_most_one_copy_of_the_weights_more_than_a_plain_one(
     tmp_path: Path, dtype: torch.dtype, precondition: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Temporaries in the proportion that they have to a model of ten million weights.
+    # Temporaries are as small beside this model as they are beside one of ten million weights.
     monkeypatch.setitem(perturbation._CHUNK, "cpu", 1 << 14)
     copy = _size(_wide(dtype))
     plain = _peak(tmp_path, _wide(dtype), fsam_variant="none", gradient_accumulation_steps=accumulation)
@@ -52,10 +52,10 @@ def test_at_most_one_copy_of_the_weights_beyond_the_plain_trainer(
             )
             cotangents = accumulation * ROWS * LENGTH * 48 * dtype.itemsize
             assert split - plain <= 1.03 * copy + cotangents, (variant, scope, (split - plain) / copy)
-            assert split - plain > 0.5 * copy  # or the count sees nothing
+            assert split - plain > 0.5 * copy  # or the measurement misses the copy
 
 
-def test_with_lora_the_copy_is_one_of_the_adapters(tmp_path: Path) -> None:
+def test_with_lora_only_the_adapters_are_copied(tmp_path: Path) -> None:
     def adapted() -> nn.Module:
         return get_peft_model(_wide(), LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
 
@@ -66,7 +66,7 @@ def test_with_lora_the_copy_is_one_of_the_adapters(tmp_path: Path) -> None:
 
 
 def test_the_cotangent_costs_one_tensor_of_the_size_of_the_logits(tmp_path: Path) -> None:
-    """A vocabulary so large that the logits are what there is."""
+    """The vocabulary is so large that the logits are most of the memory."""
     plain, split = (
         _peak(tmp_path, llama(vocab_size=20_000), fsam_variant=variant, optim="sgd", fsam_precondition=False)
         for variant in ("none", "functional")

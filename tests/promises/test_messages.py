@@ -1,4 +1,4 @@
-"""Every refusal and warning of the package, once: what provokes it, a piece of it, and that its cure is one."""
+"""Every error and warning of the package: what provokes it, a piece of its text, and that the cure it names works."""
 
 import ast
 import copy
@@ -41,7 +41,7 @@ from tests.engines.test_selection import config, select, select_fsdp
 from tests.tools.test_compare import RECIPE
 from tests.toys import VOCABULARY, llama, make_trainer
 from tests.unit.test_arguments import _Lion
-from tests.unit.test_boundary import ROWS, _Headless
+from tests.unit.test_find_boundary import ROWS, _Headless
 
 PACKAGE = Path(hf_fsam.__file__).parent
 Run = Callable[[Path], Any]
@@ -53,7 +53,7 @@ class Row:
     Attributes:
         text: a piece of the message, as it stands in the source and is shown.
         provoke: raises the message or, where `logged`, trains and logs it.
-        cure: does what the message says, and neither raises nor logs it. None: it tells, and asks for nothing.
+        cure: does what the message says, and neither raises nor logs it. None: the message asks for nothing.
     """
 
     text: str
@@ -63,7 +63,7 @@ class Row:
 
 
 def trains(model: Callable[[], nn.Module] = llama, **kwargs: Any) -> Run:
-    """Two steps of the toy."""
+    """Two training steps of the toy model."""
 
     def run(folder: Path) -> Trainer:
         made = {name: value() if name == "trainer" and callable(value) else value for name, value in kwargs.items()}
@@ -133,7 +133,8 @@ ARGUMENTS = [
 
 
 def runs(where: str, bad: Any, good: Any) -> dict[str, Run]:
-    """As `select_engine` sees it, for what takes more than one device or minutes: `where` is an attribute of it."""
+    """Hands `select_engine` a trainer whose attribute `where` is set by hand, for ways of running that take minutes, or
+    more than one device."""
 
     def provoke(value: Any, folder: Path) -> None:
         trainer = make_trainer(folder, fsam_variant="none")
@@ -222,14 +223,14 @@ class _FSAMGeneratesDeep(FSAMMixin, _GeneratesDeep):
 
 
 class _Samples(TrainerCallback):
-    """What is for the eye alone."""
+    """Generates text to look at, not to train on."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
 
 
 def generated(folder: Path) -> None:
-    """Before the training, into the data set."""
+    """Generates before the training, into the data set."""
     model = llama()
     ids = model.generate(torch.full((6, 2), 5), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
     rows = [{"input_ids": row, "labels": row} for row in ids]
@@ -392,7 +393,7 @@ class _LowRank(torch.optim.Optimizer):
 
 
 class _ScheduleFree(torch.optim.Optimizer):
-    """Steps in training mode alone, and begins in evaluation mode; its count of steps is the group's."""
+    """Steps only in training mode, and begins in evaluation mode. The group counts its steps."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "k": 0})
@@ -466,7 +467,7 @@ def takes(trainer_class: type[Trainer], **arguments: Any) -> Run:
 
 
 class _Plain(Trainer):
-    """A step of its own that knows of nothing."""
+    """A `training_step` of its own that never calls super."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
@@ -517,7 +518,7 @@ def with_lock(locked: bool) -> Run:
 
 
 def changes_the_logits(retried: bool, **arguments: Any) -> Run:
-    """retried: by an engine that can make a forward pass again."""
+    """retried: the engine can run a forward pass again."""
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         outputs.logits[..., 0] = 0.0
@@ -548,7 +549,7 @@ def both_orders(first: str) -> Run:
 
 
 class _Fickle(_Headless):
-    """Its second pass is another function."""
+    """Its second pass computes another function."""
 
     def __init__(self, first: int, then: int, classes: int = 3) -> None:
         super().__init__()
@@ -740,7 +741,7 @@ def finds(
     return run
 
 
-@functools.cache  # for several rows: once is enough
+@functools.cache  # once is enough for several rows
 def found() -> None:
     with tempfile.TemporaryDirectory() as folder:
         finds()(Path(folder))
@@ -804,7 +805,7 @@ COMMANDS = [
 
 ROWS_OF_MESSAGES = [*ARGUMENTS, *ENGINES, *OPTIMIZERS, *STEP, *DIAGNOSTICS, *COMMANDS]
 
-# Messages without a row: the test that holds them, or why there is none.
+# Messages without a row: the test that provokes them, or why none does.
 ELSEWHERE = {
     "can't be cut at the same places": "two tensors of the package's own that are not of one shape",
     "ddp_static_graph=True": "test_a_static_graph_is_refused_where_ddp_would_follow_it",
@@ -819,7 +820,7 @@ ELSEWHERE = {
     "is differentiated more than once": "as the row before",
     "changes the logits in place": "as the row before",
     "asks for the logits'": "as the row before",
-    "logits are read after their pass has ended": "test_logits_that_are_read_when_their_pass_has_ended_are_…",
+    "logits are read after their pass has ended": "test_logits_that_are_read_after_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
@@ -836,7 +837,7 @@ def tell_anew() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS_OF_MESSAGES, ids=lambda row: row.text[:40])
-def test_doing_what_the_message_says_helps(
+def test_the_cure_that_a_message_names_works(
     row: Row, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
     tell_anew()
@@ -858,7 +859,7 @@ TRLS = ("GRPO", "RLOO", "Distillation")
 EXPERIMENTAL = ("online_dpo.OnlineDPO", "gkd.GKD", "gold.GOLD", "sdft.SDFT", "sdpo.SDPO", "a2po.A2PO", "iw_opd.IWOPD")
 
 
-def test_trl_trainers_that_generate_are_known() -> None:
+def test_trl_trainers_that_generate_are_recognized() -> None:
     import importlib
 
     import trl
@@ -874,7 +875,7 @@ def test_trl_trainers_that_generate_are_known() -> None:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Where a message stands in the package, and its text, {} for what is filled in."""
+    """Where each message stands in the package, and its text with {} for what is filled in."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             told: ast.expr | None = None
@@ -899,7 +900,7 @@ def template(node: ast.expr) -> str:
     return "{}"
 
 
-def test_every_message_is_in_the_table() -> None:
+def test_every_message_has_a_row_or_names_its_test_elsewhere() -> None:
     texts = [*(row.text for row in ROWS_OF_MESSAGES), *ELSEWHERE]
     found = [(where, text) for where, text in messages() if len(text.replace("{}", "")) > 10]
     assert len(found) > 80

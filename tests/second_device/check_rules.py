@@ -1,4 +1,4 @@
-"""What the second device has of an accelerator: the other checks prove nothing without it.
+"""The second device behaves as an accelerator does. If it did not, the other checks would prove nothing.
 
 Run by tests/second_device/test_second_device.py, or by hand: python -m pytest tests/second_device/check_rules.py
 """
@@ -27,7 +27,7 @@ def here(*shape: int) -> Tensor:
 REFUSED: dict[str, Callable[[], Any]] = {
     "a sum": lambda: here(3) + torch.ones(3),
     "a sum in place": lambda: torch.ones(3).add_(here(3)),
-    "a number of the host's that is written": lambda: torch.ones(()).add_(here()),
+    "a number of the host that is written to": lambda: torch.ones(()).add_(here()),
     "a product of matrices": lambda: here(2, 2) @ torch.ones(2, 2),
     "a product of vectors": lambda: torch.dot(here(2), torch.ones(2)),
     "numbers stacked": lambda: torch.stack([here(), torch.ones(())]),
@@ -40,12 +40,12 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_two_devices_in_one_operator_are_refused(what: str) -> None:
+def test_an_operator_on_tensors_of_two_devices_is_refused(what: str) -> None:
     with pytest.raises(RuntimeError, match=r"same device|[Ee]xpected a.*generator|different from other tensors"):
         REFUSED[what]()
 
 
-def test_a_number_of_the_hosts_is_taken_where_cuda_takes_it() -> None:
+def test_a_single_number_on_the_host_is_accepted_where_cuda_accepts_it() -> None:
     two = torch.tensor(2.0)
     for result in (here(3) * two, here(3).div_(two).mul_(4), torch.where(here(3) > 0, two, 0.0), here(3).fill_(two)):
         assert result.tolist() == [2, 2, 2]
@@ -62,7 +62,7 @@ WAITING: dict[str, Callable[[], Any]] = {
     "equal": lambda: torch.equal(here(3), here(3)),
     "unique": lambda: here(3).unique(),
     "to the host": lambda: here(3).cpu(),
-    "to the host's pages": lambda: torch.empty(3).copy_(here(3), non_blocking=True),
+    "to pageable memory of the host": lambda: torch.empty(3).copy_(here(3), non_blocking=True),
     "to pinned memory, blocking": lambda: torch.empty(3, **PINNED).copy_(here(3)),
     "from the host": lambda: torch.ones(3).to("npu"),
     "a tensor of numbers": lambda: torch.tensor([1.0], device="npu"),
@@ -71,7 +71,7 @@ WAITING: dict[str, Callable[[], Any]] = {
 }
 AT_ONCE: dict[str, Callable[[], Any]] = {
     "arithmetic": lambda: (here(3) + 1).relu().sum().sqrt(),
-    "a number of the host's": lambda: here(3) * torch.tensor(2.0),
+    "a number of the host": lambda: here(3) * torch.tensor(2.0),
     "a number written to a mask": lambda: here(3).masked_fill_(here(3) > 0, 0.0),
     "a number put where a mask is": lambda: here(3).__setitem__(here(3) > 0, 0.0),
     "to pinned memory": lambda: torch.empty(3, **PINNED).copy_(here(3), non_blocking=True),
@@ -91,17 +91,17 @@ def test_what_makes_the_host_wait_is_counted(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", AT_ONCE)
-def test_what_does_not_is_not(what: str) -> None:
+def test_what_does_not_make_the_host_wait_is_not_counted(what: str) -> None:
     with host_waits() as waits:
         AT_ONCE[what]()
     assert not waits
 
 
-def test_memory_is_not_zero_by_itself() -> None:
+def test_uninitialized_memory_is_not_zero() -> None:
     assert torch.empty(3, device="npu").isnan().all()
 
 
-def test_draws_have_a_stream_of_their_own() -> None:
+def test_the_device_has_a_random_stream_of_its_own() -> None:
     torch.manual_seed(0)
     of_the_host = torch.get_rng_state()
     state = torch.npu.get_rng_state()
@@ -115,7 +115,7 @@ def test_draws_have_a_stream_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_is_narrow_where_cuda_is(dtype: torch.dtype) -> None:
+def test_autocast_computes_in_low_precision_where_cuda_does(dtype: torch.dtype) -> None:
     with torch.autocast("npu", dtype):
         assert (here(2, 2) @ here(2, 2)).dtype == dtype
         assert F.linear(here(2, 2), here(2, 2)).dtype == dtype
@@ -123,7 +123,7 @@ def test_mixed_precision_is_narrow_where_cuda_is(dtype: torch.dtype) -> None:
         assert F.layer_norm(here(2).to(dtype), (2,)).dtype == torch.float32
 
 
-def test_tensors_are_saved_and_models_moved_as_on_an_accelerator() -> None:
+def test_tensors_are_saved_and_models_are_moved_as_on_an_accelerator() -> None:
     file = io.BytesIO()
     torch.save(here(3), file)
     for place in ("npu", "cpu"):
@@ -134,5 +134,5 @@ def test_tensors_are_saved_and_models_moved_as_on_an_accelerator() -> None:
     assert isinstance(model.lm_head.weight, nn.Parameter)
 
 
-def test_it_is_the_device_of_a_training(tmp_path: Any) -> None:
+def test_the_trainer_chooses_it_as_its_device(tmp_path: Any) -> None:
     assert TrainingArguments(str(tmp_path)).device == torch.device("npu:0")

@@ -23,7 +23,7 @@ from tests.reference import IGNORED, Batch, Logits, Problem, Tensors, Window
 from tests.tools.test_diagnostics import Formulas, expected_paths, one_measurement, tiny
 from tests.toys import adapted, distance, gpt2, llama, make_trainer, same_bits, sentences
 
-SAME = 1e-5  # relative; what is measured is 1e-7
+SAME = 1e-5  # relative; measured distances are about 1e-7
 BASE: dict[str, Any] = {"fsam_rho": 0.3, "max_steps": 4, "train_sampling_strategy": "sequential", "use_cpu": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"fsam_variant": "none"},
@@ -85,7 +85,8 @@ def trained(folder: Path, settings: dict[str, Any], prepare: Callable[[Any], Non
 
 
 def from_formulas(settings: dict[str, Any], skipped: int = 0) -> tuple[Tensors, Tensors]:
-    """Where plain torch begins on the CPU, and where it ends. skipped: optimizer steps at the beginning."""
+    """The weights with which plain torch begins and ends on the CPU. skipped: how many of the first optimizer steps to
+    leave out."""
     model = model_for(settings)
     accumulation = settings.get("gradient_accumulation_steps", 1)
     rows = rows_for(settings)
@@ -100,7 +101,7 @@ def from_formulas(settings: dict[str, Any], skipped: int = 0) -> tuple[Tensors, 
     def of_targets(logits: Logits, batch: Batch, window: Window) -> Tensor:
         return loss(logits, batch, window) if window.num_items else 0.0 * logits[0].sum()
 
-    # GPT-2's loss is not known to the Trainer for one that shifts, Llama's is.
+    # The Trainer knows that Llama's loss shifts the labels, and does not know that GPT-2's does.
     count = reference.count_labels if settings.get("tied") else reference.count_shifted_labels
     ended = reference.train(
         model,
@@ -137,8 +138,8 @@ def test_a_training_ends_where_plain_torch_does(case: str, tmp_path: Path) -> No
 
 # Mixed precision ------------------------------------------------------------------------------------------------------
 
-# Relative, from what plain torch ends with in single precision; what is measured is half of that. No two variants end
-# nearer to each other than 2.7e-2.
+# Relative distances from where plain torch ends in single precision; the measured ones are half of that. Any two
+# variants end at least 2.7e-2 apart.
 NEAR = {"bf16": 8e-3, "fp16": 1e-3}
 
 
@@ -152,13 +153,13 @@ def test_mixed_precision_ends_near_plain_torch(precision: str, case: str, tmp_pa
 
 
 @pytest.mark.parametrize("case", ["functional", "preconditioned", "momentum"])
-def test_the_first_step_that_the_loss_scaler_lets_through_is_as_the_first_of_all(case: str, tmp_path: Path) -> None:
-    """The fused AdamW makes its state in the steps that are skipped: moments and steps of 0, which the device alone
-    knows of."""
+def test_after_steps_that_the_loss_scaler_skips_training_goes_on_as_from_the_start(case: str, tmp_path: Path) -> None:
+    """The fused AdamW makes its state in the steps that are skipped: moments of 0, and a count of 0 steps, which only
+    the device knows."""
     steps: list[tuple[float, float]] = []
 
     def overflowing(trainer: Any) -> None:
-        # Twice too high by far, then 2¹⁰.
+        # Far too high for two steps, then 2¹⁰.
         trainer.accelerator.scaler = torch.amp.GradScaler("npu", init_scale=2.0**50, backoff_factor=2.0**-20)
         trainer.add_callback(
             Watching(lambda: steps.append((trainer.accelerator.scaler.get_scale(), state_of(trainer))))
@@ -195,7 +196,7 @@ def state_of(trainer: Any) -> float:
     [(case, "single") for case in ("sam", "functional", "logit", "momentum", "functional-window")]
     + [("preconditioned", precision) for precision in ("single", "bf16", "fp16", "weights")],
 )
-def test_a_step_with_learning_rate_zero_leaves_the_weights_bit_for_bit(
+def test_a_step_with_learning_rate_zero_restores_the_weights_bit_for_bit(
     case: str, precision: str, tmp_path: Path
 ) -> None:
     more = {precision: True} if precision in ("bf16", "fp16") else {}
@@ -220,8 +221,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(precision: str, tmp
     assert resumed.state.log_history[1]["fsam/radius"] == whole.state.log_history[1]["fsam/radius"]
 
 
-def test_both_passes_draw_the_same_masks(tmp_path: Path) -> None:
-    """From the device's stream, which a step leaves where the plain Trainer's does."""
+def test_both_passes_draw_the_same_dropout_masks(tmp_path: Path) -> None:
+    """They come from the device's random stream, which a step leaves where a plain step does."""
     settings = BASE | {"learning_rate": 0.0, "max_steps": 2}
     make_trainer(tmp_path, gpt2(0.5), **settings, fsam_variant="none").train()
     after_plain = torch.npu.get_rng_state()
@@ -240,7 +241,7 @@ def test_both_passes_draw_the_same_masks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["none", "functional"])
-def test_the_diagnostics_are_those_of_the_formulas(variant: str, tmp_path: Path) -> None:
+def test_the_diagnostics_agree_with_the_formulas(variant: str, tmp_path: Path) -> None:
     trainer, found = one_measurement(tmp_path, tiny(), fsam_variant=variant, use_cpu=False)
     formulas = Formulas(copy.deepcopy(trainer.model).cpu())
     for name, value in expected_paths(formulas).items():
@@ -252,7 +253,7 @@ def test_the_diagnostics_are_those_of_the_formulas(variant: str, tmp_path: Path)
     assert abs(found["rise_random"]) < 0.5 * found["rise_ascent"]
 
 
-def test_measuring_leaves_the_training_alone_to_the_bit(tmp_path: Path) -> None:
+def test_diagnostics_do_not_change_the_training_by_a_bit(tmp_path: Path) -> None:
     settings = BASE | {"fsam_precondition": True, "gradient_accumulation_steps": 2}
     plain = make_trainer(tmp_path, gpt2(0.2), **settings)
     plain.train()

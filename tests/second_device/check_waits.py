@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": PRECONDITIONED | {"bf16": True},
     "fp16": PRECONDITIONED | {"fp16": True},
     "not_fused_adamw": PRECONDITIONED | {"optim": "adamw_torch"},
-    "sparing": FUNCTIONAL | {"fsam_every_steps": 2},
+    "every_second_step": FUNCTIONAL | {"fsam_every_steps": 2},
 }
 
 
@@ -72,11 +72,11 @@ def waits_of(trainer: Trainer) -> Counter[Wait]:
 
 
 def waits(folder: str | Path, **settings: Any) -> Counter[Wait]:
-    # transformers' models look from the host whether sequences are packed or padded, once a forward pass, unless they
-    # are given a mask and multiply it in.
+    # In each forward pass, transformers' models check on the host whether sequences are packed or padded, unless they
+    # have a mask and eager attention.
     model = llama(attn_implementation="eager")
     rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in sentences()]
-    # A log reads what was gathered.
+    # A log would read its means from the device.
     quiet = {"use_cpu": False, "logging_strategy": "no"}
     return waits_of(make_trainer(folder, model, **({"trainer": {"train_dataset": rows}} | quiet | settings)))
 
@@ -93,7 +93,7 @@ def test_no_step_waits_more_often_than_a_plain_one(case: str, tmp_path: Path) ->
         json.dumps({name: value for name, value in CASES[case].items() if not name.startswith("fsam_")})
     )
     found = waits(tmp_path, **CASES[case])
-    assert plain  # it copies its batches and looks at its loss
+    assert plain  # it copies its batches and reads its loss
     more = Counter(wait.inner for wait in found.elements()) - Counter(wait.inner for wait in plain.elements())
     assert not more, "\n".join(f"{wait.inner}, from {wait.own}" for wait in found if wait.inner in more)
 
@@ -101,8 +101,8 @@ def test_no_step_waits_more_often_than_a_plain_one(case: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "settings", [FUNCTIONAL, PRECONDITIONED | WINDOW, MOMENTUM], ids=["functional", "window", "momentum"]
 )
-def test_trl_s_fused_head_waits_for_itself_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    """TRL 1.16 reads its metrics in `compute_loss`, so in either pass; the package does nothing of the kind."""
+def test_with_trls_fused_head_no_wait_comes_from_the_package(settings: dict[str, Any], tmp_path: Path) -> None:
+    """TRL 1.16 reads its metrics in `compute_loss`, and so in either pass. The package reads nothing."""
     arguments = {"use_cpu": False, "logging_strategy": "no", "max_steps": 6, "report_to": "none", "save_strategy": "no"}
     found = waits_of(
         FSAMSFTTrainer(

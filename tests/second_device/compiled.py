@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("device.cpp")
 
 
 def missing() -> str | None:
-    """What this machine lacks to compile the device; None where it has all."""
+    """What this machine lacks to compile the device, and the cure; None where it lacks nothing."""
     compiler, *_ = shlex.split(os.environ.get("CXX", "c++"))
     for program, cure in ((compiler, "install g++, or name a compiler in CXX"), ("ninja", "pip install ninja")):
         if shutil.which(program, path=_path()) is None:
@@ -33,7 +33,7 @@ def load() -> None:
         torch.ops.load_library(library)
         return
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Each build in a folder of its own: in a common one torch waits for ever for the lock of a build that was killed.
+    # Each build has a folder of its own. In a common one, torch would wait for ever for the lock of a killed build.
     with TemporaryDirectory(dir=library.parent) as folder:
         path, os.environ["PATH"] = os.environ.get("PATH"), _path()
         try:
@@ -46,5 +46,5 @@ def load() -> None:
 
 
 def _path() -> str:
-    """With the programs that pip has installed beside this Python, whether its environment is activated or not."""
+    """The search path with pip's programs beside this Python, whether its environment is activated or not."""
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])

@@ -1,8 +1,8 @@
 // A stand-in accelerator: its tensors lie in the host's memory, every operator computes on the CPU, and the rules are
-// CUDA's. Operands on two devices are refused, memory is never zero by itself, random numbers have a stream of their
-// own, and what would make the host wait for the device is told to a listener. Written for torch 2.13.
+// CUDA's. Operands on two devices are refused, new memory is never zero, random numbers have a stream of their own, and
+// a listener hears of everything that would make the host wait for the device. Written for torch 2.13.
 //
-// Only headers of torch, none of Python: what Python has to do with it goes through torch.ops.second_device.
+// It includes headers of torch and none of Python, which calls it through torch.ops.second_device.
 
 #define AT_PER_OPERATOR_HEADERS
 #include <ATen/CPUGeneratorImpl.h>
@@ -44,7 +44,7 @@ const c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
-    if (bytes) std::memset(memory.get(), 0xFF, bytes);  // NaN, so that nobody counts on zeros
+    if (bytes) std::memset(memory.get(), 0xFF, bytes);  // NaN, so that nothing works by relying on zeros
     memory.unsafe_set_device(kDevice);
     return memory;
   }
@@ -54,7 +54,7 @@ struct Allocator final : c10::Allocator {
 Allocator g_allocator;
 REGISTER_ALLOCATOR(kType, &g_allocator);
 
-// Memory of the host to which a copy need not be waited for: the CPU's, taken down.
+// Pinned memory of the host, to which the host can copy without a wait: the CPU's memory, and a list of its addresses.
 struct PinnedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
@@ -134,7 +134,7 @@ using Listener = void (*)(const char* what, const char* op);
 Listener g_listener = nullptr;
 thread_local bool t_computing = false;
 
-// While an operator computes: its own copies are the stand-in's.
+// Set while an operator computes: the copies that it makes then are the stand-in's, not the caller's.
 struct Computing {
   ~Computing() { t_computing = before; }
   const bool before = std::exchange(t_computing, true);
@@ -166,7 +166,8 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
   return at::detail::empty_strided_generic(size, stride, &g_allocator, kKeys, c10::dtype_or_default(dtype));
 }
 
-// As torch copies on CUDA: the host waits, unless it asked not to and what it would read is pinned.
+// Copies as torch does on CUDA: the host waits, unless the copy is non-blocking and, if it goes to the host, to pinned
+// memory.
 Tensor copy_from(const Tensor& source, const Tensor& target, bool non_blocking) {
   if (!ours(target) && !(non_blocking && PinnedAllocator::holds(target.storage().data()))) waits("to host", "copy_");
   if (!ours(source) && !non_blocking) waits("from host", "copy_");
@@ -211,13 +212,13 @@ void each_tensor(const IValue& value, const Visit& visit) {
   }
 }
 
-// Refuses what CUDA refuses, and tells what CUDA waits for.
+// Refuses what CUDA refuses, and reports what makes the host wait on CUDA.
 void check(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   const std::string& name = op.schema().name();
   const auto& arguments = op.schema().arguments();
   const auto first = stack.end() - arguments.size();
   const bool getting = name == "aten::index", putting = name == "aten::_index_put_impl_";
-  // One number of the host's is handed to a kernel by its value. The tag is that of TensorIterator's operators.
+  // A single number on the host is passed to a kernel by value. The tag is that of TensorIterator's operators.
   const bool takes_numbers =
       op.hasTag(at::Tag::pointwise) || putting || name == "aten::fill_" || name == "aten::masked_fill_";
   bool any_ours = false, masked = false;
@@ -244,7 +245,7 @@ void check(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   if (op.hasTag(at::Tag::data_dependent_output)) waits("item", name);
 }
 
-// Draws come from this device's generator, which takes the place of the CPU's for as long.
+// Draws come from this device's generator, which stands in for the CPU's meanwhile.
 struct DrawsFrom {
   DrawsFrom(const c10::OperatorHandle& op, torch::jit::Stack* stack) : source(default_generator()) {
     for (auto value = stack->end() - op.schema().arguments().size(); value != stack->end(); ++value) {

@@ -1,5 +1,5 @@
-"""The stand-in accelerator of `device.cpp` under the name `npu`, one of those that torch leaves free and that
-accelerate and transformers take for the training's device where it is there.
+"""The stand-in accelerator of `device.cpp` under the name `npu`. torch leaves that name free, and accelerate and
+transformers train on the device that has it.
 
 Importing this module changes torch for the whole process, and has to come before transformers.
 """
@@ -55,7 +55,9 @@ def _tell(what: bytes, op: bytes) -> None:
 
 
 def _last(lines: list[tuple[str, int | None]]) -> str:
-    return "{}:{}".format(*lines[-1]) if lines else "no line"  # as of a backward pass, which has a thread of its own
+    return (
+        "{}:{}".format(*lines[-1]) if lines else "no line"
+    )  # as in a backward pass, which runs in a thread of its own
 
 
 def install() -> None:
@@ -65,9 +67,9 @@ def install() -> None:
     torch.utils.rename_privateuse1_backend("npu")
     torch._register_device_module("npu", npu)
     torch.utils.generate_methods_for_privateuse1_backend()
-    npu.__spec__ = ModuleSpec("torch_npu", None)  # what is looked for, before `torch.npu` is used
+    npu.__spec__ = ModuleSpec("torch_npu", None)  # libraries look for it before they use `torch.npu`
     sys.modules["torch_npu"] = npu
-    # `module.to(device)` keeps tied weights one tensor, as on CUDA; without this it unties them (torch 2.13).
+    # With this, `module.to(device)` leaves tied weights tied, as on CUDA; without it, it unties them (torch 2.13).
     torch.__future__.set_swap_module_params_on_conversion(True)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate loads DeepSpeed, which would try to use this one
 

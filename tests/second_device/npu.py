@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_initialized = True  # torch.utils.checkpoint keeps the random stream of no other device
+_initialized = True  # torch.utils.checkpoint saves the random stream only of devices that say so
 
 
 def is_available() -> bool:

@@ -1,4 +1,4 @@
-"""The fused head: the materialised path's gradient without its logits, and the logits wherever they are asked for."""
+"""The fused head: the gradient that logits in memory give, but without them; and the logits where a loss reads them."""
 
 import copy
 import ctypes
@@ -32,7 +32,7 @@ from tests.zoo import CASES
 
 @pytest.fixture
 def crossings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the losses of the clean passes took, in order: 'cross_entropy', 'log_sum_exp', 'values'."""
+    """What the losses of the clean passes asked of the head, in order: 'cross_entropy', 'log_sum_exp', 'values'."""
     seen: list[str] = []
 
     def watch(name: str) -> None:
@@ -49,14 +49,14 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-KEPT = {"some_kept": 5 * zoo.VOCABULARY, "none_kept": 0, "all_kept": 1 << 20}
+CACHED = {"some_cached": 5 * zoo.VOCABULARY, "none_cached": 0, "all_cached": 1 << 20}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=() if name == "some_kept" else pytest.mark.slow) for name in KEPT])
-def in_pieces(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of three tokens, or a few columns, of a model's logits, and of its cotangents those of five tokens kept."""
+@pytest.fixture(params=[pytest.param(name, marks=() if name == "some_cached" else pytest.mark.slow) for name in CACHED])
+def in_tiles(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in tiles of three tokens, or of a few columns; cotangents cached for five tokens, for none or for all."""
     monkeypatch.setitem(fused_loss._TILE, DEVICE.type, 3 * zoo.VOCABULARY)
-    monkeypatch.setitem(fused_loss._KEPT, DEVICE.type, KEPT[request.param])
+    monkeypatch.setitem(fused_loss._KEPT, DEVICE.type, CACHED[request.param])
 
 
 split = pytest.mark.parametrize(
@@ -75,7 +75,7 @@ split = pytest.mark.parametrize(
 
 
 def cohere() -> nn.Module:
-    """Tied, with a scale on its logits, and no RMS norm."""
+    """Tied weights, a scale on the logits, and a layer norm where others have an RMS norm."""
     options = {name: value for name, value in zoo.DECODER.items() if name != "head_dim"}
     return transformers.CohereForCausalLM(transformers.CohereConfig(**options, logit_scale=0.3))
 
@@ -86,7 +86,7 @@ def granite() -> nn.Module:
 
 
 def phi() -> nn.Module:
-    """With a bias on its head."""
+    """Its head has a bias."""
     options = {name: value for name, value in zoo.DECODER.items() if name not in ("head_dim", "num_key_value_heads")}
     model = transformers.PhiForCausalLM(transformers.PhiConfig(**options, resid_pdrop=0.0))
     nn.init.normal_(model.lm_head.bias)
@@ -100,7 +100,7 @@ def frozen_head() -> nn.Module:
 
 
 def scaled(factor: float) -> reference.Problem:
-    """The boundary is the head's output, before the scale."""
+    """A model that scales its logits: the boundary is the head's output, before the scale."""
 
     def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
         return reference.causal_lm_loss((logits[0] * factor,), batch, window)
@@ -123,8 +123,8 @@ MODELS = {
 
 @split
 @pytest.mark.parametrize("name", MODELS)
-def test_in_pieces_it_is_the_formulas(
-    name: str, setting: Setting, tmp_path: Path, in_pieces: None, crossings: list[str]
+def test_the_tiled_head_agrees_with_the_formulas(
+    name: str, setting: Setting, tmp_path: Path, in_tiles: None, crossings: list[str]
 ) -> None:
     check_parity(MODELS[name], setting, tmp_path)
     assert set(crossings) == {"cross_entropy"}
@@ -132,14 +132,14 @@ def test_in_pieces_it_is_the_formulas(
 
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where leaving out tokens that do not count would make the host wait."""
+    """As on a device, where the host would have to wait in order to leave out the tokens that do not count."""
     monkeypatch.setattr(deferred_logits, "leaving_out_is_free", lambda device: False)
 
 
 @split
 @pytest.mark.parametrize("name", ["llama", "phi", "t5"])
-def test_with_tokens_that_do_not_count_it_is_the_formulas(
-    name: str, setting: Setting, tmp_path: Path, in_pieces: None, as_on_a_device: None
+def test_with_tokens_that_do_not_count_the_head_agrees_with_the_formulas(
+    name: str, setting: Setting, tmp_path: Path, in_tiles: None, as_on_a_device: None
 ) -> None:
     check_parity(MODELS[name], setting, tmp_path)
     smoothed = reference.label_smoothing(shift=name != "t5", factor=0.2)
@@ -150,16 +150,16 @@ def test_with_tokens_that_do_not_count_it_is_the_formulas(
 
 @pytest.mark.parametrize("kind", ["sum", "smoothed", "mean"])
 @pytest.mark.parametrize("setting", [Setting("functional"), Setting("logit")], ids=str)
-def test_an_optimizer_step_without_labels_on_a_device(
+def test_an_optimizer_step_without_labels_has_a_zero_gradient_on_a_device(
     setting: Setting, kind: str, tmp_path: Path, as_on_a_device: None
 ) -> None:
-    test_parity.test_an_optimizer_step_without_labels(setting, kind, tmp_path)
+    test_parity.test_an_optimizer_step_without_labels_has_a_zero_gradient(setting, kind, tmp_path)
 
 
 @split
 @pytest.mark.parametrize("name", ["phi", "gpt2"])
-def test_label_smoothing_in_pieces(
-    name: str, setting: Setting, tmp_path: Path, in_pieces: None, crossings: list[str]
+def test_label_smoothing_in_tiles_agrees_with_the_formulas(
+    name: str, setting: Setting, tmp_path: Path, in_tiles: None, crossings: list[str]
 ) -> None:
     smoothed = reference.label_smoothing(shift=True, factor=0.2)
     case = replace(MODELS[name], problem=replace(MODELS[name].problem, loss=smoothed))
@@ -168,14 +168,16 @@ def test_label_smoothing_in_pieces(
 
 
 def loss_with_z_loss(logits: Tensor, labels: Tensor, count: int | Tensor) -> Tensor:
-    """With a penalty on every position's log Σ exp z, as Bamba's."""
+    """A loss with a penalty on every position's log Σ exp z, as Bamba has one."""
     scores, targets = logits[..., :-1, :].reshape(-1, logits.size(-1)), labels[..., 1:].flatten()
     loss = F.cross_entropy(scores.float(), targets, reduction="sum") / count
     return loss + 0.05 * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
 
 
 @split
-def test_a_z_loss_in_pieces(setting: Setting, tmp_path: Path, in_pieces: None, crossings: list[str]) -> None:
+def test_a_z_loss_in_tiles_agrees_with_the_formulas(
+    setting: Setting, tmp_path: Path, in_tiles: None, crossings: list[str]
+) -> None:
     def through_the_trainer(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         return loss_with_z_loss(outputs.logits, labels, num_items_in_batch)
 
@@ -189,7 +191,7 @@ def test_a_z_loss_in_pieces(setting: Setting, tmp_path: Path, in_pieces: None, c
 
 @split
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_lora"])
-def test_the_logits_in_memory_are_the_formulas(
+def test_without_the_fused_head_the_logits_in_memory_agree_with_the_formulas(
     name: str, setting: Setting, tmp_path: Path, crossings: list[str]
 ) -> None:
     check_parity(CASES[name], setting, tmp_path, fsam_fused_head=False)
@@ -197,8 +199,8 @@ def test_the_logits_in_memory_are_the_formulas(
 
 
 class OwnMeans(FSAMTrainer):
-    """The model is not told how many targets its window has: a mean of each micro-batch, which the Trainer divides by
-    the number of them, in the second pass only."""
+    """The model is not told how many targets the window holds. Its loss is the mean of a micro-batch, which the Trainer
+    divides by the number of micro-batches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -206,7 +208,9 @@ class OwnMeans(FSAMTrainer):
 
 
 @split
-def test_means_that_the_trainer_divides(setting: Setting, tmp_path: Path, in_pieces: None) -> None:
+def test_mean_losses_that_the_trainer_divides_agree_with_the_formulas(
+    setting: Setting, tmp_path: Path, in_tiles: None
+) -> None:
     def loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
         scores, targets = reference.shifted(logits[0], batch["labels"])
         return reference.nll_sum(scores, targets) / (targets != IGNORED).sum() / len(window.batches)
@@ -215,16 +219,16 @@ def test_means_that_the_trainer_divides(setting: Setting, tmp_path: Path, in_pie
     check_parity(case, setting, tmp_path, trainer_class=OwnMeans)
 
 
-def test_hidden_states_that_wait_on_the_host(tmp_path: Path) -> None:
+def test_with_hidden_states_offloaded_to_the_host_the_head_agrees_with_the_formulas(tmp_path: Path) -> None:
     setting = Setting("functional", accumulation=3, scope="optimizer_step")
     check_parity(CASES["gpt2"], setting, tmp_path, fsam_offload_hidden_states=True)
 
 
-# What does not exist --------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 class _Largest(TorchDispatchMode):
-    """The most numbers that a tensor inside holds."""
+    """Records how many numbers the largest tensor holds that is made inside."""
 
     numbers = 0
 
@@ -265,19 +269,21 @@ def test_no_tensor_is_as_large_as_the_logits(scope: str, tmp_path: Path, monkeyp
 # Rounding -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize("cached", [0, 1 << 20])
 @pytest.mark.parametrize("tile", [1 << 12, 1 << 20])
-def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64, over the gradients of hidden states and weights, of the clean and of the split pass."""
+def test_in_bfloat16_rounding_is_no_worse_than_with_logits_in_memory(
+    cached: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with float64: the gradients of hidden states and of weights, in the clean and in the second pass."""
     monkeypatch.setitem(fused_loss._TILE, "cpu", tile)
-    monkeypatch.setitem(fused_loss._KEPT, "cpu", kept)
+    monkeypatch.setitem(fused_loss._KEPT, "cpu", cached)
     torch.manual_seed(0)
     tokens, width, vocabulary = 128, 32, 512
     clean = torch.randn(tokens, width), torch.randn(vocabulary, width)
     moved = tuple(each + 0.3 * torch.randn_like(each) for each in clean)
     targets = torch.randint(vocabulary, (tokens,))
 
-    def materialised(dtype: torch.dtype) -> list[Tensor]:
+    def in_memory(dtype: torch.dtype) -> list[Tensor]:
         (h, w), (h2, w2) = ([x.bfloat16().to(dtype).requires_grad_() for x in pair] for pair in (clean, moved))
         z = h @ w.t()
         z.retain_grad()
@@ -287,29 +293,29 @@ def test_in_bfloat16_it_is_no_worse_than_the_logits(kept: int, tile: int, monkey
 
     def fused() -> list[Tensor]:
         (h, w), (h2, w2) = ([x.bfloat16().requires_grad_() for x in pair] for pair in (clean, moved))
-        statistic = fused_loss.FusedLoss(
+        loss = fused_loss.FusedLoss(
             h.detach(), w.detach(), None, torch.bfloat16, fused_loss.LogitTransform(), targets=targets
         )
-        statistic.cached = unperturbed.CotangentCache().take(tokens, w, torch.bfloat16)
+        loss.cached = unperturbed.CotangentCache().take(tokens, w, torch.bfloat16)
         upstream = torch.tensor(1 / tokens)
-        ours = fused_loss.cross_entropy_sum(statistic, (True, True, False))
-        again, _ = fused_loss.vjp(statistic, None, h2.detach(), w2, None, (True, False))
+        ours = fused_loss.cross_entropy_sum(loss, (True, True, False))
+        again, _ = fused_loss.vjp(loss, None, h2.detach(), w2, None, (True, False))
         assert ours is not None
         return [g for gradients in (ours, again) for g in gradients.times_(upstream) if g is not None]
 
     def error(gradient: Tensor, exact: Tensor) -> float:
         return float((gradient.detach().double() - exact).norm() / exact.norm())
 
-    for one, other, exact in zip(fused(), materialised(torch.bfloat16), materialised(torch.float64), strict=True):
+    for one, other, exact in zip(fused(), in_memory(torch.bfloat16), in_memory(torch.float64), strict=True):
         assert 0 < error(one, exact) <= 1.05 * error(other, exact)
 
 
-# Where it can't be ----------------------------------------------------------------------------------------------------
+# Where logits can't be deferred ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is said of the fused head."""
+    """The warnings about the fused head."""
     said: list[str] = []
     monkeypatch.setattr(fused_head.logger, "warning", said.append)
     return said
@@ -327,7 +333,7 @@ def lora_on_the_head(**config: Any) -> nn.Module:
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
     ],
 )
-def test_a_head_with_adapters_makes_its_logits(
+def test_a_head_with_adapters_makes_its_logits_and_warns_once(
     config: dict, name: str, tmp_path: Path, lines: list[str], crossings: list[str]
 ) -> None:
     case = replace(CASES["llama_lora"], build=lambda: lora_on_the_head(**config))
@@ -338,7 +344,7 @@ def test_a_head_with_adapters_makes_its_logits(
 
 
 def own_log_softmax(logits: Tensor, labels: Tensor, count: int | Tensor) -> Tensor:
-    """A loss that takes all of the logits."""
+    """A loss that reads all of the logits."""
     scores, targets = reference.shifted(logits, labels)
     return reference.nll_sum(scores, targets) / count
 
@@ -358,7 +364,7 @@ def cross_entropy_and_accuracy(logits: Tensor, labels: Tensor, count: int | Tens
 @split
 @pytest.mark.parametrize("own", [own_log_softmax, cross_entropy_and_more, cross_entropy_and_accuracy])
 @pytest.mark.parametrize("name", ["phi", pytest.param("llama", marks=pytest.mark.slow)])
-def test_a_loss_that_reads_the_logits_gets_them(
+def test_a_loss_that_reads_the_logits_agrees_with_the_formulas_and_warns_once(
     name: str, own: Callable, setting: Setting, tmp_path: Path, lines: list[str], crossings: list[str]
 ) -> None:
     def through_the_trainer(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
@@ -371,17 +377,17 @@ def test_a_loss_that_reads_the_logits_gets_them(
     check_parity(case, setting, tmp_path, compute_loss_func=through_the_trainer)
     assert len(lines) == 1
     assert "needs them" in lines[0]
-    assert crossings.count("values") <= 4  # of the first step alone
+    assert crossings.count("values") <= 4  # all of them in the first step
 
 
-def test_compiled_models_make_their_logits(tmp_path: Path, lines: list[str]) -> None:
+def test_a_compiled_model_makes_its_logits_and_warns_once(tmp_path: Path, lines: list[str]) -> None:
     trainer = make_trainer(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1)
     trainer.train()
     assert len(lines) == 1
     assert "compiled" in lines[0]
 
 
-def test_classifiers_are_not_spoken_of(tmp_path: Path, lines: list[str], crossings: list[str]) -> None:
+def test_a_classifier_has_no_fused_head_and_no_warning(tmp_path: Path, lines: list[str], crossings: list[str]) -> None:
     check_parity(CASES["bert_classification"], Setting("functional"), tmp_path)
     assert not lines
     assert not crossings
@@ -438,7 +444,7 @@ def _in_inference_mode(z: Tensor) -> Tensor:
 
 
 class _Squares(torch.autograd.Function):
-    """A kernel of somebody's own, which takes no notice of deferred logits."""
+    """Somebody's own kernel, which knows nothing of deferred logits."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -451,8 +457,8 @@ class _Squares(torch.autograd.Function):
         return gradient * 2 * z
 
 
-def test_it_answers_as_a_tensor_does() -> None:
-    """Whatever is asked of deferred logits, the answer is that of the logits, and so is its gradient."""
+def test_deferred_logits_answer_as_the_logits_do() -> None:
+    """Whatever a loss asks of deferred logits, the result is that of the logits, and so is its gradient."""
     torch.manual_seed(0)
     linear, hidden = nn.Linear(4, 7), torch.randn(2, 5, 4, requires_grad=True)
     logits = linear(hidden)
@@ -507,7 +513,6 @@ def test_it_answers_as_a_tensor_does() -> None:
         "kernel_of_scaled": lambda z: _Squares.apply(torch.tanh(z[:, 1:] / 3) * 2),
     }
     stayed = set()
-    stayed = set()
     for name, question in questions.items():
         fused = fused_head.FusedHead(linear)
         call = fused_head.CleanCall(fused, hidden, Crossing(), CleanPass())
@@ -531,7 +536,7 @@ def test_it_answers_as_a_tensor_does() -> None:
 
 
 class _PassedOn(torch.autograd.Function):
-    """What DeepSpeed puts on the output of every module, to be told when its backward pass begins."""
+    """The node that DeepSpeed puts on the output of every module, to learn when its backward pass begins."""
 
     __module__ = "deepspeed.runtime.zero.parameter_offload"
 
@@ -541,11 +546,11 @@ class _PassedOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        assert gradient.untyped_storage().nbytes() <= 8  # of logits that nobody reads, no gradient is in memory
+        assert gradient.untyped_storage().nbytes() <= 8  # logits that nobody reads have none in memory
         return gradient
 
 
-def test_an_engine_may_follow_the_logits_through_the_backward_pass() -> None:
+def test_logits_stay_deferred_behind_nodes_that_an_engine_adds() -> None:
     torch.manual_seed(0)
     linear, hidden = nn.Linear(4, 7), torch.randn(2, 5, 4, requires_grad=True)
     fused, crossing, targets = fused_head.FusedHead(linear), Crossing(), torch.randint(7, (10,))
@@ -657,7 +662,7 @@ def looks_at_the_memory(outputs: Any, labels: Tensor, num_items_in_batch: Any = 
 
 
 class _Threefold(torch.autograd.Function):
-    """A gradient of its own to what it leaves as it is, in one of the ways to do so."""
+    """Returns what `leave` makes of its input, and three times the gradient whatever that is."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, leave: Callable[[Tensor], Tensor]) -> Tensor:
@@ -734,7 +739,7 @@ LOSSES = [
 
 
 def trains_as_with_logits(loss: Any, folder: Path, **arguments: Any) -> bool:
-    """The first step is the one that finds the logits deferred."""
+    """Whether two steps end where they do with logits in memory. In the first, the logits are deferred."""
     given = {"compute_loss_func": loss}
     fused, plain = (
         train(folder, fsam_rho=0.1, max_steps=2, fsam_fused_head=on, trainer=given, **arguments) for on in (True, False)
@@ -748,14 +753,14 @@ def trains_as_with_logits(loss: Any, folder: Path, **arguments: Any) -> bool:
     [{}, {"fsam_ascent_direction": "momentum"}, {"fsam_variant": "logit"}],
     ids=["split", "momentum", "logit"],
 )
-def test_losses_that_do_more_with_the_logits_train_as_with_them(
+def test_losses_that_change_or_inspect_the_logits_train_as_with_logits_in_memory(
     loss: Any, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     assert trains_as_with_logits(loss, tmp_path, **arguments)
 
 
-def test_a_term_under_a_checkpoint_is_not_lost(tmp_path: Path) -> None:
-    """Whose forward pass records nothing: its gradient would be missing without a word."""
+def test_a_loss_term_under_reentrant_checkpointing_is_not_lost(tmp_path: Path) -> None:
+    """Its forward pass runs without a graph, so its gradient could be missing without an error."""
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         z, y = outputs.logits, labels
@@ -765,8 +770,8 @@ def test_a_term_under_a_checkpoint_is_not_lost(tmp_path: Path) -> None:
     assert trains_as_with_logits(loss, tmp_path)
 
 
-def test_a_metric_of_some_steps_turns_it_off_in_either_pass(tmp_path: Path) -> None:
-    """Its first time may be in a second pass, whose clean one took no logits."""
+def test_a_metric_of_some_steps_turns_the_fused_head_off_in_either_pass(tmp_path: Path) -> None:
+    """The metric may first be computed in a second pass, after a clean pass that read no logits."""
 
     def accurate(every: int, first: int) -> Any:
         calls = -first
@@ -787,7 +792,7 @@ def test_a_metric_of_some_steps_turns_it_off_in_either_pass(tmp_path: Path) -> N
         assert distance(train(tmp_path, fsam_rho=0.1, trainer=given), plain) < 1e-6
 
 
-def test_a_loss_of_logits_that_only_the_second_pass_reads_is_an_error(tmp_path: Path) -> None:
+def test_a_loss_that_depends_on_logits_which_only_the_second_pass_reads_is_an_error(tmp_path: Path) -> None:
     calls = 0
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -806,8 +811,8 @@ def wrong(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tenso
     return outputs.no_such_output
 
 
-def test_an_error_in_the_loss_stays_what_it_is(tmp_path: Path) -> None:
-    """Nor is the pass made again: what the loss raises is not for the deferred logits."""
+def test_an_error_that_the_loss_raises_is_neither_changed_nor_retried(tmp_path: Path) -> None:
+    """A forward pass is retried where deferred logits raise, not where the loss does."""
     calls = []
 
     def out_of_memory(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -824,23 +829,23 @@ def test_an_error_in_the_loss_stays_what_it_is(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-def test_logits_that_are_read_when_their_pass_has_ended_are_an_error_not_others(tmp_path: Path) -> None:
-    kept: list[Tensor] = []
+def test_logits_that_are_read_after_their_pass_has_ended_are_an_error_not_other_values(tmp_path: Path) -> None:
+    taken: list[Tensor] = []
 
-    def keeps(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        kept.append(outputs.logits.detach())
+    def takes_away(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        taken.append(outputs.logits.detach())
         return F.cross_entropy(*shifted(outputs.logits, labels))
 
-    train(tmp_path, trainer={"compute_loss_func": keeps}, max_steps=1)
-    for logits in kept:
+    train(tmp_path, trainer={"compute_loss_func": takes_away}, max_steps=1)
+    for logits in taken:
         with pytest.raises(RuntimeError, match=r"after their pass has ended.*or set fsam_fused_head=False"):
             logits.max()
-    kept.clear()
-    train(tmp_path, trainer={"compute_loss_func": keeps}, max_steps=1, fsam_fused_head=False)
-    assert all(logits.max().isfinite() for logits in kept)
+    taken.clear()
+    train(tmp_path, trainer={"compute_loss_func": takes_away}, max_steps=1, fsam_fused_head=False)
+    assert all(logits.max().isfinite() for logits in taken)
 
 
-def test_a_pass_that_cannot_be_made_again_says_what_helps(tmp_path: Path) -> None:
+def test_where_a_forward_pass_cannot_be_retried_the_error_names_the_cure(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer={"compute_loss_func": writes_an_item})
     trainer.fsam.engine.forward_can_be_retried = False  # as where a forward pass gathers weights from other processes
     with pytest.raises(deferred_logits.LogitsNeeded, match=r"changes the logits in place .*set fsam_fused_head=False"):
@@ -852,7 +857,7 @@ def test_a_pass_that_cannot_be_made_again_says_what_helps(tmp_path: Path) -> Non
 
 
 class _Adversarial(FSAMTrainer):
-    """The fast gradient method: a backward pass, a step of the embeddings along it, and the loss there as well."""
+    """The fast gradient method: a backward pass, a step of the embeddings along their gradient, and the loss there."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -874,7 +879,7 @@ class _Retained(_Adversarial):
 
 
 class _Penalized(FSAMTrainer):
-    """The squared norm of the loss's gradient in the embeddings."""
+    """Adds the squared norm of the loss's gradient with respect to the embeddings."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # has a second derivative
@@ -893,7 +898,7 @@ class _Checkpointed(FSAMTrainer):
 
 
 class _CachedGradient(FSAMTrainer):
-    """The forward pass is made once more when the gradient comes, as the cached losses of sentence-transformers do."""
+    """Runs the forward pass again in the backward pass, as the cached losses of sentence-transformers do."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         ours = super().compute_loss
@@ -910,7 +915,7 @@ class _CachedGradient(FSAMTrainer):
 
 
 @pytest.mark.parametrize("trainer_class", [_Adversarial, _Retained, _Penalized, _Checkpointed, _CachedGradient])
-def test_losses_that_differentiate_by_themselves_train_as_with_logits(
+def test_losses_that_differentiate_by_themselves_train_as_with_logits_in_memory(
     trainer_class: type[FSAMTrainer], tmp_path: Path
 ) -> None:
     settings = {"trainer_class": trainer_class, "optim": "sgd", "max_steps": 3, "fsam_rho": 0.1}
@@ -924,18 +929,18 @@ def test_losses_that_differentiate_by_themselves_train_as_with_logits(
 
 
 def test_a_frequent_target_does_not_overflow_in_float16() -> None:
-    """The gradient of the weights is a sum over 8192 tokens until it is divided by their number."""
+    """The gradient of the weights is a sum over 8192 tokens, which is divided by their number only later."""
     torch.manual_seed(0)
     hidden = torch.randn(8192, 64)
-    hidden[:, 3] += 100  # a channel that stands out, as in trained models
+    hidden[:, 3] += 100  # an outlier channel, as trained models have one
     weight, targets = 0.02 * torch.randn(512, 64), torch.randint(512, (8192,))
     targets[::10] = 7
     hidden, weight = hidden.half(), weight.half().requires_grad_()
-    statistic = fused_loss.FusedLoss(
+    loss = fused_loss.FusedLoss(
         hidden, weight.detach(), None, torch.float16, fused_loss.LogitTransform(), targets=targets
     )
-    ours = fused_loss.cross_entropy_sum(statistic, (True, True, False))
-    again, _ = fused_loss.vjp(statistic, None, hidden, weight, None, (True, False))
+    ours = fused_loss.cross_entropy_sum(loss, (True, True, False))
+    again, _ = fused_loss.vjp(loss, None, hidden, weight, None, (True, False))
     assert ours is not None
     exact = weight.detach().double().requires_grad_()
     F.cross_entropy(hidden.double() @ exact.t(), targets).backward()
@@ -945,7 +950,7 @@ def test_a_frequent_target_does_not_overflow_in_float16() -> None:
         assert float((found.double() / 8192 - exact.grad).norm() / exact.grad.norm()) < 3e-3
 
 
-def test_products_beyond_what_blas_counts_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dot_products_longer_than_blas_can_count_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(3, 7), torch.randn(3, 7)
     wanted = (a * b).sum()
     monkeypatch.setattr(fused_loss, "_MOST_IN_A_DOT", 4)
@@ -961,7 +966,7 @@ def test_products_beyond_what_blas_counts_are_summed_in_parts(monkeypatch: pytes
         ("cuda", "6.2", (9, 4), False),  # ROCm
     ],
 )
-def test_products_of_mixed_formats_are_for_devices_that_have_them(
+def test_products_of_mixed_dtypes_are_only_for_devices_that_have_them(
     device: str, hip: str | None, capability: tuple[int, int], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -969,14 +974,15 @@ def test_products_of_mixed_formats_are_for_devices_that_have_them(
     assert fused_loss._has_mixed_products.__wrapped__(torch.device(device)) == wanted
 
 
-def test_on_a_device_a_tile_outweighs_the_gradient_that_it_is_added_to() -> None:
-    """At 128k of vocabulary and a width of 2048: not 523 tokens, for which 128k x 2048 numbers are read and written."""
+def test_on_a_device_a_tile_is_large_enough_to_outweigh_the_gradient_that_it_is_added_to() -> None:
+    """With a vocabulary of 128k and a width of 2048, 523 tokens would be too few: for each tile, 128k x 2048 numbers of
+    the weights' gradient are read and written."""
     meta = torch.device("meta")
     assert next(fused_loss.tiles(16_384, 131_072, 2048, meta)) == slice(0, 1024)
     assert next(fused_loss.tiles(16_384, 4096, 2048, meta)) == slice(0, 16_384)
 
 
-def test_a_weight_that_its_engine_has_emptied_holds_no_uninitialised_memory() -> None:
+def test_a_weight_that_its_engine_has_emptied_gets_its_gradient_and_no_uninitialized_memory() -> None:
     weight = nn.Parameter(torch.randn(3, 4))
     stands_in = deferred_logits.gradient_edge(weight)
     assert stands_in is not None
@@ -987,12 +993,12 @@ def test_a_weight_that_its_engine_has_emptied_holds_no_uninitialised_memory() ->
     assert torch.equal(weight.grad, torch.ones(3, 4))
 
 
-def test_the_loss_of_confident_tokens_is_as_exact_as_the_logits_make_it() -> None:
+def test_the_loss_of_confident_tokens_is_as_exact_as_from_logits_in_memory() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(256, 32), torch.randn(64, 32)
     targets = torch.randint(64, (256,))
     hidden += 0.8 * weight[targets]  # |z| about 40, losses about 0.002
-    statistic = fused_loss.FusedLoss(hidden, weight, None, torch.float32, fused_loss.LogitTransform(), targets=targets)
+    loss = fused_loss.FusedLoss(hidden, weight, None, torch.float32, fused_loss.LogitTransform(), targets=targets)
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="sum")
-    fused_loss.cross_entropy_sum(statistic, (False, False, False))
-    assert float((statistic.value - exact).abs() / exact) < 1e-5
+    fused_loss.cross_entropy_sum(loss, (False, False, False))
+    assert float((loss.value - exact).abs() / exact) < 1e-5

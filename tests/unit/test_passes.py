@@ -1,4 +1,4 @@
-"""The two passes by themselves: plain torch, no Trainer."""
+"""The clean and the second pass by themselves, in plain torch and without a Trainer."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,9 @@ def _replay(
     return loss, second
 
 
-def test_the_replayed_gradient_is_the_new_jacobian_with_the_old_cotangent(head: nn.Linear, boundary: Boundary) -> None:
+def test_the_second_pass_joins_its_own_jacobian_with_the_recorded_cotangent(
+    head: nn.Linear, boundary: Boundary
+) -> None:
     """z = W h and ℓ = Σ z³: u = 3 z², and ∂ℓ/∂W = u hᵀ with u of the first h and hᵀ of the second."""
     h1, h2 = torch.randn(3), torch.randn(3)
     clean = _record(boundary, lambda: head(h1).pow(3).sum(), scale=8.0)
@@ -52,12 +54,12 @@ def test_the_replayed_gradient_is_the_new_jacobian_with_the_old_cotangent(head: 
     torch.testing.assert_close(head.weight.grad, 0.5 * torch.outer(u, h2))
     assert loss == clean.loss  # the clean value
     assert second.loss != clean.loss
-    assert not clean.crossings[0].cotangents  # used up
+    assert not clean.crossings[0].cotangents  # taken out, so that its memory is free
 
 
 def test_a_loss_may_differentiate_by_itself(head: nn.Linear, boundary: Boundary) -> None:
-    """Two crossings, of which one is back-propagated before the loss is returned, without its scale; and one that is
-    differentiated twice: what came back first comes back first again."""
+    """Of two crossings, the first is back-propagated before the loss is returned, so without the loss scale. The second
+    is differentiated twice, and its cotangents come back in the order in which they were recorded."""
     h1, h2 = torch.randn(3), torch.randn(3)
 
     def forward(h: Tensor) -> Tensor:
@@ -76,14 +78,16 @@ def test_a_loss_may_differentiate_by_itself(head: nn.Linear, boundary: Boundary)
     torch.testing.assert_close(head.weight.grad, torch.outer(early, 2 * h2) + 0.5 * torch.outer(late, h2))
 
 
-def test_cut_ends_the_backward_pass_at_the_boundary(head: nn.Linear, boundary: Boundary) -> None:
+def test_a_clean_pass_that_stops_at_the_boundary_gives_the_weights_no_gradient(
+    head: nn.Linear, boundary: Boundary
+) -> None:
     clean = CleanPass(stops_at_boundary=True)
     with boundary.running(clean):
         clean.differentiate(clean.take_loss(head(torch.ones(3)).pow(3).sum() + head.bias.sum()))
     assert clean.crossings[0].cotangents[0].shape == (4,)
     assert clean.scale == 1
     assert head.weight.grad is None
-    assert head.bias.grad is None  # nor along the way that the boundary does not cut
+    assert head.bias.grad is None  # nor along the way past the boundary
 
 
 def test_two_crossings_that_share_one_cotangent_are_scaled_once_each(head: nn.Linear, boundary: Boundary) -> None:
@@ -106,7 +110,7 @@ def test_an_expanded_cotangent_is_scaled_too(head: nn.Linear, boundary: Boundary
     torch.testing.assert_close(head.weight.grad, torch.full((4, 3), 0.5))
 
 
-def test_passes_that_differ_are_an_error(head: nn.Linear, boundary: Boundary) -> None:
+def test_passes_that_cross_the_boundary_differently_are_an_error(head: nn.Linear, boundary: Boundary) -> None:
     one, two = torch.ones(3), torch.ones(2, 3)
 
     def once(h: Tensor = one) -> Tensor:
@@ -128,7 +132,9 @@ def test_passes_that_differ_are_an_error(head: nn.Linear, boundary: Boundary) ->
         clean.take_loss(clean.take_loss(head(one).sum()))
 
 
-def test_an_interrupted_backward_pass_is_told_from_one_that_never_was(head: nn.Linear, boundary: Boundary) -> None:
+def test_an_interrupted_backward_pass_is_distinguished_from_one_that_never_began(
+    head: nn.Linear, boundary: Boundary
+) -> None:
     def refuse(gradient: Tensor) -> None:
         raise ValueError("mine")
 
@@ -147,7 +153,7 @@ def test_an_interrupted_backward_pass_is_told_from_one_that_never_was(head: nn.L
     assert not CleanPass().interrupted
 
 
-def test_outside_of_a_pass_the_hook_does_nothing(head: nn.Linear, boundary: Boundary) -> None:
+def test_outside_of_a_pass_the_hook_leaves_the_output_alone(head: nn.Linear, boundary: Boundary) -> None:
     z = head(torch.ones(3))
     assert z._backward_hooks is None
     boundary.detach()

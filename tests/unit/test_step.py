@@ -1,4 +1,4 @@
-"""What holds around the split step: nothing leaks out of it, and nothing is left behind."""
+"""The split step inside a training: what it computes, what it leaves as it was, and what it refuses."""
 
 import json
 import signal
@@ -20,14 +20,14 @@ ACTIVE = ["sam", "functional", "logit"]
 SCOPES = ["micro_batch", "optimizer_step", "rank"]
 
 
-def test_none_and_rho_zero_are_the_plain_trainer_to_the_bit(tmp_path: Path) -> None:
+def test_variant_none_and_rho_zero_train_bit_for_bit_as_the_plain_trainer(tmp_path: Path) -> None:
     plain = train(tmp_path, model=gpt2(0.2), trainer_class=Trainer, arguments_class=TrainingArguments)
     assert same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="none"), plain)
     assert same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="functional", fsam_rho=0.0), plain)
     assert not same_bits(train(tmp_path, model=gpt2(0.2), fsam_variant="functional", fsam_rho=0.02), plain)
 
 
-def test_plain_training_arguments_train_with_the_defaults(tmp_path: Path) -> None:
+def test_plain_training_arguments_train_with_the_default_settings(tmp_path: Path) -> None:
     swapped = train(tmp_path, arguments_class=TrainingArguments)
     named = train(
         tmp_path,
@@ -41,11 +41,11 @@ def test_plain_training_arguments_train_with_the_defaults(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("variant", ACTIVE)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_both_passes_draw_the_same_masks_and_leave_the_stream_where_it_belongs(
+def test_both_passes_draw_the_same_dropout_masks_and_the_random_stream_ends_where_one_pass_leaves_it(
     tmp_path: Path, variant: str, scope: str
 ) -> None:
-    """With ρ → 0 and dropout 0.2, six steps end on the plain Trainer's weights: a mask drawn anew, or a stream left
-    elsewhere, would show in the first step or in the second."""
+    """With a tiny ρ and dropout of 0.2, six steps end on the plain Trainer's weights. Masks that the second pass draws
+    anew would show in the first step, and a random stream that is left elsewhere in the second."""
     plain = train(tmp_path, model=gpt2(0.2), fsam_variant="none", gradient_accumulation_steps=2)
     split = train(
         tmp_path,
@@ -59,7 +59,7 @@ def test_both_passes_draw_the_same_masks_and_leave_the_stream_where_it_belongs(
     assert distance(split, plain) < 1e-6
 
 
-def test_models_that_draw_masks_from_python_and_numpy_see_the_same_ones(tmp_path: Path) -> None:
+def test_both_passes_draw_the_same_numbers_from_python_and_numpy(tmp_path: Path) -> None:
     import random
 
     import numpy as np
@@ -86,7 +86,7 @@ def test_models_that_draw_masks_from_python_and_numpy_see_the_same_ones(tmp_path
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", ACTIVE)
-def test_a_step_with_learning_rate_zero_leaves_the_weights_bit_for_bit(
+def test_a_step_with_learning_rate_zero_restores_the_weights_bit_for_bit(
     tmp_path: Path, variant: str, dtype: torch.dtype
 ) -> None:
     model = llama().to(dtype)
@@ -94,11 +94,11 @@ def test_a_step_with_learning_rate_zero_leaves_the_weights_bit_for_bit(
     trainer = make_trainer(tmp_path, model, fsam_variant=variant, fsam_rho=0.5, learning_rate=0.0)
     trainer.train()
     assert same_bits(weights_of(model), before)
-    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=0.1)  # it was really perturbed
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=0.1)  # they were perturbed
 
 
 class _Failing(nn.Module):
-    """Raises `error` in the forward or the backward pass number `at`, counted from 0, two passes a step."""
+    """Raises `error` in the forward or the backward pass number `at`, counted from 0. A step has two passes."""
 
     def __init__(self, error: BaseException, where: str, at: int) -> None:
         super().__init__()
@@ -132,8 +132,8 @@ class _Failing(nn.Module):
 def test_an_exception_in_either_pass_leaves_nothing_behind(
     tmp_path: Path, error: BaseException, where: str, at: int, scope: str
 ) -> None:
-    """Passes 2 and 3 are the clean and the perturbed pass of the second micro-batch (or, with `optimizer_step`, the
-    perturbed passes of the first and the second): the first one's gradient waits in `.grad`."""
+    """Passes 2 and 3 are the clean and the second pass of the second micro-batch, while the gradient of the first waits
+    in `.grad`. With `optimizer_step` they are the second passes of the first and of the second micro-batch."""
     model = _Failing(error, where, at)
     before = weights_of(model)
     trainer = make_trainer(
@@ -145,38 +145,38 @@ def test_an_exception_in_either_pass_leaves_nothing_behind(
         gradient_accumulation_steps=2,
     )
     gradients: list[dict[str, Tensor]] = []
-    kept = TrainerCallback()
-    kept.on_substep_end = lambda *_, **__: gradients.append(
+    recording = TrainerCallback()
+    recording.on_substep_end = lambda *_, **__: gradients.append(
         {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     )
-    trainer.add_callback(kept)
+    trainer.add_callback(recording)
     with pytest.raises(type(error)):
         trainer.train()
     assert model.passes == at + 1
     assert not torch.equal(model.seen[-1], before["model.lm_head.weight"]) or (scope, at) == ("micro_batch", 2)
     assert same_bits(weights_of(model), before)
     assert not any(module._forward_hooks for module in model.modules())
-    if gradients:  # the first micro-batch had been trained on
+    if gradients:  # the gradient of the first micro-batch was there
         now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         untouched = where == "forward" or (at == 2 and scope == "micro_batch")
         assert gradients[0].keys() == now.keys()
         assert not untouched or same_bits(now, gradients[0])
-    # And the trainer can be used again.
+    # The trainer can be used again.
     model.at = -1
     trainer.train()
     assert not same_bits(weights_of(model), before)
 
 
-def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path) -> None:
-    """Thirty interrupts, spread over the step. With a learning rate of zero the weights must be the first ones whenever
-    it strikes."""
+def test_ctrl_c_at_any_moment_restores_the_weights(tmp_path: Path) -> None:
+    """Thirty interrupts are spread over the step. With a learning rate of zero, each of them must leave the weights as
+    they were at the start."""
 
     def strike(*_: object) -> None:
         raise KeyboardInterrupt
 
     model = llama()
     before = weights_of(model)
-    settings = {"optim": "sgd", "learning_rate": 0.0, "max_steps": 1}  # an optimizer without a state to be broken
+    settings = {"optim": "sgd", "learning_rate": 0.0, "max_steps": 1}  # it has no state to be left half written
     trainer = make_trainer(tmp_path, model, fsam_rho=1.0, fsam_precondition=False, **settings)
     struck = 0
     previous = signal.signal(signal.SIGALRM, strike)
@@ -191,7 +191,7 @@ def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path) -> None:
     trainer.add_callback(arm)
     try:
         for arm.delay in torch.linspace(1e-4, 8e-3, 30).tolist():
-            torch.set_grad_enabled(True)  # torch's own no_grad may have been struck on its way out
+            torch.set_grad_enabled(True)  # torch's own no_grad may have been interrupted as it ended
             try:
                 trainer.train()
             except KeyboardInterrupt:
@@ -205,7 +205,7 @@ def test_ctrl_c_at_any_moment_leaves_clean_weights(tmp_path: Path) -> None:
     assert struck > 10
 
 
-def test_ctrl_c_on_the_last_line_before_the_restore_leaves_clean_weights(
+def test_ctrl_c_just_before_the_weights_are_restored_still_restores_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restore, calls = WeightSwap.restore, []
@@ -223,7 +223,7 @@ def test_ctrl_c_on_the_last_line_before_the_restore_leaves_clean_weights(
     assert same_bits(weights_of(trainer.model), weights_of(llama()))
 
 
-def test_the_weights_come_back_even_where_the_arguments_have_turned_bad(
+def test_the_weights_are_restored_even_where_the_arguments_have_changed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restore, calls = WeightSwap.restore, []
@@ -242,7 +242,7 @@ def test_the_weights_come_back_even_where_the_arguments_have_turned_bad(
     assert same_bits(weights_of(trainer.model), weights_of(llama()))
 
 
-def test_auto_find_batch_size_goes_on_from_clean_weights_after_running_out_of_memory(tmp_path: Path) -> None:
+def test_after_running_out_of_memory_auto_find_batch_size_goes_on_from_clean_weights(tmp_path: Path) -> None:
     model = _Failing(RuntimeError("CUDA out of memory."), "backward", 1)
     trainer = make_trainer(tmp_path, model, auto_find_batch_size=True, fsam_rho=0.5, max_steps=2)
     trainer.train()
@@ -255,7 +255,7 @@ def test_auto_find_batch_size_goes_on_from_clean_weights_after_running_out_of_me
 def test_training_step_called_by_hand_leaves_no_hook(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # the plain Trainer's loop sets it
+    trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop does
     batch = trainer.data_collator(sentences()[:2])
     loss = trainer.training_step(trainer.model, batch)
     assert loss.isfinite()
@@ -275,7 +275,7 @@ def test_training_step_called_by_hand_that_raises_leaves_nothing_behind(tmp_path
 
 
 class _Watch(TrainerCallback):
-    """Remembers the weights at every event, and whether they are those of the last optimizer step."""
+    """Checks at every event that the weights are those after the last optimizer step."""
 
     def __init__(self) -> None:
         self.events: set[str] = set()
@@ -350,12 +350,12 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dty
     assert logged[:3] == logged[3:]
 
 
-def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_clean_weights_and_the_fsam_settings(tmp_path: Path) -> None:
     seen: list[dict[str, Tensor]] = []
-    keep = TrainerCallback()
-    keep.on_step_end = lambda *_, model, **__: seen.append(weights_of(model))
+    recording = TrainerCallback()
+    recording.on_step_end = lambda *_, model, **__: seen.append(weights_of(model))
     settings = {"fsam_variant": "sam", "fsam_rho": 0.25, "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
-    trainer = make_trainer(tmp_path, trainer={"callbacks": [keep]}, **settings)
+    trainer = make_trainer(tmp_path, trainer={"callbacks": [recording]}, **settings)
     trainer.train()
     checkpoint = tmp_path / "checkpoint-3"
     assert same_bits(weights_of(type(trainer.model).from_pretrained(checkpoint)), seen[-1])
@@ -380,7 +380,7 @@ def test_a_checkpoint_tells_how_it_was_made_and_holds_clean_weights(tmp_path: Pa
     assert "fsam_rho: 0.25" in card
 
 
-def test_resuming_with_another_rho_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_with_another_rho_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from transformers.utils import logging
 
     logging.enable_propagation()
@@ -391,7 +391,7 @@ def test_resuming_with_another_rho_says_so(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_logs_show_the_geometry_and_the_clean_loss(tmp_path: Path, fused: bool) -> None:
+def test_the_log_has_the_clean_loss_the_radius_and_the_sharpness(tmp_path: Path, fused: bool) -> None:
     plain = make_trainer(tmp_path, fsam_variant="none", learning_rate=0.0)
     plain.train()
     for scope in SCOPES:
@@ -418,7 +418,7 @@ def test_the_logs_show_the_geometry_and_the_clean_loss(tmp_path: Path, fused: bo
 def test_logged_norm_and_sharpness_are_in_the_units_of_grad_norm_and_loss(
     tmp_path: Path, scope: str, fused: bool
 ) -> None:
-    """Independent of accumulation: the same four rows as one micro-batch and as four."""
+    """They do not depend on accumulation: four rows are logged alike as one micro-batch and as four."""
     logs = []
     for accumulation in (1, 4):
         trainer = make_trainer(
@@ -477,7 +477,7 @@ def test_an_ascent_gradient_that_is_not_finite_skips_the_perturbation_and_is_cou
     assert [entry["fsam/skipped"] for entry in logs] == [0, 1, 0]
     assert [entry["fsam/radius"] for entry in logs] == pytest.approx([0.2, 0.0, 0.2], rel=1e-3)
     assert all(torch.isfinite(torch.tensor(value)) for entry in logs for value in entry.values())
-    # The step went on as the plain Trainer's: unperturbed, that is with ρ = 0 there and only there.
+    # That step went on unperturbed, as if ρ were 0 in this step alone.
     reference = make_trainer(tmp_path, **settings)
     toggle = TrainerCallback()
     toggle.on_step_begin = lambda args, state, control, **_: setattr(
@@ -490,11 +490,11 @@ def test_an_ascent_gradient_that_is_not_finite_skips_the_perturbation_and_is_cou
 
 @pytest.mark.parametrize("means", [True, False])
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
-def test_both_backward_passes_have_one_scale(
+def test_both_backward_passes_have_the_same_loss_scale(
     tmp_path: Path, scope: str, means: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that is a mean is divided by the micro-batches of the window: in float16, a scale that suits the second
-    pass would overflow in a clean one that is not."""
+    """A mean loss is divided by the number of micro-batches in the window. If that of the clean pass were not, it would
+    overflow in float16 at a loss scale that suits the second pass."""
 
     class Scaled(FSAMTrainer):
         loss_is_scaled_for_ga = not means
@@ -525,8 +525,8 @@ def test_both_backward_passes_have_one_scale(
     ],
     ids=str,
 )
-def test_a_second_pass_that_is_not_finite_shows_in_the_log(tmp_path: Path, settings: dict) -> None:
-    """Its gradient goes to the optimizer, as the plain Trainer's does."""
+def test_a_second_pass_whose_gradient_is_not_finite_is_logged(tmp_path: Path, settings: dict) -> None:
+    """The gradient still goes to the optimizer, as it does under the plain Trainer."""
 
     class Breaks(FSAMTrainer):
         at = 2
@@ -549,7 +549,7 @@ def test_a_second_pass_that_is_not_finite_shows_in_the_log(tmp_path: Path, setti
     assert not all(torch.isfinite(tensor).all() for tensor in weights_of(trainer.model).values())
 
 
-def test_a_batch_without_any_label_changes_nothing_and_harms_nothing(tmp_path: Path) -> None:
+def test_a_micro_batch_without_labels_brings_no_nan_and_counts_as_no_skipped_step(tmp_path: Path) -> None:
     rows = sentences(8)
     for row in rows[2:4]:
         row["labels"].fill_(-100)
@@ -561,7 +561,7 @@ def test_a_batch_without_any_label_changes_nothing_and_harms_nothing(tmp_path: P
 
 
 class _Own(Trainer):
-    """A Trainer of somebody else's: a loss of its own, and something around the step."""
+    """Somebody else's Trainer, with its own loss and with code around the step."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -579,12 +579,12 @@ class _Own(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def test_the_mixin_goes_over_a_trainer_and_a_trainer_over_it(tmp_path: Path) -> None:
+def test_a_trainer_below_the_mixin_and_a_subclass_above_it_train_alike(tmp_path: Path) -> None:
     class Over(FSAMMixin, _Own):
         pass
 
     class Under(FSAMTrainer):
-        """The swap in a script that subclasses: `compute_loss` that never calls super."""
+        """A script's own Trainer once its base class is swapped: its `compute_loss` never calls super."""
 
         compute_loss = _Own.compute_loss
         losses = 0
@@ -601,7 +601,7 @@ def test_the_mixin_goes_over_a_trainer_and_a_trainer_over_it(tmp_path: Path) -> 
     assert distance(weights_of(over.model), weights_of(plain.model)) > 1e-3
 
 
-def test_a_training_step_that_never_computes_the_loss_is_an_error_not_a_silent_sam(tmp_path: Path) -> None:
+def test_a_training_step_that_does_not_use_compute_loss_is_an_error_not_a_silent_sam(tmp_path: Path) -> None:
     class Deaf(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = model(**self._prepare_inputs(inputs)).loss
@@ -619,7 +619,7 @@ def test_a_training_step_that_never_computes_the_loss_is_an_error_not_a_silent_s
 
 
 class _Augments(Trainer):
-    """Changes the batch in its own step, from the second one on."""
+    """Changes the batch in its `training_step`, from the second step on."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step:
@@ -628,7 +628,7 @@ class _Augments(Trainer):
 
 
 class _WritesInPlace(Trainer):
-    """Changes the batch in its loss, from the second step on: some of its tensors, and its keys."""
+    """Changes the batch in `compute_loss`: a tensor from the second step on, and the keys in every step."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.state.global_step:
@@ -638,7 +638,7 @@ class _WritesInPlace(Trainer):
 
 
 class _Remembers(Trainer):
-    """What both of them train on."""
+    """Trains on what those two make of a batch, and leaves the batch itself alone."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         rolled = inputs["input_ids"].roll(self.state.global_step, 1)
@@ -647,7 +647,7 @@ class _Remembers(Trainer):
 
 @pytest.mark.parametrize("parent", [_Augments, _WritesInPlace])
 @pytest.mark.parametrize("variant", ACTIVE)
-def test_both_passes_see_a_batch_that_the_step_or_the_loss_changes(
+def test_both_passes_get_the_same_batch_where_the_step_or_the_loss_changes_it(
     tmp_path: Path, parent: type[Trainer], variant: str
 ) -> None:
     settings = {"fsam_variant": variant, "fsam_rho": 0.3}
@@ -658,7 +658,7 @@ def test_both_passes_see_a_batch_that_the_step_or_the_loss_changes(
 
 
 def test_a_batch_that_changes_after_its_ascent_is_an_error(tmp_path: Path) -> None:
-    """With `optimizer_step` the ascent comes before the micro-batches' own steps."""
+    """With `optimizer_step`, the ascent sees all batches of the window before their own training steps do."""
     settings = {"fsam_ascent_scope": "optimizer_step", "gradient_accumulation_steps": 2}
     trainer = make_trainer(tmp_path, trainer_class=type("Over", (FSAMMixin, _Augments), {}), **settings)
     with pytest.raises(ValueError, match=r"compute_loss was given another \['input_ids'\].*'micro_batch'"):
@@ -687,7 +687,7 @@ class _Cached(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_each_pass_gets_the_containers_and_objects_of_the_batch_as_they_were_fetched(tmp_path: Path) -> None:
+def test_each_pass_gets_the_lists_and_objects_of_the_batch_as_they_were_fetched(tmp_path: Path) -> None:
     def collate(rows: list[dict[str, Tensor]]) -> dict:
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         cache = transformers.DynamicCache()
@@ -703,7 +703,7 @@ def test_each_pass_gets_the_containers_and_objects_of_the_batch_as_they_were_fet
         assert len(model.seen) == (9 if settings.get("fsam_variant") == "logit" else 6)
 
 
-def test_what_cannot_be_copied_is_named(tmp_path: Path) -> None:
+def test_a_batch_with_an_object_that_cannot_be_copied_is_refused_by_its_key(tmp_path: Path) -> None:
     def collate(rows: list[dict[str, Tensor]]) -> dict:
         return {"features": torch.ones(2, 4), "labels": torch.zeros(2).long(), "lock": threading.Lock()}
 
@@ -712,7 +712,7 @@ def test_what_cannot_be_copied_is_named(tmp_path: Path) -> None:
 
 
 def test_a_loss_can_ask_which_pass_it_is_in(tmp_path: Path) -> None:
-    """A memory that advances once a step, at the clean weights, is the plain Trainer's."""
+    """What a loss remembers of the clean passes alone is what it would remember under the plain Trainer."""
 
     class Remembering(FSAMTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -740,7 +740,7 @@ def test_a_loss_can_ask_which_pass_it_is_in(tmp_path: Path) -> None:
 
 
 class _Skips(Trainer):
-    """Leaves out a batch that fails."""
+    """Goes on to the next batch where one raises a ValueError."""
 
     skipped = 0
 
@@ -755,8 +755,8 @@ class _Skips(Trainer):
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("at", [4, 5])
-def test_a_step_below_may_leave_out_a_batch_that_fails(tmp_path: Path, at: int, where: str, scope: str) -> None:
-    """In either pass: the weights come back, the batch gives no gradient, and training goes on."""
+def test_a_trainer_below_the_mixin_may_skip_a_batch_that_fails(tmp_path: Path, at: int, where: str, scope: str) -> None:
+    """The batch may fail in either pass: the weights are restored, it gives no gradient, and training goes on."""
     model = _Failing(ValueError("mine"), where, at)
     over = type("Over", (FSAMMixin, _Skips), {})
     settings = {"fsam_rho": 0.5, "max_steps": 4, "fsam_ascent_scope": scope, "learning_rate": 0.0}
@@ -776,7 +776,7 @@ def test_a_step_below_may_leave_out_a_batch_that_fails(tmp_path: Path, at: int, 
     assert plain.skipped == 1
 
 
-def test_a_batch_may_hold_what_is_not_a_number(tmp_path: Path) -> None:
+def test_a_batch_may_hold_nan(tmp_path: Path) -> None:
     class Ignores(_Failing):
         def forward(self, input_ids: Tensor, labels: Tensor, gaps: Tensor) -> dict[str, Tensor]:
             return super().forward(input_ids, labels)
@@ -788,7 +788,7 @@ def test_a_batch_may_hold_what_is_not_a_number(tmp_path: Path) -> None:
 
 
 class _Evaluates(Trainer):
-    """In its own step, before or after the training's part of it."""
+    """Evaluates in its `training_step`, before or after it calls super."""
 
     when = "before"
 
@@ -804,7 +804,7 @@ class _Evaluates(Trainer):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("variant", ACTIVE)
-def test_an_evaluation_in_the_step_is_at_the_clean_weights(tmp_path: Path, variant: str, when: str) -> None:
+def test_an_evaluation_inside_training_step_sees_the_clean_weights(tmp_path: Path, variant: str, when: str) -> None:
     def losses(variant: str) -> list[float]:
         over = type("Over", (FSAMMixin, _Evaluates), {"when": when, "losses": []})
         settings = {"fsam_variant": variant, "fsam_rho": 1.0, "learning_rate": 0.0, "max_steps": 2}
@@ -814,7 +814,7 @@ def test_an_evaluation_in_the_step_is_at_the_clean_weights(tmp_path: Path, varia
     assert losses(variant) == losses("none")
 
 
-def test_along_the_momentum_a_boundary_that_is_not_crossed_is_told(tmp_path: Path) -> None:
+def test_with_a_momentum_ascent_a_boundary_that_is_not_crossed_is_an_error(tmp_path: Path) -> None:
     settings = {"fsam_ascent_direction": "momentum", "optim": "sgd", "optim_args": "momentum=0.9"}
 
     class Later(nn.Module):
@@ -832,9 +832,9 @@ def test_along_the_momentum_a_boundary_that_is_not_crossed_is_told(tmp_path: Pat
         make_trainer(tmp_path, Later(), trainer={"train_dataset": data}, fsam_boundary="unused", **settings).train()
 
 
-def test_a_step_that_never_comes_to_the_mixin_is_an_error_not_a_plain_training(tmp_path: Path) -> None:
+def test_a_training_step_that_never_calls_the_mixins_is_an_error_not_a_plain_training(tmp_path: Path) -> None:
     class Own(FSAMTrainer):
-        """The swap of the base class in a script with a step of its own."""
+        """A script's own Trainer once its base class is swapped: its `training_step` never calls super."""
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
@@ -848,7 +848,7 @@ def test_a_step_that_never_comes_to_the_mixin_is_an_error_not_a_plain_training(t
         type("Wrong", (Trainer, FSAMMixin), {})
 
 
-def test_weights_in_double_precision_train_as_single_ones(tmp_path: Path) -> None:
+def test_weights_in_float64_end_where_weights_in_float32_do(tmp_path: Path) -> None:
     settings = {"fsam_rho": 0.3, "optim": "sgd"}
     double = train(tmp_path, model=llama().double(), **settings)
     assert {weight.dtype for weight in double.values()} == {torch.float64}
@@ -857,14 +857,16 @@ def test_weights_in_double_precision_train_as_single_ones(tmp_path: Path) -> Non
     assert distance(train(tmp_path, **(settings | {"fsam_rho": 0.0})), single) > 1e-3
 
 
-def test_a_momentum_that_never_comes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_momentum_ascent_without_a_momentum_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train(tmp_path, optim="sgd", optim_args="momentum=0.9", fsam_ascent_direction="momentum")
     assert "two passes" not in caplog.text
     train(tmp_path, optim="sgd", fsam_ascent_direction="momentum")
     assert caplog.text.count("the optimizer has none yet") == 1
 
 
-def test_an_optimizer_made_but_not_returned_is_found(tmp_path: Path) -> None:
+def test_an_optimizer_that_create_optimizer_sets_but_does_not_return_is_found(tmp_path: Path) -> None:
     class Forgets(Trainer):
         def create_optimizer(self, *args, **kwargs):
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
@@ -876,8 +878,8 @@ def test_an_optimizer_made_but_not_returned_is_found(tmp_path: Path) -> None:
 
 
 def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path) -> None:
-    """Autocast keeps the casts of weights until its outermost region ends: without care, the second pass would run
-    on the casts of the first."""
+    """Autocast caches its casts of the weights until the outermost region ends. If they stayed, the second pass would
+    run on the casts of the first."""
 
     class Autocast(Trainer):
         def train(self, *args, **kwargs):
@@ -896,7 +898,7 @@ def test_an_outer_autocast_region_does_not_hide_the_perturbation(tmp_path: Path)
 
 
 def test_a_plain_trainers_checkpoint_can_be_resumed_and_saved_again(tmp_path: Path) -> None:
-    """The swap in the middle of a run: its trainer_state.json knows nothing of FSAMSettings."""
+    """The Trainer is swapped in the middle of a run, whose trainer_state.json has no FSAMSettings."""
     settings = {"save_strategy": "steps", "save_steps": 3}
     make_trainer(tmp_path, trainer_class=Trainer, arguments_class=TrainingArguments, **settings).train()
     swapped = make_trainer(tmp_path, fsam_rho=0.1, **settings)
@@ -905,14 +907,14 @@ def test_a_plain_trainers_checkpoint_can_be_resumed_and_saved_again(tmp_path: Pa
     assert state["stateful_callbacks"]["FSAMSettings"]["args"]["fsam_rho"] == 0.1
 
 
-def test_fields_set_on_plain_arguments_are_kept(tmp_path: Path) -> None:
+def test_fsam_fields_set_on_plain_training_arguments_are_used(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     args.fsam_rho = 0.5
     trainer = FSAMTrainer(model=llama(), args=args)
     assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
 
 
-def test_the_logged_means_of_one_training_do_not_reach_the_next(tmp_path: Path) -> None:
+def test_the_logged_means_of_one_training_are_not_carried_into_the_next(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fsam_rho=0.1, max_steps=3, logging_steps=2)
     trainer.train()  # the third step is never logged
     trainer.args.fsam_rho = 0.5
@@ -920,7 +922,7 @@ def test_the_logged_means_of_one_training_do_not_reach_the_next(tmp_path: Path) 
     assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_log_line_of_ones_own_does_not_take_the_means(tmp_path: Path) -> None:
+def test_a_call_of_log_inside_the_step_does_not_take_the_means(tmp_path: Path) -> None:
     class Talking(FSAMTrainer):
         def training_step(self, *args, **kwargs):
             self.log({"loss": 1.0})
@@ -931,7 +933,7 @@ def test_a_log_line_of_ones_own_does_not_take_the_means(tmp_path: Path) -> None:
     assert [("fsam/radius" in entry) for entry in trainer.state.log_history[:3]] == [False, False, True]
 
 
-def test_a_new_accelerator_brings_a_new_engine(tmp_path: Path) -> None:
+def test_a_new_accelerator_gets_a_new_engine(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    trainer.create_accelerator_and_postprocess()  # a hyperparameter search does so for each trial
+    trainer.create_accelerator_and_postprocess()  # as a hyperparameter search does for each trial
     assert trainer.fsam.engine.accelerator is trainer.accelerator

@@ -1,4 +1,4 @@
-"""The boundary is the module that makes the logits: found, named, or refused with candidates."""
+"""Which module is the boundary: the one that is found or that `fsam_boundary` names; or an error with candidates."""
 
 import copy
 import functools
@@ -70,7 +70,7 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("family", "task", "settings", "name"), FOUND, ids=[f"{f}-{t}" for f, t, _, _ in FOUND])
-def test_the_head_is_found(family: str, task: str, settings: dict, name: str) -> None:
+def test_the_head_is_found_as_the_boundary(family: str, task: str, settings: dict, name: str) -> None:
     suffix = "LMHeadModel" if task == "LMHead" else f"For{task}"
     model = getattr(tf, f"{family}{suffix}")(getattr(tf, f"{family}Config")(**settings))
     found, module = find_boundary(model, None)
@@ -99,7 +99,7 @@ TINY_LXMERT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size":
 TINY_LXMERT |= {"l_layers": 1, "x_layers": 1, "r_layers": 1, "num_qa_labels": 3, "visual_feat_dim": 4}
 PIXELS = {"pixel_values": torch.rand(2, 3, 16, 16), "labels": torch.ones(2, 16, 16, dtype=torch.long)}
 
-# Models whose forward pass takes the loss, and what to give it.
+# Models that compute their own loss, and the inputs for it.
 ALONE = [
     ("ElectraForPreTraining", TINY | {"embedding_size": 16}, {"input_ids": IDS, "labels": IDS % 2}),
     ("FunnelForPreTraining", TINY_FUNNEL | {"num_decoder_layers": 1}, {"input_ids": IDS, "labels": IDS % 2}),
@@ -168,7 +168,7 @@ ALONE = [
 
 
 def weights_past(loss: Tensor, boundary: set[object], model: nn.Module) -> set[str]:
-    """That reach the loss without crossing the boundary."""
+    """The weights that reach the loss without crossing the boundary."""
     names = {weight: name for name, weight in model.named_parameters()}
     found, seen, stack = set(), set(boundary), [loss.grad_fn]
     while stack:
@@ -183,7 +183,7 @@ def weights_past(loss: Tensor, boundary: set[object], model: nn.Module) -> set[s
 
 
 @pytest.mark.parametrize(("name", "settings", "inputs"), ALONE, ids=[name for name, _, _ in ALONE])
-def test_the_loss_is_taken_of_what_the_head_that_is_found_puts_out(name: str, settings: dict, inputs: dict) -> None:
+def test_no_weight_reaches_the_loss_past_the_head_that_is_found(name: str, settings: dict, inputs: dict) -> None:
     model_class = getattr(tf, name)
     model = model_class(model_class.config_class(**settings))
     crossings: set[object] = set()
@@ -192,11 +192,11 @@ def test_the_loss_is_taken_of_what_the_head_that_is_found_puts_out(name: str, se
     loss = model(**inputs).loss
     assert crossings
     assert not weights_past(loss, crossings, model)
-    assert weights_past(loss, set(), model)  # the walk finds weights where there is nothing in its way
+    assert weights_past(loss, set(), model)  # without a boundary in its way, the walk does find weights
 
 
 TINY_CLIP = {"text_config": TINY, "vision_config": TINY_IMAGES, "projection_dim": 8}
-SEVERAL = [  # modules whose outputs the loss takes together, or none
+SEVERAL = [  # the loss takes the outputs of several modules together, or there is no loss
     ("CLIPModel", TINY_CLIP),
     ("YolosForObjectDetection", TINY_IMAGES | {"image_size": [8, 8], "num_detection_tokens": 2}),
     ("SplinterForQuestionAnswering", TINY),
@@ -208,7 +208,7 @@ SEVERAL = [  # modules whose outputs the loss takes together, or none
 
 
 @pytest.mark.parametrize(("name", "settings"), SEVERAL, ids=[f"{name}{len(tiny)}" for name, tiny in SEVERAL])
-def test_where_no_one_module_makes_the_logits_none_is_found(name: str, settings: dict) -> None:
+def test_a_model_where_no_single_module_makes_the_logits_is_refused(name: str, settings: dict) -> None:
     model_class = getattr(tf, name)
     config_class = tf.MusicgenDecoderConfig if "Musicgen" in name else model_class.config_class
     with pytest.raises(ValueError, match=r"no boundary.*torch\.nn\.Identity\(\).*fsam_boundary='boundary'.*'sam'"):
@@ -216,17 +216,17 @@ def test_where_no_one_module_makes_the_logits_none_is_found(name: str, settings:
 
 
 class _Wrapper(nn.Module):
-    """As sentence-transformers' CrossEncoder is one."""
+    """A wrapper as sentence-transformers' CrossEncoder is one."""
 
     def __init__(self, model: nn.Module, more: nn.Module | None = None) -> None:
         super().__init__()
         self.model, self.more = model, more
 
 
-def test_a_wrapper_without_weights_is_looked_into() -> None:
+def test_the_head_is_found_inside_a_wrapper_that_has_no_weights_of_its_own() -> None:
     classifier = tf.BertForSequenceClassification(tf.BertConfig(**TINY))
     assert find_boundary(_Wrapper(classifier), None) == ("model.classifier", classifier.classifier)
-    with pytest.raises(ValueError, match="no boundary"):  # its own weights may stand behind
+    with pytest.raises(ValueError, match="no boundary"):  # the wrapper's own weights may come after the head
         find_boundary(_Wrapper(classifier, nn.Linear(2, 2)), None)
 
 
@@ -243,8 +243,10 @@ def contrastive_loss(logits: reference.Logits, *_: object) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["functional", "logit"])
-def test_an_identity_behind_the_logits_is_exact(tmp_path: Path, variant: reference.Variant) -> None:
-    """CLIP, as the message says: its logits are a product of what two towers make."""
+def test_an_identity_after_the_logits_as_boundary_agrees_with_the_formulas(
+    tmp_path: Path, variant: reference.Variant
+) -> None:
+    """CLIP, with the cure that the message names. Its logits are a product of two towers' outputs."""
     torch.manual_seed(0)
     drawn = {"initializer_range": 0.2, "initializer_factor": 5.0}
     towers = {"text_config": TINY | drawn, "vision_config": TINY_IMAGES | drawn}
@@ -304,12 +306,12 @@ def test_an_unknown_model_is_refused_with_candidates(tmp_path: Path) -> None:
     make_trainer(tmp_path, _Headless(), trainer={"train_dataset": ROWS}, fsam_variant="sam").train()
 
 
-def test_candidates_of_a_language_model_are_its_head_not_its_layers(tmp_path: Path) -> None:
+def test_the_candidates_of_a_language_model_are_its_head_but_not_its_layers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Candidates: 'lm_head', 'model\.norm', 'model\.embed_tokens'\."):
         make_trainer(tmp_path, fsam_boundary="head")
 
 
-def test_a_boundary_off_the_way_to_the_loss_is_an_error_not_a_silent_sam(tmp_path: Path) -> None:
+def test_a_boundary_that_is_not_on_the_way_to_the_loss_is_an_error_not_a_silent_sam(tmp_path: Path) -> None:
     class Unused(_Headless):
         def __init__(self) -> None:
             super().__init__()
@@ -324,7 +326,9 @@ def test_a_boundary_that_returns_no_tensor_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, fsam_boundary="model").train()
 
 
-def test_a_loss_past_the_boundary_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_reach_the_loss_past_the_boundary_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     logging.enable_propagation()
     rows = {"train_dataset": ROWS}
     make_trainer(tmp_path, _Headless(), trainer=rows, fsam_boundary="top").train()
@@ -336,7 +340,7 @@ def test_a_loss_past_the_boundary_is_told_once(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("model", [llama, gpt2])
-def test_nothing_goes_past_the_head_of_a_language_model(tmp_path: Path, model, caplog) -> None:
+def test_no_weight_of_a_language_model_reaches_the_loss_past_its_head(tmp_path: Path, model, caplog) -> None:
     logging.enable_propagation()
     make_trainer(tmp_path, model()).train()
     assert "past the boundary" not in caplog.text
