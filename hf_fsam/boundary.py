@@ -38,9 +38,9 @@ class Boundary:
         """Put the hook on the boundary `module`. It stays there between steps, because torch.compile would compile anew
         for each hook that comes or goes.
 
-        compiled: torch.compile runs the model. It does not look at hooks (torch 2.13), so that code which it compiled
-        for another model of the class would pass this one's hook by. Whether `forward` is the class's own it does look
-        at, and so a `forward` of the module's own is put there.
+        compiled: torch.compile runs the model. It does not look at hooks (torch 2.13): code that it has compiled for
+        another model of this class would run here without the hook. It does look at whether `forward` is the class's,
+        so the module gets a `forward` of its own.
         """
         self.name, self.head, self._module = name, head, module
         self._replaced_forward = compiled and "forward" not in module.__dict__
@@ -63,7 +63,7 @@ class Boundary:
     def running(self, one_pass: CleanPass | SecondPass) -> Iterator[None]:
         """Inside, what crosses the boundary goes through the doors of `one_pass`."""
         if one_pass.defers_logits is None:
-            one_pass.defers_logits = self.head is not None and not self.head.off
+            one_pass.defers_logits = self.attached and self.head is not None and not self.head.off
         head = self.head if one_pass.defers_logits else None
 
         def undo() -> None:

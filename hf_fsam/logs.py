@@ -31,7 +31,8 @@ class LoggedMeans:
     def clear(self) -> None:
         self._steps = 0
         self._sums = dict.fromkeys(_SUMS, torch.zeros((), device=self._device))
-        self._steps_with = {name: set[int]() for name in _CHANGES}
+        self._steps_with = dict.fromkeys(_CHANGES, 0)  # how many steps had such a change
+        self._last_with = dict.fromkeys(_CHANGES, 0)
 
     def count_step(self) -> None:
         """An optimizer step begins."""
@@ -52,7 +53,8 @@ class LoggedMeans:
         """change: ℓ(θ+ε) − ℓ(θ) of a micro-batch, or an estimate of it, as it counts in the logged loss, shape ()."""
         change = change.float()
         self._add(name, torch.where(skipped | ~change.isfinite(), 0.0, change))
-        self._steps_with[name].add(self._steps)
+        self._steps_with[name] += self._last_with[name] != self._steps
+        self._last_with[name] = self._steps
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value
@@ -65,7 +67,7 @@ class LoggedMeans:
         """
         if self._steps == 0:
             return {}
-        counts = torch.tensor([float(len(steps)) for steps in self._steps_with.values()], device=self._device)
+        counts = torch.tensor(list(self._steps_with.values()), dtype=torch.float32, device=self._device)
         sums = torch.cat([torch.stack([value.float() for value in self._sums.values()]), counts])
         means = accelerator.reduce(sums, "mean").tolist()
         self.clear()

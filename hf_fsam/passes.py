@@ -58,8 +58,8 @@ class Crossing:
 
 
 class Fused(Protocol):
-    """A head that goes from hidden states to the loss, or a part of it, without the logits in between. `args`: of one
-    call."""
+    """A head that goes from hidden states to the loss, or a part of it, without the logits in between. `args` are those
+    of one call of the head."""
 
     def plain(self, *args: Any) -> Any:
         """The result, with a gradient of its own."""
@@ -188,6 +188,10 @@ class CleanPass(Pass):
 
     # ---- Doors ----
 
+    def take_loss(self, loss: Tensor) -> Tensor:
+        # Where nothing has crossed, as in SAM, which has no boundary, the loss itself is where the graph begins.
+        return super().take_loss(loss if self._leaves else self.from_here(loss))
+
     def take_logits(self, z: Tensor) -> Tensor:
         crossing = self._next()
         self.nodes.add(z.grad_fn)
@@ -219,8 +223,7 @@ class CleanPass(Pass):
 
     def differentiate(self, loss: Tensor) -> None:
         """The backward pass where the graph begins at the boundary: no weight is touched."""
-        if self._leaves:  # else `finish` says what is wrong
-            torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        torch.autograd.grad(loss, self._leaves, allow_unused=True)
 
     def finish(self, name: str) -> None:
         """
@@ -316,8 +319,8 @@ class SecondPass(Pass):
     # ---- What it tells of the loss ----
 
     def take_products(self, before: Tensor | None, after: Tensor) -> None:
-        """⟨u, a⟩ and ⟨u, a'⟩ of one crossing, shape (), with the recorded cotangent u of a fused head's output, which
-        was a in the clean pass and is a' in this one. before: None where it was not computed."""
+        """⟨u, a⟩ and ⟨u, a'⟩ of one crossing, shape (), with the recorded cotangent u and a fused head's output: a in
+        the clean pass, a' in this one. before: None where it was not computed."""
         self._products.append((before, after))
 
     @property

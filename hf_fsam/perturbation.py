@@ -63,7 +63,8 @@ def perturb(
     """
     gradient_norm = direction_norm = total(norm(gradients))  # ()
     for direction in directions:
-        direction(weights, gradients)
+        if direction(weights, gradients) is not None:  # type: ignore[func-returns-value]
+            raise TypeError("fsam_direction returned something: change the gradients in place, and return nothing.")
     if directions:
         direction_norm = total(norm(gradients))
     finite = direction_norm.isfinite() & gradient_norm.isfinite()

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_fsam.heads.trl import has_unknown_fused_head
+from hf_fsam.heads import trl
 
 _SUPPORTED = (
     DistributedType.NO,
@@ -130,11 +130,8 @@ def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
             f"a trainer that generates what it trains on, as {method} does: the second pass would be on other text",
             "generate before the training, into the data set, and what is only looked at in a TrainerCallback",
         )
-    if args.fsam_variant in ("functional", "logit") and has_unknown_fused_head(trainer_class):
-        yield (
-            "the fused head of this TRL, which is another than that of TRL 1.16",
-            "install trl==1.16.*, or set fsam_variant='sam'",
-        )
+    if args.fsam_variant in ("functional", "logit") and trl.has_unknown_fused_head(trainer_class):
+        yield trl.UNKNOWN, trl.CURE
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -28,16 +28,16 @@ class Seam(_AnyTrainer):
     optimizer: Optimizer
 
     def fsam_is_due(self) -> bool:
-        """Whether this optimizer step perturbs; otherwise it is the plain Trainer's. Asked once for each micro-batch,
-        and to be answered alike for all of a step and on all processes. Default: every `fsam_every_steps`."""
+        """Whether this optimizer step perturbs; otherwise it is the plain Trainer's. Asked once for each step, and to
+        be answered alike on all processes. Default: every `fsam_every_steps`."""
         return self.state.global_step % self.args.fsam_every_steps == 0
 
     def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `compute_loss` whose gradient the ascent goes along. Default: `inputs` themselves, the
         micro-batch.
 
-        Where this returns others, the step takes a forward pass more: the cotangents are those of all of `inputs`. Not
-        asked where the ascent goes along the momentum."""
+        Where this returns others, the step takes a forward pass more, because the cotangents are those of all of
+        `inputs`, which has to be left as it is. Not asked where the ascent goes along the momentum."""
         return inputs
 
     def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
@@ -50,7 +50,9 @@ class Seam(_AnyTrainer):
         """Turn the ascent gradients into the direction d of ε = ρ d / ‖d‖, in place. Default: leave them.
 
         Args:
-            weights: θ of what is perturbed, or, where the engine shards it, this process's part.
+            weights: θ of what is perturbed, or, where the engine shards it, this process's part. It may be offloaded
+                from the device of its gradient, and at ZeRO-3 it may end in padding, where θ and g are 0 and d has to
+                stay 0.
             gradients: g of each in its shape and dtype, already preconditioned where `fsam_precondition` is set, or the
                 optimizer's momentum.
         """

@@ -1,7 +1,7 @@
 """The split step: clean passes at θ, the perturbation ε that their gradient gives, and a second pass at θ+ε."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -88,7 +88,8 @@ class FunctionalSAM:
         probes: diagnostics that want to see the batches.
         current_pass: the pass that `compute_loss` is called in; None outside of a split step.
         batches: what the Trainer fetched for this optimizer step; None where `training_step` is called by hand.
-        window: the one whose micro-batches still wait for second passes.
+        window: whose micro-batches have yet to take their second passes; None where there is none.
+        due: this optimizer step perturbs.
         micro_step: how many micro-batches of this optimizer step have ended.
         training: inside of `train`.
         entered: `training_step` was called.
@@ -104,11 +105,12 @@ class FunctionalSAM:
         self.batches: list[dict[str, Any]] | None = None
         self.window: Window | None = None
         self.micro_step = 0
-        self.training = self.entered = False
+        self.training = self.entered = self.due = False
         self.cotangent_cache = CotangentCache()
         self._engine: Engine | None = None
         self._attached_to: nn.Module | None = None
         self._checked_model: nn.Module | None = None
+        self._agreed_on: nn.Module | None = None
         self._fused_head: tuple[nn.Module, FusedHead | None] | None = None
 
     # ---- What the settings say ----
@@ -134,23 +136,58 @@ class FunctionalSAM:
         self._engine = None
 
     def perturbed_weights(self) -> list[nn.Parameter]:
-        named = self.trainer.model.named_parameters()
-        weights = [each for name, each in named if each.requires_grad and self.trainer.fsam_perturbs(name, each)]
+        """The trainable weights that ε moves.
+
+        Raises:
+            ValueError: there is none, or processes do not agree.
+        """
+        trainer, model = self.trainer, self.trainer.model
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        weights = [weight for name, weight in named if trainer.fsam_perturbs(name, weight)]
+        if self._agreed_on is not model:  # once, because it makes the host wait
+            count = torch.tensor([len(weights)], device=trainer.args.device)
+            if len(counts := set(trainer.accelerator.gather(count).tolist())) > 1:
+                raise ValueError(
+                    f"fsam_perturbs of {type(trainer).__name__} is true for {sorted(counts)} weights on different "
+                    "processes: let it answer alike on all of them."
+                )
+            self._agreed_on = model
         if not weights:
             raise ValueError(
-                f"fsam_perturbs of {type(self.trainer).__name__} names no trainable weight to perturb: let it be true "
-                "for one, or set fsam_variant='none'."
+                f"fsam_perturbs of {type(trainer).__name__} names no trainable weight to perturb: let it be true for "
+                "one, or set fsam_variant='none'."
             )
         return weights
 
+    def ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            TypeError: they are none.
+        """
+        chosen = self.trainer.fsam_ascent_inputs(inputs)
+        if not isinstance(chosen, Mapping) or not chosen:
+            raise TypeError(
+                f"fsam_ascent_inputs of {type(self.trainer).__name__} returned {type(chosen).__name__} of no inputs: "
+                "return a mapping with the arguments of the model's forward pass, or `inputs` itself."
+            )
+        return chosen
+
     # ---- From step to step ----
 
-    def begin(self) -> None:
+    def enter(self) -> bool:
+        """A micro-batch's step begins. Returns whether it is to be split."""
+        self.entered = True
+        begins = self.micro_step == 0 or self.batches is None  # driven by hand, each call is an optimizer step
+        if begins:
+            self.due = self.trainer.fsam_is_due()
+        if not (self.active and self.due):
+            return False
         self.cleanup.run()  # what Ctrl-C on the way out of the last step has left
         self.engine.restore()
         self.attach()
-        if self.micro_step == 0 or self.batches is None:
+        if begins:
             self.means.count_step()
+        return True
 
     def drop(self) -> None:
         """Forget a step that was broken off. All that belongs to the user is as it was before it."""
@@ -174,9 +211,11 @@ class FunctionalSAM:
         boundary.detach()
         name, module = find_boundary(trainer.model, trainer.args.fsam_boundary)
         compiled = bool(trainer.args.torch_compile)
-        if self._fused_head is None or self._fused_head[0] is not module:
-            self._fused_head = module, find_fused_head(trainer.model, module, compiled)
-        head = self._fused_head[1] if trainer.args.fsam_fused_head else None
+        head = None
+        if trainer.args.fsam_fused_head:
+            if self._fused_head is None or self._fused_head[0] is not module:
+                self._fused_head = module, find_fused_head(trainer.model, module, compiled)
+            head = self._fused_head[1]
         boundary.attach(name, module, head, compiled=compiled)
         self._attached_to = trainer.model
 
@@ -187,7 +226,8 @@ class FunctionalSAM:
 
     @contextmanager
     def uncounted(self, model: nn.Module) -> Iterator[None]:
-        """A pass inside counts nothing beside its loss, because another pass over the same batch does."""
+        """Inside, a forward pass leaves running statistics and TRL's counters as they were: each batch counts once, in
+        another of its passes."""
         with self.cleanup.after(running_statistics(model)), self.cleanup.after(Counters(self.trainer).restore):
             yield
 
@@ -214,7 +254,7 @@ class SplitStep:
 
     Args:
         fetched: the micro-batch, as `training_step` got it.
-        num_items: how many items share a loss, as the Trainer counts them.
+        num_items: how many items the loss is averaged over, as the Trainer counts them.
     """
 
     def __init__(self, fsam: FunctionalSAM, fetched: dict[str, Any], num_items: Tensor | int | None) -> None:
@@ -274,7 +314,7 @@ class SplitStep:
         self.window = fsam.window or self._ascend(call, model, inputs)
         fsam.current_pass = "second"
         self.batch = batch = self._take(self.window, inputs)
-        perturbed: AbstractContextManager = engine.perturbed(self.window.perturbation)
+        perturbed: AbstractContextManager = self._perturbed(self.window.perturbation)
         cotangents = batch.clean if fsam.splits else None
         if self.trainer.args.fsam_variant == "logit":
             batch.random.restore()
@@ -291,6 +331,17 @@ class SplitStep:
         if isinstance(result, tuple):
             return (second.take_loss(result[0]), *result[1:])
         return second.take_loss(result)
+
+    @contextmanager
+    def _perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+        """The weights are at θ+ε inside."""
+        try:
+            with self.fsam.engine.perturbed(perturbation):
+                # A caller's autocast region would give this pass the casts of the weights that it made at θ.
+                torch.clear_autocast_cache()
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     # ---- Ascent ----
 
@@ -313,6 +364,7 @@ class SplitStep:
             counters.restore()
             waiting[0].random.restore()
             ascent = self._clean_passes(call, model, waiting, momentum)
+        turns = getattr(trainer.fsam_direction, "__func__", None) is not Seam.fsam_direction
         perturbation = engine.perturb(
             ascent,
             optimizer=trainer.optimizer if args.fsam_precondition else None,
@@ -320,8 +372,13 @@ class SplitStep:
             # From where the run stands, so that a resumed one rounds alike.
             seed=((args.seed * 1_000_003 + trainer.state.global_step) * 1_009 + fsam.micro_step) % 2**63,
             cotangents=[u for batch in waiting for crossing in batch.clean.crossings for u in crossing.cotangents],
-            direction=trainer.fsam_direction,
+            direction=trainer.fsam_direction if turns else None,  # without one, ‖d‖ is ‖g‖
         )
+        if not perturbation.weights:
+            logger.warning_once(
+                "The ascent has no gradient, so the step is a plain one: none of the weights that fsam_perturbs names "
+                "is on the way to the loss. Let it be true for one that is."
+            )
         fsam.window = Window(waiting, perturbation, of_gradient=momentum is None)
         return fsam.window
 
@@ -355,7 +412,7 @@ class SplitStep:
                 batch.random = RandomState.capture(args.device)
                 backward = None if momentum is not None else ascent.backward
                 if backward is not None:
-                    ascended = self.trainer.fsam_ascent_inputs(batch.inputs)
+                    ascended = fsam.ascent_inputs(batch.inputs)
                     if ascended is not batch.inputs:
                         with fsam.uncounted(model):
                             self._run(CleanPass(unperturbed, records=False), call, ascent.model, ascended, backward)
@@ -428,7 +485,7 @@ class SplitStep:
         assert second is not None
         assert moved is not None
         clean, skipped = batch.clean, window.perturbation.skipped
-        # How much of the logged loss one unit of this micro-batch's loss is.
+        # The factor from this micro-batch's loss to its part of the logged loss.
         share = second.scale / (clean.scale * self.divisor)
         if not window.reported:
             window.reported = True

@@ -90,10 +90,10 @@ class FSAMMixin(Seam):
         """The parent's step with its gradient split: its `compute_loss` runs twice, at θ and at θ+ε. Returns the clean
         loss ℓ(θ), shape (), in the parent's scale."""
         fsam = self.fsam
-        fsam.entered = True
-        if not (fsam.active and self.fsam_is_due()):
-            return super().training_step(model, inputs, num_items_in_batch)
-        fsam.begin()
+        if not fsam.enter():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            fsam.micro_step += 1
+            return loss
         step = SplitStep(fsam, inputs, num_items_in_batch)
         try:
             with step:

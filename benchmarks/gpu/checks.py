@@ -35,6 +35,7 @@ from benchmarks import step_cost
 from benchmarks.gpu.check import Check, Row
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer
+from hf_fsam.engines.deepspeed_internals import gathering_stream
 from hf_fsam.heads import deferred_logits
 from hf_fsam.heads.fused_loss import FusedLoss, Gradients, LogitTransform, cross_entropy_sum, vjp
 from tests.toys import DEVICE, WIDE, distance, llama, make_trainer, same_bits, weights_of
@@ -507,9 +508,8 @@ def gathers_that_could_pass(variant: str, toy: bool) -> list[bool]:
         perturbed = trainer.fsam.engine.perturbed
 
         def ask() -> None:
-            offload = trainer.model_wrapped.optimizer.parameter_offload
             gathers = torch.cuda.Event()
-            gathers.record(offload._DeepSpeedZeRoOffload__allgather_stream)  # 0.19.8
+            gathers.record(gathering_stream(trainer.model_wrapped))
             time.sleep(0.01)
             passed.append(gathers.query() and not torch.cuda.current_stream().query())
 

@@ -200,16 +200,22 @@ def release_gathered(weights: Iterable[Any]) -> None:
             weight.partition(param_list=[weight], has_been_updated=False)
 
 
+def gathering_stream(engine: Any) -> Any:
+    """The stream on which ZeRO-3 gathers weights; None where it is not known. The attribute is private, hence the
+    mangled name."""
+    return getattr(engine.optimizer.parameter_offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
+
+
 def gather_after_writes(engine: Any) -> None:
     """Weights that are gathered from now on come after everything that was written into the shards until now.
 
     With overlap_comm DeepSpeed gathers on a stream of its own, which does not wait for the one that the shards were
-    written on. It is a private attribute, hence the mangled name. On the CPU there is none, and `synchronize` does
-    nothing; where another version calls it something else, the host waits for the device.
+    written on. On the CPU there is none, and `synchronize` does nothing; where another version calls it something else,
+    the host waits for the device.
     """
     from deepspeed.accelerator import get_accelerator
 
-    gathering = getattr(engine.optimizer.parameter_offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
+    gathering = gathering_stream(engine)
     if gathering is None:
         get_accelerator().synchronize()
     else:

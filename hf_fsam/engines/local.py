@@ -27,8 +27,8 @@ class LocalEngine(BaseEngine):
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self._swap = WeightSwap()
-        self._has_second_moment: Optimizer | None = None  # of which that is known
-        self._has_stepped: Optimizer | None = None  # the same
+        self._has_second_moment: Optimizer | None = None  # the optimizer that is known to have one
+        self._has_stepped: Optimizer | None = None  # the optimizer that is known to have stepped
 
     @contextmanager
     def ascent(self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int) -> Iterator[Ascent]:
@@ -84,7 +84,7 @@ class LocalEngine(BaseEngine):
         return Ascent(unwrapped(self.accelerator, model), self._backward, found, averages) if found else None
 
     def _momenta(self, weights: Sequence[Tensor], optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-        # The question may make the host wait for the device. An optimizer that has stepped is not asked again.
+        # `has_stepped` may make the host wait for the device, so it is asked only until the answer is yes.
         if optimizer is not self._has_stepped:
             if not has_stepped(optimizer):
                 return [], []

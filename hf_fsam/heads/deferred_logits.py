@@ -36,7 +36,7 @@ def refuse_create_graph() -> None:
 
 
 class HeadCall(ABC):
-    """One call of the head in one pass: what deferred logits come from, and where what comes back to them arrives.
+    """One call of the head in one pass. Its deferred logits point to it, and their gradients arrive here.
 
     Args:
         hidden: the final hidden states, (..., d).

@@ -267,7 +267,7 @@ def _linear(call: HeadCall, weight: Tensor, bias: Tensor | None, one_pass: Pass)
     """The head's output in memory, (..., v), without a gradient."""
     if one_pass.ended:
         raise RuntimeError(
-            "logits are read after their pass has ended, when the weights that make them are others: read them in "
+            "logits are read after their pass has ended, and by then the weights have changed: read them in "
             "compute_loss, or set fsam_fused_head=False."
         )
     with torch.inference_mode(False), torch.no_grad():  # a metric may be the first to read them, in inference mode

@@ -5,6 +5,7 @@ inside of it: `trl.trainer.utils._ChunkedLogProbFunction.apply` returns the log-
 four more tensors, of which the entropy alone may have a gradient.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator
@@ -28,22 +29,31 @@ _PARAMETERS = (
 _LOG_SUM = 4  # log Σ exp z is the fifth tensor that it saves
 
 
+UNKNOWN = "the fused head of this TRL, which is another than that of TRL 1.16"
+CURE = "install trl==1.16.*, or set fsam_variant='sam'"
+
+
 def has_unknown_fused_head(trainer_class: type) -> bool:
-    """Whether `trainer_class` is a trainer of TRL's that makes its loss in a fused head other than the one known here:
-    under another name, with other parameters, or which saves other tensors."""
+    """Whether `trainer_class` is a trainer of TRL's that makes its loss in a fused head other than the one known
+    here."""
     modules = [sys.modules.get(each.__module__) for each in trainer_class.__mro__ if each.__module__.startswith("trl.")]
     if not any(hasattr(module, "add_fused_lm_head") for module in modules):
         return False
-    function = getattr(sys.modules.get(_MODULE), _NAME, None)
+    return not _is_known(getattr(sys.modules.get(_MODULE), _NAME, None))
+
+
+@functools.lru_cache(maxsize=1)
+def _is_known(function: Any) -> bool:
+    """Whether TRL's function has the parameters that are known here, and saves what it is known to save."""
     if function is None or tuple(inspect.signature(function.forward).parameters)[1:] != _PARAMETERS:
-        return True
+        return False
     hidden, weight = torch.eye(2, requires_grad=True), torch.arange(6.0).view(3, 2)  # (n, d), (v, d)
     targets = torch.zeros(2, dtype=torch.long)
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         log_p, *_ = function.apply(hidden, weight, None, targets, 1.0, 2, None, 1.0, ())
     saved = log_p.grad_fn.saved_tensors
     wanted = (hidden @ weight.t()).logsumexp(-1)  # (n,)
-    return len(saved) <= _LOG_SUM or not torch.equal(saved[_LOG_SUM].round(decimals=3), wanted.round(decimals=3))
+    return len(saved) > _LOG_SUM and torch.allclose(saved[_LOG_SUM], wanted, atol=1e-4)
 
 
 @dataclass
@@ -68,6 +78,8 @@ class LogProbabilityHead:
     def record(
         self, clean: CleanPass, crossing: Crossing, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> tuple:
+        if not _is_known(self.function):  # a trainer that is not TRL's own was not asked at the start
+            raise ValueError(f"hf_fsam does not support {UNKNOWN}: {CURE}; or set fsam_variant='none'.")
         targets, temperature, _, cap, scale, _ = rest
         log_p, entropy, *others = self.plain(hidden, weight, bias, *rest)
         transform = LogitTransform(scale / temperature)

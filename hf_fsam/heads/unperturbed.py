@@ -43,7 +43,7 @@ class UnperturbedHead:
         detached_weights_stay: what the engine says (:class:`~hf_fsam.engines.base.Engine`): a weight that is detached
             now still is at θ while the model is at θ+ε. Where it is not, because weights are moved in place or gathered
             for a moment only, they are copied.
-        cotangents: where the window's first cotangents are kept. None: nowhere.
+        cotangents: where the window's first cotangents are cached. None: they are computed again.
     """
 
     def __init__(self, detached_weights_stay: bool = True, cotangents: CotangentCache | None = None) -> None:

@@ -142,13 +142,18 @@ class Measured(TrainerCallback):
             self.peak = self.memory.peak
 
 
-def seams(piece: str, adaptive: bool) -> type[FSAMTrainer]:
+def seams(piece: str, adaptive: bool, first: int) -> type[FSAMTrainer]:
     """A trainer that perturbs the weights with `piece` in their name and, if it is adaptive, in proportion to their
-    squares."""
+    squares. "attn on one": in the first process alone. It ascends on the first so many tokens; 0: on all."""
 
     class Seams(FSAMTrainer):
         def fsam_perturbs(self, name: str, weight: Tensor) -> bool:
+            if piece == "attn on one":
+                return not PartialState().is_main_process or "attn" in name
             return piece in name
+
+        def fsam_ascent_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[:, :first] for name, value in inputs.items()} if first else inputs
 
         def fsam_direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
             if adaptive:
@@ -182,6 +187,7 @@ def train(
     progress: str | None = None,
     perturbs: str = "",
     adaptive: bool = False,
+    first: int = 0,
     **settings: Any,
 ) -> tuple[Any, ...]:
     """One case.
@@ -201,7 +207,7 @@ def train(
         evaluated: find out the loss on four rows, before that.
         struck: arguments of :func:`strike`.
         progress: where :class:`Progress` tells.
-        perturbs, adaptive: attributes of :class:`Seams`.
+        perturbs, adaptive, first: arguments of :func:`seams`.
     """
     if "ddp_timeout" in settings:  # which the Trainer hands on for every device but the CPU (transformers 5.23)
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["ddp_timeout"]))
@@ -219,7 +225,7 @@ def train(
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
-        seams(perturbs, adaptive),
+        seams(perturbs, adaptive, first),
         train_sampling_strategy="sequential",
         trainer={"train_dataset": without_labels(sentences(rows, masked=masked), unlabelled)},
         **settings,

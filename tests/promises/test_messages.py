@@ -808,6 +808,10 @@ ROWS_OF_MESSAGES = [*ARGUMENTS, *ENGINES, *OPTIMIZERS, *STEP, *DIAGNOSTICS, *COM
 # Messages without a row: the test that provokes them, or why none does.
 ELSEWHERE = {
     "can't be cut at the same places": "two tensors of the package's own that are not of one shape",
+    "of no inputs": "test_extending.py",
+    "fsam_direction returned something": "as the row before",
+    "The ascent has no gradient": "as the row before",
+    "weights on different ": "test_processes_that_do_not_agree_on_the_weights_are_told",
     "ddp_static_graph=True": "test_a_static_graph_is_refused_where_ddp_would_follow_it",
     "hf_fsam uses a name of DeepSpeed": "test_a_deepspeed_without_a_name_that_is_used_is_refused_before_training",
     "tokens' logits where the first had": "test_a_second_pass_that_takes_other_tokens_is_an_error",

@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from hf_fsam import FSAMTrainer
+from hf_fsam import FSAMTrainer, perturbation
 from hf_fsam.engines import LocalEngine
 from hf_fsam.perturbation import Perturbation
 from tests import reference
@@ -44,7 +45,7 @@ class HalfBatchTrainer(FSAMTrainer):
     """Ascends on the first half of each micro-batch."""
 
     def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value[: len(value) // 2] for name, value in inputs.items() if isinstance(value, Tensor)}
+        return {name: value[: max(1, len(value) // 2)] for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 # An engine ------------------------------------------------------------------------------------------------------------
@@ -131,9 +132,18 @@ def test_a_variant_is_the_formula_that_it_writes_down(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_an_ascent_on_other_inputs_keeps_the_cotangents_of_all(tmp_path: Path, scope: str, fused: bool) -> None:
+@pytest.mark.parametrize("variant", ["functional", "sam", "logit"])
+def test_an_ascent_on_other_inputs_keeps_the_cotangents_of_all(
+    tmp_path: Path, variant: str, scope: str, fused: bool
+) -> None:
     """One micro-batch of two rows, of which the first gives ε: the step by hand, from the formulas."""
-    settings = {"fsam_ascent_scope": scope, "fsam_fused_head": fused, "gradient_accumulation_steps": 1, "max_steps": 1}
+    settings = {
+        "fsam_variant": variant,
+        "fsam_ascent_scope": scope,
+        "fsam_fused_head": fused,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 1,
+    }
     trainer = make_trainer(
         tmp_path, trainer_class=HalfBatchTrainer, **(SETTINGS | settings | {"optim": "sgd", "learning_rate": 0.5})
     )
@@ -155,7 +165,14 @@ def test_an_ascent_on_other_inputs_keeps_the_cotangents_of_all(tmp_path: Path, s
     with torch.no_grad():
         for weight, g in zip(moved.parameters(), ascent, strict=True):
             weight.add_(RHO * g / size)
-    gradients = torch.autograd.grad(loss_and_logits(2, moved)[1], list(moved.parameters()), cotangent)
+    moved_loss, moved_logits = loss_and_logits(2, moved)
+    (moved_cotangent,) = torch.autograd.grad(moved_loss, moved_logits, retain_graph=True)
+    jacobian_of = model if variant == "logit" else moved
+    gradients = torch.autograd.grad(
+        loss_and_logits(2, jacobian_of)[1],
+        list(jacobian_of.parameters()),
+        cotangent if variant == "functional" else moved_cotangent,
+    )
     with torch.no_grad():
         for weight, g in zip(parameters, gradients, strict=True):
             weight.sub_(0.5 * g)
@@ -166,6 +183,71 @@ def test_an_engine_trains_as_the_formulas_do(tmp_path: Path) -> None:
     found = trained(tmp_path, HostBackupTrainer)
     assert distance(found, expected()) < 1e-5
     assert same_bits(found, trained(tmp_path, FSAMTrainer))
+
+
+def test_an_engine_may_write_into_the_weights_inside_a_caller_s_autocast_region(tmp_path: Path) -> None:
+    """Which keeps the casts that it has made of them."""
+
+    def in_bfloat16(trainer_class: type[FSAMTrainer]) -> Tensors:
+        class Narrow(trainer_class):
+            def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return super().training_step(*args, **kwargs)
+
+        return trained(tmp_path, Narrow, fsam_variant="sam")
+
+    assert same_bits(in_bfloat16(HostBackupTrainer), in_bfloat16(FSAMTrainer))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("fsam_ascent_inputs", None, "fsam_ascent_inputs of Answers returned NoneType of no inputs"),
+        ("fsam_ascent_inputs", {}, "fsam_ascent_inputs of Answers returned dict of no inputs"),
+        ("fsam_direction", [], "fsam_direction returned something: change the gradients in place"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused(tmp_path: Path, name: str, answer: Any, message: str) -> None:
+    Answers = type("Answers", (FSAMTrainer,), {name: lambda self, *args: answer})
+    with pytest.raises(TypeError, match=message):
+        trained(tmp_path, Answers)
+
+
+def test_whether_a_step_perturbs_is_asked_once_for_all_of_its_micro_batches(tmp_path: Path) -> None:
+    class Asked(FSAMTrainer):
+        def fsam_is_due(self) -> bool:
+            asked.append(self.state.global_step)
+            return len(asked) % 2 == 1
+
+    asked: list[int] = []
+    found = trained(tmp_path, Asked)
+    assert asked == list(range(STEPS))
+    assert distance(found, expected(perturbs=lambda step: step % 2 == 0)) < 1e-5
+
+
+def test_weights_that_are_not_on_the_way_to_the_loss_are_perturbed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unused(FSAMTrainer):
+        def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
+            return name == "unused"
+
+    logging.enable_propagation()
+    model = llama()
+    model.unused = nn.Parameter(torch.ones(2))
+    make_trainer(tmp_path, model, Unused, **SETTINGS).train()
+    assert "The ascent has no gradient, so the step is a plain one" in caplog.text
+
+
+def test_without_a_direction_of_its_own_a_norm_is_taken_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under an engine that shards, it is a reduction over the processes."""
+    taken: list[int] = []
+    norm = perturbation.norm
+    monkeypatch.setattr(perturbation, "norm", lambda tensors: taken.append(1) or norm(tensors))
+    trained(tmp_path, FSAMTrainer, fsam_ascent_scope="optimizer_step")
+    assert len(taken) == STEPS
 
 
 def test_an_engine_leaves_nothing_behind_an_exception(tmp_path: Path) -> None:
