@@ -12,11 +12,12 @@ from transformers.trainer_utils import has_length
 
 from hf_fsam.arguments import FSAMArguments
 from hf_fsam.diagnostics.callback import FSAMDiagnosticsCallback
+from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.logs import FSAMSettings, settings_of
 from hf_fsam.optimizer_state import check_keeps_second_moment
 from hf_fsam.seam import Seam
-from hf_fsam.step import FunctionalSAM, SplitStep
+from hf_fsam.step import SplitStep
 
 
 class FSAMMixin(Seam):

@@ -1,0 +1,244 @@
+"""What the split step keeps of a training, from one micro-batch to the next."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_fsam import batches
+from hf_fsam.arguments import check
+from hf_fsam.boundary import Boundary, weights_past_boundary
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.diagnostics.probe import Probe
+from hf_fsam.engines import Engine
+from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.heads.find import IDENTITY, find_boundary
+from hf_fsam.heads.fused_head import FusedHead, find_fused_head
+from hf_fsam.heads.trl import Counters
+from hf_fsam.heads.unperturbed import CotangentCache
+from hf_fsam.logs import LoggedMeans
+from hf_fsam.passes import CleanPass
+from hf_fsam.perturbation import Perturbation
+from hf_fsam.seam import Seam
+
+logger = logging.get_logger(__name__)
+
+_MISSING = object()
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """A micro-batch between its clean pass and its second pass.
+
+    Attributes:
+        fetched: as the Trainer fetched it.
+        inputs: as `compute_loss` gets it.
+        random: the random state in which both passes begin.
+    """
+
+    fetched: dict[str, Any]
+    inputs: dict[str, Any]
+    random: RandomState = field(init=False)
+    clean: CleanPass = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._versions = [batches.version(part) for _, part in batches.parts(self.inputs)]
+
+    def changed(self, inputs: dict[str, Any]) -> str | None:
+        """The name of a part in which `inputs` are not what the clean pass got; None where there is none."""
+        ours, given = dict(batches.parts(self.inputs)), dict(batches.parts(inputs))
+        for (name, part), version in zip(ours.items(), self._versions, strict=True):
+            other = given.get(name, _MISSING)
+            untouched = batches.version(part) == version
+            if not (untouched and (other is part or batches.alike(part, other))):
+                return name
+        return next((name for name in given if name not in ours), None)
+
+
+@dataclass
+class Window:
+    """The micro-batches that share one ascent and wait for their second passes, and the perturbation that it gave.
+
+    Attributes:
+        of_gradient: the ascent went along their gradient, not along the momentum.
+        reported: the log has the perturbation.
+    """
+
+    waiting: list[MicroBatch]
+    perturbation: Perturbation
+    of_gradient: bool
+    reported: bool = False
+
+
+class FunctionalSAM:
+    """What the split step keeps from one micro-batch to the next: the trainer's one attribute `fsam`.
+
+    Attributes:
+        cleanup: what a step has put in place and has to take back.
+        boundary: the hook between function and loss.
+        means: what the next line of the log gets.
+        probes: diagnostics that want to see the batches.
+        current_pass: the pass that `compute_loss` is called in; None outside of a split step.
+        batches: what the Trainer fetched for this optimizer step; None where `training_step` is called by hand.
+        window: whose micro-batches have yet to take their second passes; None where there is none.
+        due: this optimizer step perturbs.
+        micro_step: how many micro-batches of this optimizer step have ended.
+        training: inside of `train`.
+        entered: `training_step` was called.
+    """
+
+    def __init__(self, trainer: Seam) -> None:
+        self.trainer = trainer
+        self.cleanup = Cleanup()
+        self.boundary = Boundary(self.cleanup)
+        self.means = LoggedMeans(trainer.args.device)
+        self.probes: list[Probe] = []
+        self.current_pass: Literal["clean", "second"] | None = None
+        self.batches: list[dict[str, Any]] | None = None
+        self.window: Window | None = None
+        self.micro_step = 0
+        self.training = self.entered = self.due = False
+        self.cotangent_cache = CotangentCache()
+        self._engine: Engine | None = None
+        self._attached_to: nn.Module | None = None
+        self._checked_model: nn.Module | None = None
+        self._agreed_on: nn.Module | None = None
+        self._fused_head: tuple[nn.Module, FusedHead | None] | None = None
+
+    # ---- What the settings say ----
+
+    @property
+    def active(self) -> bool:
+        check(self.trainer.args)  # a hyperparameter search or a callback may have changed them
+        return self.trainer.args.fsam_variant != "none" and self.trainer.args.fsam_rho > 0
+
+    @property
+    def splits(self) -> bool:
+        """Whether Jacobian and cotangent are taken at different weights."""
+        return self.trainer.args.fsam_variant in ("functional", "logit")
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self.trainer.fsam_engine()
+        return self._engine
+
+    def forget_engine(self) -> None:
+        """There is a new accelerator."""
+        self._engine = None
+
+    def perturbed_weights(self) -> list[nn.Parameter]:
+        """The trainable weights that ε moves.
+
+        Raises:
+            ValueError: there is none, or processes do not agree.
+        """
+        trainer, model = self.trainer, self.trainer.model
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        weights = [weight for name, weight in named if trainer.fsam_perturbs(name, weight)]
+        if self._agreed_on is not model:  # once, because it makes the host wait
+            count = torch.tensor([len(weights)], device=trainer.args.device)
+            if len(counts := set(trainer.accelerator.gather(count).tolist())) > 1:
+                raise ValueError(
+                    f"fsam_perturbs of {type(trainer).__name__} is true for {sorted(counts)} weights on different "
+                    "processes: let it answer alike on all of them."
+                )
+            self._agreed_on = model
+        if not weights:
+            raise ValueError(
+                f"fsam_perturbs of {type(trainer).__name__} names no trainable weight to perturb: let it be true for "
+                "one, or set fsam_variant='none'."
+            )
+        return weights
+
+    def ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            TypeError: they are none.
+        """
+        chosen = self.trainer.fsam_ascent_inputs(inputs)
+        if not isinstance(chosen, Mapping) or not chosen:
+            raise TypeError(
+                f"fsam_ascent_inputs of {type(self.trainer).__name__} returned {type(chosen).__name__} of no inputs: "
+                "return a mapping with the arguments of the model's forward pass, or `inputs` itself."
+            )
+        return chosen
+
+    # ---- From step to step ----
+
+    def enter(self) -> bool:
+        """A micro-batch's step begins. Returns whether it is to be split."""
+        self.entered = True
+        begins = self.micro_step == 0 or self.batches is None  # driven by hand, each call is an optimizer step
+        if begins:
+            self.due = self.trainer.fsam_is_due()
+        if not (self.active and self.due):
+            return False
+        self.cleanup.run()  # what Ctrl-C on the way out of the last step has left
+        self.engine.restore()
+        self.attach()
+        if begins:
+            self.means.count_step()
+        return True
+
+    def drop(self) -> None:
+        """Forget a step that was broken off. All that belongs to the user is as it was before it."""
+        self.cleanup.run()
+        if self._engine is not None:
+            self._engine.restore()
+        self.detach()
+        self.window = self.batches = self.current_pass = None
+        self.means.clear()
+
+    def settle(self) -> None:
+        """Call it before the weights are used outside of a step, on all processes together. An exception may have left
+        other processes' shards at θ+ε."""
+        if self._engine is not None:
+            self._engine.settle()
+
+    def attach(self) -> None:
+        trainer, boundary = self.trainer, self.boundary
+        if not self.splits or (boundary.attached and self._attached_to is trainer.model):
+            return
+        boundary.detach()
+        name, module = find_boundary(trainer.model, trainer.args.fsam_boundary)
+        compiled = bool(trainer.args.torch_compile)
+        head = None
+        if trainer.args.fsam_fused_head:
+            if self._fused_head is None or self._fused_head[0] is not module:
+                self._fused_head = module, find_fused_head(trainer.model, module, compiled)
+            head = self._fused_head[1]
+        boundary.attach(name, module, head, compiled=compiled)
+        self._attached_to = trainer.model
+
+    def detach(self) -> None:
+        # A compiled model keeps the hook: code that was compiled without it would pass it by (torch 2.13).
+        if not self.trainer.args.torch_compile:
+            self.boundary.detach()
+
+    @contextmanager
+    def uncounted(self, model: nn.Module) -> Iterator[None]:
+        """Inside, a forward pass leaves running statistics and TRL's counters as they were: each batch counts once, in
+        another of its passes."""
+        with self.cleanup.after(running_statistics(model)), self.cleanup.after(Counters(self.trainer).restore):
+            yield
+
+    def check_boundary(self, loss: Tensor, clean: CleanPass) -> None:
+        """Once for each model, warn of weights whose way to the loss does not cross the boundary."""
+        model = self.trainer.model
+        if not self.splits or self._checked_model is model:
+            return
+        self._checked_model = model
+        names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        past = weights_past_boundary(loss, clean, names)
+        if clean.crossings and past:
+            logger.warning(
+                f"The loss depends on {len(past)} weights ({', '.join(past[:3])}{', ...' * (len(past) > 3)}) on a way "
+                f"past the boundary {self.boundary.name!r}. Along that way the step is plain SAM. For a term of the "
+                "loss by itself (a balancing loss, an L2 penalty) or a bias behind the head there is nothing to do. "
+                f"{IDENTITY}."
+            )
