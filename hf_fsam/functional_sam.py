@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from hf_fsam import batches
 from hf_fsam.arguments import check
 from hf_fsam.boundary import Boundary, weights_past_boundary
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.diagnostics.probe import Probe
 from hf_fsam.engines import Engine
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.heads.find import IDENTITY, find_boundary
@@ -74,6 +73,12 @@ class Window:
     reported: bool = False
 
 
+class BatchObserver(Protocol):
+    """Diagnostics, which measure on batches of the training."""
+
+    def see(self, batches: list[dict[str, Any]]) -> None: ...
+
+
 class FunctionalSAM:
     """What the split step keeps from one micro-batch to the next: the trainer's one attribute `fsam`.
 
@@ -81,7 +86,7 @@ class FunctionalSAM:
         cleanup: what a step has put in place and has to take back.
         boundary: the hook between function and loss.
         means: what the next line of the log gets.
-        probes: diagnostics that want to see the batches.
+        probes: what wants to see the batches of the training.
         current_pass: the pass that `compute_loss` is called in; None outside of a split step.
         batches: what the Trainer fetched for this optimizer step; None where `training_step` is called by hand.
         window: whose micro-batches have yet to take their second passes; None where there is none.
@@ -96,7 +101,7 @@ class FunctionalSAM:
         self.cleanup = Cleanup()
         self.boundary = Boundary(self.cleanup)
         self.means = LoggedMeans(trainer.args.device)
-        self.probes: list[Probe] = []
+        self.probes: list[BatchObserver] = []
         self.current_pass: Literal["clean", "second"] | None = None
         self.batches: list[dict[str, Any]] | None = None
         self.window: Window | None = None

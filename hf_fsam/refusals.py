@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import Trainer
 
 from hf_fsam.heads import trl
 
@@ -26,14 +27,15 @@ _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAUNCH = "run one process a device under `torchrun` or `accelerate launch`, with DDP, FSDP2 or DeepSpeed ZeRO"
 
 
-def refusals(trainer: Any) -> Iterator[tuple[str, str]]:
+def refusals(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """What is not supported, and what to do about it."""
+    model: nn.Module = trainer.model  # type: ignore[assignment]
     yield from _launch(trainer.args, trainer.accelerator)
     yield from _parallelism(trainer, trainer.accelerator)
     yield from _training(trainer.args)
-    yield from _cuda_graphs(trainer.args, trainer.model)
+    yield from _cuda_graphs(trainer.args, model)
     yield from _loss(trainer.args, type(trainer))
-    yield from _weights(trainer.model)
+    yield from _weights(model)
 
 
 def _launch(args: Any, accelerator: Any) -> Iterator[tuple[str, str]]:
@@ -46,7 +48,7 @@ def _launch(args: Any, accelerator: Any) -> Iterator[tuple[str, str]]:
         yield f"parallel_mode={args.parallel_mode.value!r}", _LAUNCH
 
 
-def _parallelism(trainer: Any, accelerator: Any) -> Iterator[tuple[str, str]]:
+def _parallelism(trainer: Trainer, accelerator: Any) -> Iterator[tuple[str, str]]:
     """How the model is spread over devices."""
     if trainer.is_model_parallel:
         yield (

@@ -121,7 +121,7 @@ class _Measured(SystemExit):
 class _Finder(TrainerCallback):
     """Trains plainly for `after` steps, then measures, reports and ends the script."""
 
-    def __init__(self, trainer: Any, after: int, batches: int, out: Path) -> None:
+    def __init__(self, trainer: FSAMMixin, after: int, batches: int, out: Path) -> None:
         self.trainer, self.after, self.batches, self.out = trainer, after, batches, out
         self.probe: Probe | None = None
 
@@ -133,7 +133,7 @@ class _Finder(TrainerCallback):
                 f"--after {self.after}: the script trains for {state.max_steps} steps only. Give a smaller --after, or "
                 "have the script train for longer."
             )
-        self.probe = Probe(self.trainer, self.batches)
+        self.probe = Probe(self.trainer.fsam, self.batches)
         self.trainer.fsam.probes.append(self.probe)
         args.fsam_variant = "none"
 

@@ -127,7 +127,7 @@ class FSAMMixin(Seam):
         self.fsam.training, self.fsam.entered = True, False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
-                callback.trainer = self
+                callback.fsam = self.fsam
         try:
             return super().train(*args, **kwargs)
         finally:

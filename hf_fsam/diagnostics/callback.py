@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from hf_fsam.diagnostics.probe import Probe, ratio
+from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.optimizer_state import check_keeps_second_moment
 
 logger = logging.get_logger(__name__)
@@ -62,11 +63,11 @@ class FSAMDiagnosticsCallback(TrainerCallback):
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"FSAMDiagnosticsCallback: {name}={value!r} is not a count: give 1 or more.")
         self.every, self.batches = operator.index(every), operator.index(batches)
-        self.trainer: Any = None  # FSAMMixin.train sets it
+        self.fsam: FunctionalSAM | None = None  # FSAMMixin.train sets it
         self._probe: Probe | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer is None:
+        if self.fsam is None:
             raise ValueError("FSAMDiagnosticsCallback needs an FSAMTrainer to measure: give it to an FSAMTrainer.")
         if not args.fsam_rho > 0:
             raise ValueError(
@@ -74,9 +75,9 @@ class FSAMDiagnosticsCallback(TrainerCallback):
                 "fsam_rho, with fsam_variant='none' to train plainly."
             )
         if args.fsam_precondition:
-            check_keeps_second_moment(self.trainer.optimizer)
-        self._probe = Probe(self.trainer, self.batches)
-        self.trainer.fsam.probes.append(self._probe)
+            check_keeps_second_moment(self.fsam.trainer.optimizer)
+        self._probe = Probe(self.fsam, self.batches)
+        self.fsam.probes.append(self._probe)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         probe = self._probe
@@ -84,7 +85,7 @@ class FSAMDiagnosticsCallback(TrainerCallback):
             return
         should_log = control.should_log
         # Not through the trainer's own `log`: TRL's adds the metrics that it has gathered for the Trainer's next line.
-        Trainer.log(self.trainer, diagnose(probe, args.fsam_rho))
+        Trainer.log(probe.trainer, diagnose(probe, args.fsam_rho))
         control.should_log = should_log  # the call above clears it, and the Trainer's own line is still due
 
 

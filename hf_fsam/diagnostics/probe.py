@@ -23,6 +23,7 @@ from hf_fsam import batches
 from hf_fsam.boundary import Boundary
 from hf_fsam.engines.local import gradients_set_aside
 from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.heads.trl import Counters
@@ -65,27 +66,27 @@ class Probe:
     """Measures on the first micro-batches that each process trains on.
 
     Args:
-        trainer: an :class:`~hf_fsam.FSAMTrainer`.
+        fsam: of the trainer, its attribute of that name.
         count: the number of micro-batches. The probe has fewer until the training has fetched that many.
 
     Raises:
         ValueError: parameters or gradients are sharded over processes; the message names the engine.
     """
 
-    def __init__(self, trainer: Any, count: int) -> None:
-        if not trainer.fsam.engine.gradients_whole:
+    def __init__(self, fsam: FunctionalSAM, count: int) -> None:
+        if not fsam.engine.gradients_whole:
             raise ValueError(
-                f"{type(trainer.fsam.engine).__name__} shards weights or gradients, but the diagnostics measure in "
+                f"{type(fsam.engine).__name__} shards weights or gradients, but the diagnostics measure in "
                 "one process or under DDP only. Set fsam_diagnostics_steps=0 here, and measure in one process or under "
                 "DDP, with a smaller model if this one does not fit."
             )
-        self.trainer = trainer
-        self.model = trainer.model
-        self.device: torch.device = trainer.args.device
+        self.fsam, self.trainer = fsam, fsam.trainer
+        self.model: Any = fsam.trainer.model
+        self.device: torch.device = fsam.trainer.args.device
         self.random = RandomState.capture(self.device)
         self.count = count
         self.batches: list[dict[str, Any]] = []
-        self.name, self.boundary = find_boundary(trainer.model, trainer.args.fsam_boundary)
+        self.name, self.boundary = find_boundary(self.model, fsam.trainer.args.fsam_boundary)
 
     def see(self, batches: Sequence[dict[str, Any]]) -> None:
         """Takes micro-batches that the training has fetched, until there are `count`.
@@ -102,7 +103,7 @@ class Probe:
     @property
     def loss_scale(self) -> float:
         """The factor of the loss scaler, 1 without one."""
-        return float(self.trainer.fsam.engine.scale(torch.ones((), device=self.device)))
+        return float(self.fsam.engine.scale(torch.ones((), device=self.device)))
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -110,7 +111,7 @@ class Probe:
         statistics and TRL's counters are again what they were."""
         before, training = RandomState.capture(self.device), self.model.training
         self.model.train()
-        cleanup = self.trainer.fsam.cleanup
+        cleanup = self.fsam.cleanup
         try:
             with (
                 gradients_set_aside(self.weights, cleanup),
@@ -128,7 +129,8 @@ class Probe:
         """ℓ of one batch, averaged over what the batch holds, shape (). Every call draws the same dropout masks."""
         self.random.restore()
         with self.trainer.compute_loss_context_manager():
-            return self.trainer.compute_loss(self.model, batches.copied(self.trainer._prepare_inputs(batch)))
+            result = self.trainer.compute_loss(self.model, batches.copied(self.trainer._prepare_inputs(batch)))
+        return result[0] if isinstance(result, tuple) else result
 
     def differentiate(
         self, batch: dict[str, Any], boundary: Boundary, one_pass: CleanPass | SecondPass
@@ -144,7 +146,7 @@ class Probe:
             loss = one_pass.take_loss(self.loss(batch))
             for weight in weights:
                 weight.grad = None
-            self.trainer.fsam.engine.scale(loss).backward()
+            self.fsam.engine.scale(loss).backward()
         scale = self.loss_scale
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad / scale for weight in weights]
         for weight in weights:
@@ -176,7 +178,8 @@ class Probe:
     def restrict(self, direction: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Sets the direction to 0 for the weights that the trainer does not perturb. Returns the others and its parts
         for them."""
-        weights, parts = [], []
+        weights: list[Tensor] = []
+        parts: list[Tensor] = []
         named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
         for (name, weight), part in zip(named, direction, strict=True):
             if self.trainer.fsam_perturbs(name, weight):
@@ -206,7 +209,7 @@ class Probe:
     def paths(self, batch: dict[str, Any], rho: float) -> Paths:
         """Takes four passes, and memory for up to seven copies of the trainable weights."""
         clean, moved = CleanPass(), CleanPass()
-        boundary = Boundary(self.trainer.fsam.cleanup)
+        boundary = Boundary(self.fsam.cleanup)
         boundary.attach(self.name, self.boundary)  # without a fused head, so that the logits themselves cross
         try:
             loss, gradient = self.differentiate(batch, boundary, clean)
@@ -283,7 +286,7 @@ class Probe:
         eigenvalue = math.inf
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                loss, scale = self.trainer.fsam.engine.scale(self.loss(batch)), self.loss_scale
+                loss, scale = self.fsam.engine.scale(self.loss(batch)), self.loss_scale
                 opaque = opaque_node(loss)
                 if opaque is not None:
                     raise RuntimeError(f"{opaque} computes its own backward pass, which may have no derivative.")

@@ -5,6 +5,7 @@ zero that takes no memory. What was done with their values sends their cotangent
 for the head (:mod:`~hf_fsam.heads.deferred_logits`) hands on the sum of both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,7 +280,7 @@ class _Taken(torch.autograd.Function):
     sends the logits a zero."""
 
     @staticmethod
-    def forward(ctx: Any, z: DeferredLogits, fused: FusedLoss, came_back: Any) -> Tensor:
+    def forward(ctx: Any, z: DeferredLogits, fused: FusedLoss, came_back: Callable[[Tensor], None] | None) -> Tensor:
         ctx.z, ctx.came_back = z, came_back
         return fused.value.clone()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.heads.deferred_logits import gradient_edge
@@ -163,7 +164,7 @@ class Counters:
 
     _NAMES = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         of_trl = any(base.__module__.partition(".")[0] == "trl" for base in type(trainer).__mro__)
         self._attributes = trainer.__dict__
         self._stood = {

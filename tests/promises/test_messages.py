@@ -280,7 +280,7 @@ def geometry(engine: type, **arguments: Any) -> Run:
         trainer.fsam_engine = lambda: engine(trainer.accelerator)
         trainer.fsam.forget_engine()
         if trainer.args.fsam_diagnostics_steps:
-            Probe(trainer, 1)
+            Probe(trainer.fsam, 1)
 
     return run
 

@@ -40,7 +40,7 @@ open({folder!r} + "/trained_to_the_end", "w").close()
 
 def seen(trainer: Trainer, count: int) -> Probe:
     """A probe that has the first batches."""
-    probe = Probe(trainer, count)
+    probe = Probe(trainer.fsam, count)
     probe.see(list(trainer.get_train_dataloader()))
     assert len(probe.batches) == count
     return probe
