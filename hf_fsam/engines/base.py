@@ -1,9 +1,10 @@
 """What the Trainer's step asks of an engine."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +36,7 @@ class Ascent:
     gradients: list[Tensor] = field(default_factory=list)
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """How one way of holding the weights is ascended, perturbed and restored.
 
     Attributes:
@@ -44,12 +45,19 @@ class Engine(Protocol):
             leaves nothing half done, so that it can be made again. An engine that gathers weights on the way can't.
         gradients_whole: a plain backward pass leaves the whole gradients of this process in `.grad`, and nothing else
             takes notice of it.
+        perturbs_shards: every process perturbs other numbers than the others. The radius is that of all together.
     """
 
     detached_weights_stay: bool
     forward_can_be_retried: bool
     gradients_whole: bool
+    perturbs_shards = False
 
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._cleanup = Cleanup()
+
+    @abstractmethod
     def ascent(
         self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int
     ) -> AbstractContextManager[Ascent]:
@@ -62,6 +70,7 @@ class Engine(Protocol):
             passes: how many passes there will be.
         """
 
+    @abstractmethod
     def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
         """A copy of the optimizer's momentum in the place of an ascent's gradients; None before its first step.
 
@@ -69,8 +78,17 @@ class Engine(Protocol):
             ValueError: the optimizer has none.
         """
 
+    @abstractmethod
+    def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+        """The optimizer's, one for each of an ascent's weights or shards; None where there are none yet."""
+
+    @abstractmethod
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` in the loss scaler's units."""
+
+    @abstractmethod
+    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
+        """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""
 
     def perturb(
         self,
@@ -90,41 +108,6 @@ class Engine(Protocol):
             direction: is given the ascent's weights and its gradients, which are preconditioned by then, and changes
                 the gradients in place before they are scaled to rho. None: they are scaled as they are.
         """
-
-    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
-        """The weights are at θ+ε inside, and at θ again, bit for bit, before the optimizer steps."""
-
-    def restore(self) -> None:
-        """After this the weights that this process owns are at θ, whether they were before or not, and everything else
-        that a step changes for its duration is as it was. Nothing is communicated, because an exception may have struck
-        this process alone."""
-
-    def settle(self) -> None:
-        """After this all weights are at θ. All processes call it together, before the weights are used again."""
-
-
-class BaseEngine:
-    """What all engines have in common.
-
-    Attributes:
-        perturbs_shards: every process perturbs other numbers than the others. The radius is that of all together.
-    """
-
-    perturbs_shards = False
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self._cleanup = Cleanup()
-
-    def perturb(
-        self,
-        ascent: Ascent,
-        optimizer: Optimizer | None,
-        rho: float,
-        seed: int,
-        cotangents: list[Tensor],
-        direction: Direction | None,
-    ) -> Perturbation:
         accelerator = self.accelerator
 
         def over_processes(norm: Tensor) -> Tensor:
@@ -132,7 +115,7 @@ class BaseEngine:
                 return norm
             return accelerator.reduce(norm.to(accelerator.device).square(), "sum").sqrt()
 
-        moments = None if optimizer is None else self._second_moments(optimizer, ascent.weights)
+        moments = None if optimizer is None else self.second_moments(optimizer, ascent.weights)
         directions: list[Direction] = []
         if moments is not None:
             directions.append(lambda weights, gradients: precondition(gradients, moments))
@@ -147,15 +130,15 @@ class BaseEngine:
             result.radius = accelerator.reduce(result.radius, "sum")
         return result
 
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
-        """One for each of the ascent's weights or shards; None where there are none yet."""
-        raise NotImplementedError
-
     def restore(self) -> None:
+        """After this the weights that this process owns are at θ, whether they were before or not, and everything else
+        that a step changes for its duration is as it was. Nothing is communicated, because an exception may have struck
+        this process alone."""
         self._cleanup.run()
 
-    def settle(self) -> None:
-        """Nothing, where :meth:`restore` has done all of it."""
+    def settle(self) -> None:  # noqa: B027
+        """After this all weights are at θ. All processes call it together, before the weights are used again. Nothing
+        is left to do where :meth:`restore` has done all of it."""
 
 
 class Bucket:

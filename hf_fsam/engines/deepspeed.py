@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import hf_fsam.engines.deepspeed_internals as internals
-from hf_fsam.engines.base import RANK_SET_LATE, Ascent, BaseEngine, Bucket, Engine
+from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Bucket, Engine
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
 from hf_fsam.optimizer_state import SecondMoment, momentum_name, second_moments_of_shards
 from hf_fsam.perturbation import Perturbation
@@ -194,7 +194,7 @@ class _ShardsOfEach:
         return reduce, zeros
 
 
-class _DeepSpeedEngine(BaseEngine):
+class _DeepSpeedEngine(Engine):
     """What the engines for all stages have in common."""
 
     _checked = False
@@ -241,13 +241,13 @@ class WholeDeepSpeedEngine(_DeepSpeedEngine, LocalEngine):
         with internals.gradients_to(self._engine, self._cleanup, take=lambda weight: None):
             yield self._engine.module
 
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+    def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
         if internals.shards_optimizer(self._engine):
             raise ValueError(
                 "fsam_precondition=True was set after the start with fsam_ascent_scope='rank', where no process "
                 "holds the second moment whole: set fsam_precondition=False, or begin with another fsam_ascent_scope."
             )
-        return super()._second_moments(optimizer, weights)
+        return super().second_moments(optimizer, weights)
 
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
@@ -283,7 +283,7 @@ class _ShardsEngine(_DeepSpeedEngine, Generic[_Shards]):
         ]
         return Ascent(self._engine.module, lambda loss: None, shards, moments)
 
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterator[SecondMoment] | None:
+    def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterator[SecondMoment] | None:
         if not internals.has_stepped(self._engine):
             return None
         return second_moments_of_shards(internals.inner_optimizer(self._engine), self._held.moments("exp_avg_sq"))

@@ -91,8 +91,8 @@ class FSDPEngine(LocalEngine):
             return None
         return Ascent(model, self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
 
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
-        moments = super()._second_moments(optimizer, self._weights) or ()
+    def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+        moments = super().second_moments(optimizer, self._weights) or ()
         return [moment and replace(moment, average=_local(moment.average)) for moment in moments]
 
     @contextmanager

@@ -10,14 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.engines.base import Ascent, BaseEngine, Bucket
+from hf_fsam.engines.base import Ascent, Bucket, Engine
 from hf_fsam.optimizer_state import SecondMoment, check_keeps_second_moment, has_stepped, momenta, second_moments
 from hf_fsam.perturbation import Perturbation, WeightSwap
 
 _REDUCED_AT_ONCE = 1 << 23  # numbers in a bucket, about as many as in one of DDP's own
 
 
-class LocalEngine(BaseEngine):
+class LocalEngine(Engine):
     """Every process ascends on all of its weights, which then change places with θ+ε."""
 
     detached_weights_stay = True
@@ -98,7 +98,7 @@ class LocalEngine(BaseEngine):
         scaler = self.accelerator.scaler
         return loss if scaler is None else scaler.scale(loss)
 
-    def _second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
+    def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
         if optimizer is not self._has_second_moment:  # preconditioning may be switched on in the middle of a training
             check_keeps_second_moment(optimizer)
             self._has_second_moment = optimizer
