@@ -188,7 +188,9 @@ def test_gradients_of_an_ascent_do_not_reach_zero() -> None:
 def test_momentum_is_copied_to_the_device_of_the_gradients() -> None:
     """However little of it is there: moments and shards may both be offloaded."""
     moments, shards = [torch.ones(4, dtype=torch.float32)], [torch.zeros(2, 2, dtype=torch.bfloat16)]
-    wrapper = SimpleNamespace(engine=wrapped("AdamW"))
+    of_deepspeed = wrapped(SimpleNamespace(optimizer=SimpleNamespace(state={0: {"exp_avg": moments[0]}})))
+    of_deepspeed.basic_optimizer = of_deepspeed.optimizer  # so that it is not looked into
+    wrapper = SimpleNamespace(engine=of_deepspeed)
     accelerator = SimpleNamespace(deepspeed_engine_wrapped=wrapper, device=torch.device("meta"))
     engine: Any = ShardedDeepSpeedEngine(accelerator)
     engine._shards = lambda *args: SimpleNamespace(shards=lambda: shards, moments=lambda name: moments)
