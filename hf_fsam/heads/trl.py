@@ -40,13 +40,14 @@ def has_unknown_fused_head(trainer_class: type) -> bool:
     modules = [sys.modules.get(each.__module__) for each in trainer_class.__mro__ if each.__module__.startswith("trl.")]
     if not any(hasattr(module, "add_fused_lm_head") for module in modules):
         return False
-    return not _is_known(getattr(sys.modules.get(_MODULE), _NAME, None))
+    function = getattr(sys.modules.get(_MODULE), _NAME, None)
+    return function is None or not _is_known(function, function.forward)
 
 
 @functools.lru_cache(maxsize=1)
-def _is_known(function: Any) -> bool:
+def _is_known(function: Any, forward: Any) -> bool:
     """Whether TRL's function has the parameters that are known here, and saves what it is known to save."""
-    if function is None or tuple(inspect.signature(function.forward).parameters)[1:] != _PARAMETERS:
+    if tuple(inspect.signature(forward).parameters)[1:] != _PARAMETERS:
         return False
     hidden, weight = torch.eye(2, requires_grad=True), torch.arange(6.0).view(3, 2)  # (n, d), (v, d)
     targets = torch.zeros(2, dtype=torch.long)
@@ -79,7 +80,9 @@ class LogProbabilityHead:
     def record(
         self, clean: CleanPass, crossing: Crossing, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> tuple:
-        if not _is_known(self.function):  # a trainer that is not TRL's own was not asked at the start
+        if not _is_known(
+            self.function, self.function.forward
+        ):  # a trainer that is not TRL's own was not asked at the start
             raise ValueError(f"hf_fsam does not support {UNKNOWN}: {CURE}; or set fsam_variant='none'.")
         targets, temperature, _, cap, scale, _ = rest
         log_p, entropy, *others = self.plain(hidden, weight, bias, *rest)
