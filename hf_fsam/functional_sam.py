@@ -240,7 +240,7 @@ class FunctionalSAM:
         self._checked_model = model
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         past = weights_past_boundary(loss, clean, names)
-        if clean.crossings and past:
+        if past and (clean.crossings or not clean.records):
             logger.warning(
                 f"The loss depends on {len(past)} weights ({', '.join(past[:3])}{', ...' * (len(past) > 3)}) on a way "
                 f"past the boundary {self.boundary.name!r}. Along that way the step is plain SAM. For a term of the "

@@ -172,7 +172,7 @@ class CleanPass(Pass):
         records: False for a pass that gives an ascent gradient and nothing else.
 
     Attributes:
-        crossings: in the order of the forward pass.
+        crossings: in the order of the forward pass; none where the pass does not record.
         nodes: the autograd nodes of what crossed, while the pass lasts.
     """
 
@@ -247,8 +247,10 @@ class CleanPass(Pass):
                 fused.hidden = _on_host(fused.hidden)
 
     def _next(self) -> Crossing:
-        self.crossings.append(Crossing())
-        return self.crossings[-1]
+        crossing = Crossing()
+        if self.records:
+            self.crossings.append(crossing)
+        return crossing
 
 
 class SecondPass(Pass):
