@@ -179,9 +179,10 @@ class FunctionalSAM:
         """A micro-batch's step begins. Returns whether it is to be split."""
         self.entered = True
         begins = self.micro_step == 0 or self.batches is None  # driven by hand, each call is an optimizer step
+        active = self.active  # checks the settings that the next line may use
         if begins:
-            self.due = self.trainer.fsam_is_due()
-        if not (self.active and self.due):
+            self.due = active and self.trainer.fsam_is_due()
+        if not (active and self.due):
             return False
         self.cleanup.run()  # what Ctrl-C on the way out of the last step has left
         self.engine.restore()

@@ -7,17 +7,12 @@ of in the second pass of the next step.
 """
 
 import gc
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.state import PartialState
-
 import hf_fsam.engines
-from tests.engines.worker import shard_on_cpu, start_anew, whole
+from tests.engines.worker import main, whole
 from tests.toys import gpt2, make_trainer, same_bits, sentences
 
 ENGINES = str(Path(hf_fsam.engines.__file__).parent)
@@ -113,15 +108,4 @@ def look(trainer: Any, before: dict[str, Any], trained: bool, line: tuple[str, i
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    shard_on_cpu()
-    for index, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        start_anew()
-        result = train(folder, **case)
-        if PartialState().is_main_process:
-            torch.save(result, folder / f"{index}.pt")
-    PartialState().wait_for_everyone()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as in worker.py
+    main(train)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -264,7 +264,8 @@ def train(
     return weights, masters, trainer.state.log_history, facts
 
 
-if __name__ == "__main__":
+def main(train: Callable[..., tuple[Any, ...]]) -> None:
+    """Run `train` on every case of the folder that the command names, and leave there what it returns."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     shard_on_cpu()
@@ -278,3 +279,7 @@ if __name__ == "__main__":
     sys.stderr.flush()
     # A thread of gloo's that hands a tensor back while the interpreter shuts down aborts the process (torch 2.13).
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main(train)

@@ -17,7 +17,7 @@ from hf_fsam.engines import LocalEngine
 from hf_fsam.perturbation import Perturbation
 from tests import reference
 from tests.reference import Tensors
-from tests.toys import distance, llama, make_trainer, same_bits, sentences, weights_of
+from tests.toys import distance, gpt2, llama, make_trainer, same_bits, sentences, weights_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "EXTENDING.md"
 STEPS, RHO = 6, 0.1
@@ -177,6 +177,18 @@ def test_an_ascent_on_other_inputs_keeps_the_cotangents_of_all(
         for weight, g in zip(parameters, gradients, strict=True):
             weight.sub_(0.5 * g)
     assert distance(weights_of(trainer.model), weights_of(model)) < 1e-6
+
+
+def test_an_ascent_on_other_inputs_leaves_the_dropout_masks_to_the_cotangents(tmp_path: Path) -> None:
+    """With an ε of next to nothing the step is the plain Trainer's, whose masks are the first that are drawn."""
+    settings = SETTINGS | {"fsam_rho": 1e-9, "max_steps": 1}
+    masked = {"fsam_variant": "functional"}, {"fsam_variant": "none"}
+    found = []
+    for each in masked:
+        trainer = make_trainer(tmp_path, gpt2(dropout=0.3), HalfBatchTrainer, **settings, **each)
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert distance(*found) < 1e-6
 
 
 def test_an_engine_trains_as_the_formulas_do(tmp_path: Path) -> None:
