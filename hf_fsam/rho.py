@@ -2,28 +2,31 @@
 
     hf-fsam rho train.py --its --own arguments
     hf-fsam rho --out rho.png recipes/pretrain.py recipes/configs/pretrain_tiny.yaml
+    hf-fsam rho -m trl.scripts.sft --config sft.yaml
 
-The script runs as it is, with its own model, data, precision and FSAMTrainer, but the first `--after` optimizer steps
-are plain ones: they bring the weights to where a training has them, and the optimizer to a second moment that can
-precondition. Then a few batches are measured at every ρ of a range: by how much the loss rises along ε, how large the
-two paths of SAM's gradient are, and how much of ρ is lost when θ+ε is rounded to the weights' format. That ends the
-script. Nothing is evaluated or saved.
+The script runs as it is, as under `hf-fsam run`, with its own model, data, precision and Trainer, but the first
+`--after` optimizer steps are plain ones: they bring the weights to where a training has them, and the optimizer to a
+second moment that can precondition. Then a few batches are measured at every ρ of a range: by how much the loss rises
+along ε, how large the two paths of SAM's gradient are, and how much of ρ is lost when θ+ε is rounded to the weights'
+format. That ends the script. Nothing is evaluated or saved.
 """
 
 import argparse
-import runpy
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hf_fsam.arguments import FSAMArguments
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.diagnostics.probe import Paths, Probe, ratio
 from hf_fsam.optimizer_state import check_keeps_second_moment
+from hf_fsam.run import add_script, script_of
+from hf_fsam.swap import swapped
 from hf_fsam.trainer import FSAMMixin
 
 RADII = tuple(10 ** (exponent / 4) for exponent in range(-14, 3))  # 0.0003 to 3.2, four a decade
@@ -161,46 +164,31 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
     parser.add_argument("--after", type=int, default=100, help="plain optimizer steps before the measurement")
     parser.add_argument("--batches", type=int, default=2, help="batches to measure on")
     parser.add_argument("--out", type=Path, default=Path("rho.png"), help="file of the plot")
-    parser.add_argument("script", type=Path, help="a training script that uses FSAMTrainer or FSAMMixin")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the arguments of the script")
+    add_script(parser)
     args = parser.parse_args(argv)
     for name in ("after", "batches"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give 1 or more.")
-    if not args.script.is_file():
-        parser.error(f"{args.script} does not exist: give the path of a training script.")
-    train, train_plainly = FSAMMixin.train, Trainer.train
+    script, cleanup = script_of(parser, args), Cleanup()
+    with swapped(cleanup, FSAMArguments()):
+        train = FSAMMixin.train
 
-    def refuse_plain(trainer: Any, *rest: Any, **options: Any) -> Any:
-        if not isinstance(trainer, FSAMMixin):
-            sys.exit(
-                f"{args.script} trains with {type(trainer).__name__}: let it use FSAMTrainer, or put FSAMMixin before "
-                "its class. Nothing was trained or measured."
-            )
-        return train_plainly(trainer, *rest, **options)
+        def find(trainer: Any, *rest: Any, **options: Any) -> Any:
+            # The finder's short training must not touch the script's output folder, the hub or the script's trackers.
+            trainer.args.eval_on_start = trainer.args.push_to_hub = False
+            for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
+                trainer.remove_callback(tracker)
+            trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))
+            return train(trainer, *rest, **options)
 
-    def find(trainer: Any, *rest: Any, **options: Any) -> Any:
-        # The finder's short training must not touch the script's output folder, the hub or the script's trackers.
-        trainer.args.eval_on_start = trainer.args.push_to_hub = False
-        for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
-            trainer.remove_callback(tracker)
-        trainer.add_callback(_Finder(trainer, args.after, args.batches, args.out))
-        return train(trainer, *rest, **options)
-
-    cleanup = Cleanup()
-    with (
-        cleanup.replaced(sys, "argv", [str(args.script), *args.arguments]),
-        cleanup.replaced(sys, "path", [str(args.script.resolve().parent), *sys.path]),  # as Python does for a script
-        cleanup.replaced(FSAMMixin, "train", find),
-        cleanup.replaced(Trainer, "train", refuse_plain),
-    ):
-        try:
-            runpy.run_path(str(args.script), run_name="__main__")
-        except _Measured:
-            return
+        with cleanup.replaced(FSAMMixin, "train", find):
+            try:
+                script.run(cleanup)
+            except _Measured:
+                return
     sys.exit(
-        f"{args.script} ended without training with an FSAMTrainer for {args.after} steps: nothing was measured. Give "
-        "a script that trains for as long, or a smaller --after."
+        f"{script.name} ended without training with a Trainer of transformers for {args.after} steps: nothing was "
+        "measured. Give a script that trains for as long, or a smaller --after."
     )
 
 

@@ -6,8 +6,9 @@
 The module hf_fsam.studies.study describes the file. Its recipe can be any script that takes one JSON file of settings,
 as recipes/*.py and Transformers' own examples do (`script.py run.json`), with `output_dir` and `seed` among them. In
 `output_dir` the script has to leave `results.json` (`metrics`, and for curves and costs `history`, `steps`,
-`train_seconds`), or the Trainer's `all_results.json` and `trainer_state.json`. For a seed all arms get the same
-batches, because the Trainer's sampler draws from `seed` alone.
+`train_seconds`), or the Trainer's `all_results.json` and `trainer_state.json`. With the key `script` in place of
+`recipe` any other training script will do: see `hf-fsam run`. For a seed all arms get the same batches, because the
+Trainer's sampler draws from `seed` alone.
 
 Every run that ends adds a line to OUT/runs.jsonl, without tokens and passwords. A run whose line is there is not
 repeated, even by another study. So a study that was killed goes on where it was, within a run from its last checkpoint

@@ -172,7 +172,7 @@ def setting(study: Study, final: list[Row], command: str) -> list[str]:
     if any(arm.tuned for arm in study.arms.values()):
         notes.append("- !: tuned to the edge of what was tried")
     mixed = [name for name in ALIKE if len({canonical(row.get(name)) for row in final}) > 1]
-    if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe)) for row in final):
+    if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe.path)) for row in final):
         mixed.append("their recipe, which has changed since some of them")
     if mixed:
         notes.append(f"- CAUTION: the runs differ in {', '.join(mixed)}, and not only in their arms")

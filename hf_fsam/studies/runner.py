@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -115,8 +114,15 @@ class Runner:
 
     def key(self, task: Task) -> str:
         """Identifies what the run computes."""
-        recipe = os.path.relpath(task.arm.recipe, self.study.path.parent)
-        parts = [recipe, task.settings, task.seed, *([self.launch] if self.launch else [])]
+        recipe = task.arm.recipe
+        name = recipe.module or os.path.relpath(recipe.path, self.study.path.parent)
+        parts = [
+            *(["run"] if recipe.unedited else []),
+            name,
+            task.settings,
+            task.seed,
+            *([self.launch] if self.launch else []),
+        ]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
     def _run_once(self, key: str, task: Task) -> tuple[float, bool]:
@@ -155,7 +161,7 @@ class Runner:
         file.chmod(0o600)  # before a token or a password is in it
         file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         try:
-            code = self._call([*(self.launch or [sys.executable]), str(task.arm.recipe), str(file)], output, slot)
+            code = self._call(task.arm.recipe.command(file, self.launch), output, slot)
         finally:
             file.write_text(json.dumps(masked(settings), indent=1) + "\n", encoding="utf-8")
             printed = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
@@ -175,7 +181,7 @@ class Runner:
             "settings": masked(task.settings),
             "resumed": checkpoint is not None,
             **read_results(folder, self.study.metrics[0]),
-            "recipe_sha256": fingerprint(task.arm.recipe),
+            "recipe_sha256": fingerprint(task.arm.recipe.path),
             "key": key,
         }
         if not self.keep:

@@ -20,19 +20,25 @@
 
 Some keys of an arm are not settings, and `like` does not hand them on: `longer: 2` trains for twice the steps, epochs
 and warmup; `recipe` is another script; `passes` is the cost of a step, where the `fsam_*` settings do not give it.
+
+In place of `recipe` there can be `script: train.py`, or `script: -m trl.scripts.sft`, for a script that was written
+without hf_fsam. It is run by `hf-fsam run`, with every setting as an argument, `--name value`.
 """
 
 import hashlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import hf_fsam
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.studies.masking import is_secret
 
@@ -41,12 +47,46 @@ Settings = dict[str, Any]
 HIGHER = ("accuracy", "f1", "precision", "recall", "matthews", "bleu", "rouge", "auc", "exact_match")
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What trains.
+
+    Attributes:
+        path: the file, also that of a module.
+        unedited: it knows nothing of hf_fsam, so `hf-fsam run` runs it.
+        module: the name to run it by, as for `python -m`.
+    """
+
+    path: Path
+    unedited: bool = False
+    module: str | None = None
+
+    def command(self, settings: Path, launch: list[str] | None) -> list[str]:
+        """What runs it with the JSON file `settings`.
+
+        launch: the command in front of a script's path; None: Python.
+        """
+        start = launch or [sys.executable]
+        if not self.unedited:
+            return [*start, str(self.path), str(settings)]
+        target = ["-m", self.module] if self.module else [str(self.path)]
+        # The path of this package's __main__.py, because launchers differ in how they are told of a module.
+        return [
+            *start,
+            str(Path(hf_fsam.__file__).with_name("__main__.py")),
+            "run",
+            "--settings",
+            str(settings),
+            *target,
+        ]
+
+
 @dataclass
 class Arm:
     """
     Attributes:
         settings: of the recipe; a list holds the candidates to tune over.
-        recipe: the script.
+        recipe: what trains.
         like: the arm from whose settings this one starts.
         longer: the factor on the steps, epochs and warmup of the settings.
         passes: the cost of a step in passes of plain training; None: as the `fsam_*` settings have it.
@@ -54,7 +94,7 @@ class Arm:
 
     name: str
     settings: Settings
-    recipe: Path
+    recipe: Recipe
     like: str | None = None
     longer: float = 1
     passes: float | None = None
@@ -172,14 +212,13 @@ def load_studies(
         for name in raw["studies"]:
             yield from load_studies(path.parent / name, overrides, seeds, baseline)
         return
-    known = {"question", "recipe", "config", "settings", "metrics", "greater_is_better", "baseline"}
+    known = {"question", "recipe", "script", "config", "settings", "metrics", "greater_is_better", "baseline"}
     known |= {"seeds", "tuning_seeds", "arms"}
     for name in raw:
         if name not in known:
             raise ValueError(f"{path}: {name!r} is not a key of a study; these are: {', '.join(sorted(known))}.")
-    for name in ("recipe", "arms"):
-        if not raw.get(name):
-            raise ValueError(f"{path}: the study needs the key {name!r}.")
+    if not raw.get("arms"):
+        raise ValueError(f"{path}: the study needs the key 'arms'.")
     for name, kind, what in (
         ("settings", dict, "a mapping of names to values"),
         ("arms", dict, "a mapping of names to settings"),
@@ -192,7 +231,9 @@ def load_studies(
             raise ValueError(f"{path}: {name}{given} {what}.")
     settings = read_yaml(path.parent / raw["config"]) if raw.get("config") else {}
     settings |= numbers(raw.get("settings") or {}) | (overrides or {})
-    recipe = _existing(path.parent / raw["recipe"], f"{path}: recipe")
+    recipe = _recipe(path, str(path), raw)
+    if recipe is None:
+        raise ValueError(f"{path}: the study needs the key 'recipe' or 'script'.")
     arms = {str(name): _arm(path, str(name), keys, recipe) for name, keys in raw["arms"].items()}
     for name, cure in (("seed", "list them under `seeds`, or use --seeds"), ("output_dir", "use --out")):
         if name in (overrides or {}) or any(name in arm.settings for arm in arms.values()):
@@ -239,13 +280,35 @@ def load_studies(
     yield study
 
 
-def _arm(path: Path, name: str, keys: Any, recipe: Path) -> Arm:
+def _recipe(path: Path, owner: str, keys: dict[str, Any]) -> Recipe | None:
+    """Take the recipe or script that `keys` of the study at `path` name; None where they name neither."""
+    recipe, script = keys.get("recipe"), keys.get("script")
+    if recipe and script:
+        raise ValueError(f"{owner}: recipe={recipe!r} and script={script!r} are both what to run: leave one out.")
+    if recipe:
+        return Recipe(_existing(path.parent / recipe, f"{owner}: recipe"))
+    if not script:
+        return None
+    module = str(script).removeprefix("-m ").strip()
+    if module == str(script):
+        return Recipe(_existing(path.parent / module, f"{owner}: script"), unedited=True)
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or not found.has_location:
+        raise ValueError(f"{owner}: script={script!r}: there is no module {module!r}: install it, or give a path.")
+    return Recipe(Path(str(found.origin)), unedited=True, module=module)
+
+
+def _arm(path: Path, name: str, keys: Any, recipe: Recipe) -> Arm:
     if not isinstance(keys, dict | None):
         raise ValueError(f"{path}: {name} is {type(keys).__name__}, not a mapping of settings to values.")
     settings = dict(keys or {})
     like, longer, passes = settings.pop("like", None), settings.pop("longer", 1), settings.pop("passes", None)
-    if (script := settings.pop("recipe", None)) is not None:
-        recipe = _existing(path.parent / script, f"{path}: {name}: recipe")
+    recipe = _recipe(path, f"{path}: {name}", settings) or recipe
+    for key in ("recipe", "script"):
+        settings.pop(key, None)
     for key, value in (("longer", longer), ("passes", 1 if passes is None else passes)):
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name}: {key}={value!r} is not a number above 0.")

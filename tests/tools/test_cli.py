@@ -56,13 +56,15 @@ def test_the_command_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch, capsys
     assert "--parallel" in capsys.readouterr().out
     assert call(monkeypatch, "rho", "--help") == 0
     assert "--after" in capsys.readouterr().out
+    assert call(monkeypatch, "run", "--help") == 0
+    assert "--fsam_rho" in capsys.readouterr().out
 
 
 def test_an_unknown_command_ends_with_the_names_of_those_there_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert call(monkeypatch, "compar") == 2
-    assert "there is no command 'compar'; choose one of compare, rho." in capsys.readouterr().err
+    assert "there is no command 'compar'; choose one of run, rho, compare." in capsys.readouterr().err
 
 
 def test_python_runs_the_package_as_the_command() -> None:

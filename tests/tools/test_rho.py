@@ -178,10 +178,13 @@ def test_a_script_that_does_not_train_is_refused(tmp_path: Path, capsys: pytest.
     assert "nowhere.py does not exist" in capsys.readouterr().err
 
 
-def test_a_script_with_the_plain_trainer_is_refused_before_it_trains(tmp_path: Path) -> None:
-    plain = "trainer_class=__import__('transformers').Trainer"
+def test_a_script_with_the_plain_trainer_is_measured_without_an_edit(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plain = "trainer_class=transformers.Trainer, arguments_class=transformers.TrainingArguments"
     path = script(tmp_path, f"save_strategy='steps', save_steps=1, {plain}")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match=r"train\.py trains with Trainer: let it use FSAMTrainer"):
-        rho.main(["--after", "3", str(path)])
-    assert sorted(tmp_path.iterdir()) == before
+    path.write_text("import transformers" + path.read_text())
+    rho.main(["--after", "3", "--out", str(tmp_path / "rho.png"), str(path)])
+    printed = capsys.readouterr().out
+    assert "suggested: fsam_rho=" in printed or "no suggestion" in printed
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["rho.png", "train.py"]

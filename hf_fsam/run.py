@@ -1,0 +1,151 @@
+"""Run a training script as it is, with the steps of its trainers split.
+
+    hf-fsam run run_clm.py --model_name_or_path gpt2 --output_dir out --fsam_rho 0.1
+    hf-fsam run -m trl.scripts.sft --config sft.yaml --fsam_variant functional
+    hf-fsam run --fsam_rho 0.1 train.py              # a script that does not parse its training arguments
+    torchrun --nproc_per_node 8 -m hf_fsam run run_clm.py ...
+    accelerate launch -m hf_fsam run run_clm.py ...
+    deepspeed --module hf_fsam run run_clm.py ...
+
+While the script runs, `transformers.Trainer`, `Seq2SeqTrainer`, `TrainingArguments` and `Seq2SeqTrainingArguments` are
+those of hf_fsam, for the libraries that it imports, too. The `fsam_*` arguments are then arguments of the script, if it
+parses its training arguments or reads them from a file. Given before the script, they are the defaults of its training
+arguments. What the script prints, its exit status, signals and tracebacks are its own. A script that ends without a
+training ends in an error.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from hf_fsam.arguments import FSAMArguments
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.swap import ARGUMENTS, TRAINERS, swapped
+
+
+@dataclass
+class Script:
+    """A script, or a module that is run as `python -m` does, with its arguments."""
+
+    name: str
+    arguments: list[str]
+    is_module: bool = False
+
+    def run(self, cleanup: Cleanup) -> None:
+        """Run it as Python would: as `__main__`, with its own `sys.argv` and `sys.path`."""
+        folder = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
+        path = sys.path if sys.flags.safe_path else [folder, *sys.path[1:]]
+        with (
+            cleanup.replaced(sys, "argv", [self.name, *self.arguments]),
+            cleanup.replaced(sys, "path", path),
+        ):
+            try:
+                if self.is_module:
+                    runpy.run_module(self.name, run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(self.name, run_name="__main__")
+            except BaseException:
+                sys.excepthook = _of_script(sys.excepthook)  # it is called when all else has been left
+                raise
+
+
+def add_script(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which script to run."""
+    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as for python -m")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher of DeepSpeed puts it first
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        help="a JSON file of settings, each of which becomes an argument of the script, `--name value`; with it, the "
+        "Trainer's state is saved in its output folder at the end, as hf-fsam compare wants it",
+    )
+    parser.add_argument("script", help="a training script that uses transformers' Trainer or a subclass of it")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the arguments of the script")
+
+
+def script_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Script:
+    """The script that the parsed `args` name. A file that is missing or unreadable is an error of the `parser`."""
+    if not args.module and not Path(args.script).exists():
+        parser.error(f"{args.script} does not exist: give the path of a training script, or -m and a module's name.")
+    arguments = list(args.arguments)
+    if args.settings is not None:
+        try:
+            settings = dict(json.loads(args.settings.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            parser.error(f"--settings {args.settings}: give a JSON file of one object of names and values ({error}).")
+        arguments = [*_flags(settings), *arguments]
+    if args.local_rank is not None:
+        arguments.insert(0, f"--local_rank={args.local_rank}")
+    return Script(args.script, arguments, args.module)
+
+
+def _flags(settings: dict[str, Any]) -> Iterator[str]:
+    """Settings as the parsers of transformers and TRL read them. None is their default and is left out."""
+    for name, value in settings.items():
+        if value is not None:
+            yield f"--{name}"
+            yield from map(_text, value if isinstance(value, list) else [value])
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.run") -> None:
+    parser = HfArgumentParser(
+        FSAMArguments,  # type: ignore[arg-type]
+        prog=prog,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_script(parser)
+    try:
+        defaults, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
+    script, cleanup = script_of(parser, args), Cleanup()
+    if int(os.environ.get("RANK", "0")) == 0:
+        names = " and ".join(", ".join([*TRAINERS, *ARGUMENTS]).rsplit(", ", 1))
+        print(f"{prog}: in {script.name} the {names} of transformers split the step.", file=sys.stderr, flush=True)
+    with swapped(cleanup, defaults) as trainings:
+        try:
+            script.run(cleanup)
+        except SystemExit as ended:
+            if ended.code or {"-h", "--help"} & set(script.arguments):
+                raise
+    if args.settings is not None:
+        trainings.save_states()
+    if not trainings.begun:
+        sys.exit(
+            f"{prog}: {script.name} ended without training with a Trainer of transformers, so nothing was trained with "
+            "a split step. A script that trains in a loop of its own, or in another process that it starts itself, "
+            "can't be run like this: let it use transformers' Trainer, or start the other process with hf-fsam run."
+        )
+
+
+def _of_script(show: Callable[..., Any]) -> Callable[..., Any]:
+    """An excepthook that shows a traceback from where the script begins."""
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> Any:
+        here = traceback
+        while here is not None and here.tb_frame.f_code is not Script.run.__code__:
+            here = here.tb_next
+        while here is not None and here.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+            here = here.tb_next
+        return show(kind, error.with_traceback(here), here)
+
+    return hook
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""transformers' classes replaced by ones that split the step, for a script that its author wrote without hf_fsam.
+
+Every trainer that is defined on top of them, by the script or by a library that it imports, gets the step of
+:class:`~hf_fsam.trainer.FSAMMixin`, and every class of training arguments gets the `fsam_*` fields.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import transformers
+
+from hf_fsam.arguments import FSAMArguments, check
+from hf_fsam.cleanup import Cleanup
+from hf_fsam.trainer import FSAMMixin
+
+TRAINERS = {name: getattr(transformers, name) for name in ("Trainer", "Seq2SeqTrainer")}
+ARGUMENTS = {name: getattr(transformers, name) for name in ("TrainingArguments", "Seq2SeqTrainingArguments")}
+
+
+class _Fronted:
+    """A trainer that stands behind FSAMMixin when it is made, whatever classes were put on top of it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls if issubclass(cls, FSAMMixin) else with_split_step(cls))  # type: ignore[arg-type]
+
+
+@functools.cache
+def with_split_step(trainer_class: type) -> type:
+    """FSAMMixin before `trainer_class`, under that class's name. If the mixin were a base of all trainers, it would not
+    see a `training_step` that does not call its parent's."""
+    names = {name: getattr(trainer_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(trainer_class.__name__, (FSAMMixin, trainer_class), names)
+
+
+def _trainer(base: type) -> type:
+    return type(base.__name__, (_Fronted, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+def _arguments(base: Any, defaults: FSAMArguments) -> type:
+    """`base` with the fields of FSAMArguments. That class itself is no base of it: a script that puts it before one of
+    its own classes would have it twice, which Python refuses."""
+
+    def check_all(self: Any) -> None:
+        check(self)
+        base.__post_init__(self)
+
+    ours = []
+    for each in dataclasses.fields(FSAMArguments):
+        value = dataclasses.field(default=getattr(defaults, each.name), metadata=dict(each.metadata))
+        ours.append((each.name, each.type, value))
+    names = {"__post_init__": check_all, "__module__": __name__, "__doc__": base.__doc__}
+    return dataclasses.make_dataclass(base.__name__, ours, bases=(base,), namespace=names)
+
+
+def _replacements(defaults: FSAMArguments) -> dict[str, type]:
+    return {name: _trainer(base) for name, base in TRAINERS.items()} | {
+        name: _arguments(base, defaults) for name, base in ARGUMENTS.items()
+    }
+
+
+# training_args.bin names the class of the arguments, and is read where nothing is replaced.
+globals().update(_replacements(FSAMArguments()))
+
+
+@dataclasses.dataclass
+class Trainings:
+    """What was trained while classes were replaced.
+
+    Attributes:
+        begun: how many trainings began.
+        ended: arguments and state of the trainers whose training came to its end. The trainers themselves would keep
+            their models in memory.
+    """
+
+    begun: int = 0
+    ended: list[tuple[transformers.TrainingArguments, transformers.TrainerState]] = dataclasses.field(
+        default_factory=list
+    )
+
+    def save_states(self) -> None:
+        """Leave each trainer's log in its output folder, with what was evaluated after the training."""
+        for args, state in self.ended:
+            if args.should_save:
+                state.save_to_json(str(Path(args.output_dir or ".") / "trainer_state.json"))
+
+
+@contextmanager
+def swapped(cleanup: Cleanup, defaults: FSAMArguments) -> Iterator[Trainings]:
+    """Inside, transformers' trainers and training arguments are ours, with `defaults` in the `fsam_*` fields.
+
+    Raises:
+        ValueError: by `train` of a trainer whose class was made before.
+    """
+    trainings = Trainings()
+    train, train_plainly = FSAMMixin.train, transformers.Trainer.train
+
+    def noted(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        trainings.begun += 1
+        result = train(trainer, *args, **kwargs)
+        trainings.ended.append((trainer.args, trainer.state))
+        return result
+
+    def refuse(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(trainer, FSAMMixin):
+            return train_plainly(trainer, *args, **kwargs)
+        name = type(trainer).__name__
+        raise ValueError(
+            f"{name} was defined before hf_fsam replaced transformers.Trainer, so it would train plainly. Put "
+            f"FSAMMixin before it in your script: class My{name}(FSAMMixin, {name})."
+        )
+
+    with ExitStack() as contexts:
+        contexts.enter_context(cleanup.replaced(FSAMMixin, "train", noted))
+        contexts.enter_context(cleanup.replaced(transformers.Trainer, "train", refuse))
+        for name, ours in _replacements(defaults).items():
+            for module in _modules_with(name):
+                contexts.enter_context(cleanup.replaced(module, name, ours))
+        yield trainings
+
+
+def _modules_with(name: str) -> Iterator[ModuleType]:
+    """This module, and those of transformers that have `name`."""
+    original = (TRAINERS | ARGUMENTS)[name]
+    for path, module in list(sys.modules.items()):
+        if path == __name__ or (path.split(".")[0] == "transformers" and vars(module).get(name) is original):
+            yield module
