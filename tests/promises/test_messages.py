@@ -34,6 +34,7 @@ from hf_fsam.engines.fsdp import FSDPEngine
 from hf_fsam.optimizer_state import second_moments_of_shards
 from hf_fsam.refusals import generating_method
 from hf_fsam.rho import main as rho
+from hf_fsam.run import main as run_script
 from hf_fsam.studies.compare import parse, run_study
 from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import load_studies
@@ -722,21 +723,38 @@ def left(name: str) -> Run:
     return run
 
 
-def finds(
-    *options: str, trains_with: str = "FSAMTrainer", named: str = "train.py", train: str = "trainer.train()"
-) -> Run:
+def finds(*options: str, named: str = "train.py", train: str = "trainer.train()") -> Run:
     def run(folder: Path) -> None:
-        args = "FSAMTrainingArguments" if trains_with == "FSAMTrainer" else "TrainingArguments"
         (folder / "train.py").write_text(
             f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
-            "from hf_fsam import FSAMTrainer, FSAMTrainingArguments\n"
-            "from transformers import Trainer, TrainingArguments\n"
             "from tests.toys import make_trainer\n"
-            f"classes = {{'trainer_class': {trains_with}, 'arguments_class': {args}}}\n"
-            f"trainer = make_trainer({str(folder)!r}, max_steps=2, **classes)\n"
+            f"trainer = make_trainer({str(folder)!r}, max_steps=2)\n"
             f"{train}\n"
         )
         rho(["--batches", "1", "--out", str(folder / "rho.png"), *(options or ("--after", "1")), str(folder / named)])
+
+    return run
+
+
+class Before(Trainer):
+    """A class that is there before the script runs."""
+
+
+RECIPE_WITH_A_TRAINER = """
+from tests.toys import make_trainer
+import transformers
+classes = {"trainer_class": transformers.Trainer, "arguments_class": transformers.TrainingArguments}
+make_trainer("FOLDER", max_steps=1, **classes).train()
+"""
+OF_A_CLASS_FROM_BEFORE = RECIPE_WITH_A_TRAINER.replace(
+    "transformers.Trainer,", "__import__('tests.promises.test_messages').promises.test_messages.Before,"
+)
+
+
+def runs(script: str) -> Run:
+    def run(folder: Path) -> None:
+        (folder / "train.py").write_text(script.replace("FOLDER", str(folder)))
+        run_script([str(folder / "train.py")])
 
     return run
 
@@ -796,7 +814,10 @@ COMMANDS = [
     ),
     Row("a value without its name after", line("STUDY", "--a", "1", "2"), line("STUDY", "--a", "1")),
     Row("has no value: give", line("STUDY", "--a"), line("STUDY", "--a", "1")),
-    Row("let it use FSAMTrainer", finds(trains_with="Trainer"), lambda _: found()),
+    Row("nothing was trained with", runs("pass"), runs(RECIPE_WITH_A_TRAINER)),
+    Row("would train plainly", runs(OF_A_CLASS_FROM_BEFORE), runs(RECIPE_WITH_A_TRAINER)),
+    Row("are both what to run", **study({"script": "recipe.py"}, {})),
+    Row("there is no module", **study({"recipe": None, "script": "-m nowhere.train"}, {"script": None})),
     Row("nothing was measured", finds(train=""), lambda _: found()),
     Row("the script trains for", finds("--after", "9"), finds("--after", "2")),
     Row("give the path of a training script", finds(named="nowhere.py"), lambda _: found()),
@@ -828,6 +849,7 @@ ELSEWHERE = {
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
+    "give a JSON file of one object": "test_run.py",
     " has no attribute ": "test_cli.py",
     "is in none of DeepSpeed's flat groups": "a layout that no version has had",
     "was set after the start with fsam_ascent_scope": "an engine's state in the middle of a training",
