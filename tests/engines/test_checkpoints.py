@@ -15,7 +15,7 @@ from tests.toys import gpt2, same_bits
 pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
 
 PROCESSES = 2
-CORE = ("zero2", "zero3", "fsdp2")
+CORE = ("zero3", "fsdp2")
 BASE: dict[str, Any] = {
     "fsam_rho": 0.3,
     "fsam_precondition": True,

@@ -77,7 +77,8 @@ def trained(output: Path, processes: int) -> dict[str, Tensor]:
     return load_file(output / "model.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_two_nodes_of_two_end_where_one_of_four_does(stage: str, tmp_path: Path) -> None:
     """Two launch agents on one machine, as on two nodes; through the pretraining recipe."""
     flags = ["--deepspeed", f"recipes/launch/{stage}.json"]

@@ -172,11 +172,7 @@ def test_wheels_are_those_that_are_wanted_and_not_installed(tmp_path: Path, caps
 # The checks themselves ------------------------------------------------------------------------------------------------
 
 QUICK = ("head", "theta", "waits", "memory", "cost_0.5B", "head_cost")
-APART = [
-    pytest.param(name, marks=() if name == "zero3" else pytest.mark.slow)
-    for name, check in checks.CHECKS.items()
-    if check.cpu and name not in QUICK
-]
+APART = [name for name, check in checks.CHECKS.items() if check.cpu and name not in QUICK]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -187,6 +183,7 @@ def test_a_check_runs_at_toy_size(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert [row for row in rows if row.ok is False] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APART)
 def test_a_check_runs_in_its_process_at_toy_size(name: str, tmp_path: Path) -> None:
     code, entries = run(tmp_path / "gpu_here", gpu.CHECKS, "--only", name)
