@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MISSING = object()
 _UNCHANGEABLE = (str, bytes, Number, torch.dtype, torch.device, type(None))
 
 
@@ -59,6 +60,22 @@ def parts(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def version(part: Any) -> int | None:
     """A number that changes when the tensor is written to in place; None for what has none."""
     return part._version if isinstance(part, Tensor) and not part.is_inference() else None
+
+
+class Snapshot:
+    """What a batch holds, so that a later change to it is seen. Nothing is copied."""
+
+    def __init__(self, batch: Any) -> None:
+        self._parts = {name: (part, version(part)) for name, part in parts(batch)}
+
+    def change(self, batch: Any) -> str | None:
+        """The name of a part that `batch` holds otherwise; None where there is none."""
+        given = dict(parts(batch))
+        for name, (part, stood) in self._parts.items():
+            other = given.get(name, _MISSING)
+            if version(part) != stood or not (other is part or alike(part, other)):
+                return name
+        return next((name for name in given if name not in self._parts), None)
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -26,8 +26,6 @@ from hf_fsam.seam import Seam
 
 logger = logging.get_logger(__name__)
 
-_MISSING = object()
-
 
 @dataclass(eq=False)
 class MicroBatch:
@@ -45,17 +43,15 @@ class MicroBatch:
     clean: CleanPass = field(init=False)
 
     def __post_init__(self) -> None:
-        self._versions = [batches.version(part) for _, part in batches.parts(self.inputs)]
+        self._fetched, self._inputs = batches.Snapshot(self.fetched), batches.Snapshot(self.inputs)
 
-    def changed(self, inputs: dict[str, Any]) -> str | None:
+    def was_fetched_as(self, fetched: dict[str, Any]) -> bool:
+        """Whether `inputs` were made of what `fetched` holds."""
+        return self._fetched.change(fetched) is None
+
+    def change(self, inputs: dict[str, Any]) -> str | None:
         """The name of a part in which `inputs` are not what the clean pass got; None where there is none."""
-        ours, given = dict(batches.parts(self.inputs)), dict(batches.parts(inputs))
-        for (name, part), version in zip(ours.items(), self._versions, strict=True):
-            other = given.get(name, _MISSING)
-            untouched = batches.version(part) == version
-            if not (untouched and (other is part or batches.alike(part, other))):
-                return name
-        return next((name for name in given if name not in ours), None)
+        return self._inputs.change(inputs)
 
 
 @dataclass
@@ -228,9 +224,14 @@ class FunctionalSAM:
 
     @contextmanager
     def uncounted(self, model: nn.Module) -> Iterator[None]:
-        """Inside, a forward pass leaves running statistics and TRL's counters as they were: each batch counts once, in
-        another of its passes."""
-        with self.cleanup.after(running_statistics(model)), self.cleanup.after(Counters(self.trainer).restore):
+        """Inside, a pass leaves running statistics as they were: each batch counts once, in another of its passes."""
+        with self.cleanup.after(running_statistics(model)):
+            yield
+
+    @contextmanager
+    def unlogged(self) -> Iterator[None]:
+        """Inside, `compute_loss` leaves TRL's counters as they were."""
+        with self.cleanup.after(Counters(self.trainer).restore):
             yield
 
     def check_boundary(self, loss: Tensor, clean: CleanPass) -> None:

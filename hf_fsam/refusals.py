@@ -1,9 +1,6 @@
 """What is not supported of a trainer's way of running, whatever the engine. Asked before training."""
 
-import inspect
-import re
 from collections.abc import Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ _SUPPORTED = (
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
 )
+_STATELESS = ("transformers", "hf_fsam", "builtins")
 _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LAUNCH = "run one process a device under `torchrun` or `accelerate launch`, with DDP, FSDP2 or DeepSpeed ZeRO"
@@ -34,6 +32,7 @@ def refusals(trainer: Trainer) -> Iterator[tuple[str, str]]:
     yield from _parallelism(trainer, trainer.accelerator)
     yield from _training(trainer.args)
     yield from _cuda_graphs(trainer.args, model)
+    yield from _inputs(trainer.args, type(trainer))
     yield from _loss(trainer.args, type(trainer))
     yield from _weights(model)
 
@@ -118,6 +117,19 @@ def _cuda_graphs(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
                 )
 
 
+def _inputs(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
+    """Whether the inputs of several micro-batches can be made before the first of them has had its turn."""
+    own = [each for each in trainer_class.__mro__ if each.__module__.split(".")[0] not in _STATELESS]
+    prepares = next((each for each in own if "_prepare_inputs" in vars(each)), None)
+    counts = any("training_step" in vars(each) for each in own)
+    if args.fsam_ascent_scope == "optimizer_step" and args.gradient_accumulation_steps > 1 and prepares and counts:
+        yield (
+            f"fsam_ascent_scope='optimizer_step' with {prepares.__name__}, whose _prepare_inputs may go by how often "
+            "its training_step was called, as it does where one text is generated for several micro-batches",
+            "set fsam_ascent_scope='micro_batch', or gradient_accumulation_steps=1",
+        )
+
+
 def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
     """How the loss comes about."""
 
@@ -126,14 +138,8 @@ def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
             "use_liger_kernel=True, whose fused loss replaces the model's own",
             "set use_liger_kernel=False: with fsam_fused_head a language model makes no logits either",
         )
-    method = generating_method(trainer_class)
-    if method is not None:
-        yield (
-            f"a trainer that generates what it trains on, as {method} does: the second pass would be on other text",
-            "generate before the training, into the data set, and what is only looked at in a TrainerCallback",
-        )
-    if args.fsam_variant in ("functional", "logit") and trl.has_unknown_fused_head(trainer_class):
-        yield trl.UNKNOWN, trl.CURE
+    if args.fsam_variant in ("functional", "logit"):
+        yield from trl.unknown_heads(trainer_class)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -144,45 +150,3 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:
                 "keep that weight in float32 (a complex one as two real ones, torch.view_as_real), or freeze it with "
                 "requires_grad_(False)",
             )
-
-
-_GENERATES = re.compile(r"(^|_)generate(_|$)|for_generation")
-# Methods that these call are not looked into: they may be an evaluation.
-_STEPS = ("training_step", "compute_loss")
-_DO_NOT_GENERATE = ("transformers", "hf_fsam", "builtins")
-
-
-def generating_method(trainer_class: type) -> str | None:
-    """The method that generates text, and makes a batch or a loss of it; None where none does.
-
-    Found by the names in its code. TRL 1.16's GRPO, RLOO, distillation, GOLD, A2PO and their like generate in
-    `_prepare_inputs`, or in methods that it calls; online DPO and GKD in `training_step`.
-    """
-    owners = [each for each in trainer_class.__mro__ if each.__module__.split(".")[0] not in _DO_NOT_GENERATE]
-
-    def generates(name: str, seen: set[str]) -> bool:
-        """seen: methods that have been looked into, and are not looked into again."""
-        for owner in owners:
-            code = getattr(inspect.unwrap(vars(owner).get(name, print)), "__code__", None)
-            for called in _names(code) if code else ():
-                if _GENERATES.search(called):
-                    return True
-                if name not in _STEPS and called not in seen:
-                    seen.add(called)
-                    if generates(called, seen):
-                        return True
-        return False
-
-    for name in ("_prepare_inputs", *_STEPS):
-        if generates(name, {name}):
-            owner = next(each for each in owners if name in vars(each))
-            return f"{owner.__name__}.{name}"
-    return None
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """Of everything that the code reads or calls, in the functions inside of it too."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)

@@ -24,6 +24,12 @@ from hf_fsam.seam import Seam
 
 logger = logging.get_logger(__name__)
 
+GENERATES = (
+    "compute_loss generates text in the second pass, with the weights at θ+ε, and another text than in the first. "
+    "Generate it in _prepare_inputs; or where fsam_pass is not 'second', and keep it for the second pass; or set "
+    "fsam_variant='none'."
+)
+
 
 class SplitStep:
     """The step of one micro-batch. It is a context manager: inside, each call of the trainer's `compute_loss` is split,
@@ -38,7 +44,8 @@ class SplitStep:
         self.fsam, self.trainer = fsam, fsam.trainer
         self.fetched = fetched
         self.divisor = _loss_divisor(self.trainer, num_items)
-        self.window: Window | None = None
+        self.window = fsam.window
+        self.ascended = self._waiting(fsam.window) if fsam.window else None  # in an earlier step of the window
         self.batch: MicroBatch | None = None
         self.second: SecondPass | None = None
         self.moved: CleanPass | SecondPass | None = None  # the pass at θ+ε
@@ -52,12 +59,56 @@ class SplitStep:
         if type(smoother) is LabelSmoother:
             deferring = DeferringLabelSmoother(**vars(smoother))
             self._contexts.enter_context(replaced("label_smoother", deferring))
+        if self.ascended is not None:
+            prepare = self._prepared_once(self.ascended, self.trainer._prepare_inputs)
+            self._contexts.enter_context(replaced("_prepare_inputs", prepare))
+        accelerator = self.trainer.accelerator
+        backward = self._of_this_loss(accelerator.backward)
+        self._contexts.enter_context(self.fsam.cleanup.replaced(accelerator, "backward", backward))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._contexts.__exit__(kind, error, traceback)
+
+    def _prepared_once(self, batch: MicroBatch, prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`prepare`, which makes nothing anew of what the ascent has had prepared. It may draw random numbers."""
+
+        @functools.wraps(prepare)
+        def once(fetched: Any) -> Any:
+            return batch.inputs if batch.was_fetched_as(fetched) else prepare(fetched)
+
+        return once
+
+    def _of_this_loss(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Accelerate's `backward`, for the loss of `compute_loss` alone. DeepSpeed would take its step inside of it."""
+
+        @functools.wraps(backward)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if self.second is None:
+                raise RuntimeError(self._not_back_propagated())
+            return backward(*args, **kwargs)
+
+        return checked
+
+    def _at_theta_alone(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """A model's `generate`, for after the second pass."""
+
+        @functools.wraps(generate)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if self.second is None or not self.second.backward_ended:
+                raise RuntimeError(f"{type(self.trainer).__name__}: {GENERATES}")
+            self._contexts.close()
+            return generate(*args, **kwargs)
+
+        return checked
+
+    def _not_back_propagated(self) -> str:
+        classes = type(self.trainer).__mro__
+        below = classes[classes.index(Seam) + 1 :]
+        owner = next(each for each in below if "training_step" in vars(each))
+        return f"{owner.__name__}: {NOT_BACK_PROPAGATED}"
 
     def _splitting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         """`compute_loss` with its gradient split, whether it is the parent's, a subclass's or one set on the instance.
@@ -88,14 +139,14 @@ class SplitStep:
             raise RuntimeError(CALLED_TWICE)
         fsam, engine = self.fsam, self.fsam.engine
         fsam.current_pass = "clean"
-        self.window = fsam.window or self._ascend(call, model, inputs)
+        self.window = self.window or self._ascend(call, model, inputs)
         fsam.current_pass = "second"
         self.batch = batch = self._take(self.window, inputs)
         perturbed: AbstractContextManager = self._perturbed(self.window.perturbation)
         cotangents = batch.clean if fsam.splits else None
         if self.trainer.args.fsam_variant == "logit":
             batch.random.restore()
-            with perturbed, fsam.uncounted(model):
+            with perturbed, fsam.uncounted(model), fsam.unlogged():
                 cotangents = CleanPass(UnperturbedHead(engine.detached_weights_stay), stops_at_boundary=True)
                 self._run(cotangents, call, unwrapped(self.trainer.accelerator, model), batch.inputs)
             self.moved, perturbed = cotangents, nullcontext()
@@ -104,16 +155,22 @@ class SplitStep:
         self.moved = self.moved or second
         for context in (perturbed, fsam.uncounted(model), fsam.boundary.running(second)):
             self._contexts.enter_context(context)
-        result = call(model, inputs)
+        with fsam.unlogged():  # no longer: what calls compute_loss counts, too
+            result = call(model, inputs)
         if isinstance(result, tuple):
             return (second.take_loss(result[0]), *result[1:])
         return second.take_loss(result)
 
     @contextmanager
     def _perturbed(self, perturbation: Perturbation) -> Iterator[None]:
-        """The weights are at θ+ε inside."""
+        """The weights are at θ+ε inside, and generate no text."""
         try:
-            with self.fsam.engine.perturbed(perturbation):
+            with self.fsam.engine.perturbed(perturbation), ExitStack() as replaced:
+                for module in self.trainer.model.modules():
+                    generate: Any = getattr(module, "generate", None)
+                    if generate is not None:
+                        refusing = self._at_theta_alone(generate)
+                        replaced.enter_context(self.fsam.cleanup.replaced(module, "generate", refusing))
                 # A caller's autocast region would give this pass the casts of the weights that it made at θ.
                 torch.clear_autocast_cache()
                 yield
@@ -191,7 +248,7 @@ class SplitStep:
                 if backward is not None:
                     ascended = fsam.ascent_inputs(batch.inputs)
                     if ascended is not batch.inputs:
-                        with fsam.uncounted(model):
+                        with fsam.uncounted(model), fsam.unlogged():
                             self._run(CleanPass(unperturbed, records=False), call, ascent.model, ascended, backward)
                         batch.random.restore()
                         backward = None
@@ -226,12 +283,12 @@ class SplitStep:
 
     def _take(self, window: Window, inputs: dict[str, Any]) -> MicroBatch:
         """Take the micro-batch of this step out of those that have had their clean pass."""
-        batch = next((each for each in window.waiting if each.fetched is self.fetched), None)
+        batch = self._waiting(window)
         if batch is not None:
             window.waiting.remove(batch)
         if not window.waiting:
             self.fsam.window = None
-        changed = "batch" if batch is None else None if batch.inputs is inputs else batch.changed(inputs)
+        changed = "batch" if batch is None else batch.change(inputs)
         if batch is None or changed is not None:
             raise ValueError(
                 "fsam_ascent_scope='optimizer_step' ascended on the micro-batches that get_batch_samples returned, but "
@@ -239,6 +296,10 @@ class SplitStep:
                 "or set fsam_ascent_scope='micro_batch'."
             )
         return batch
+
+    def _waiting(self, window: Window) -> MicroBatch | None:
+        """The micro-batch of this step, where it waits for its second pass."""
+        return next((each for each in window.waiting if each.fetched is self.fetched), None)
 
     # ---- The end ----
 
@@ -251,7 +312,7 @@ class SplitStep:
         if self._raised or (self.second is not None and self.second.interrupted):
             return False
         if self.second is None or not self.second.was_differentiated:
-            raise RuntimeError(NOT_BACK_PROPAGATED)
+            raise RuntimeError(self._not_back_propagated())
         return True
 
     def report(self) -> None:

@@ -1,20 +1,23 @@
-"""All that is known of TRL: its fused head, and what its trainers count.
+"""All that is known of TRL: its fused heads, and what its trainers count.
 
 Read in TRL 1.16. The fused head goes from hidden states to log-probabilities and makes no logits, so the boundary lies
 inside of it: `trl.trainer.utils._ChunkedLogProbFunction.apply` returns the log-probability of each token's target, and
-four more tensors, of which the entropy alone may have a gradient.
+four more tensors, of which the entropy alone may have a gradient. A distillation's `ChunkedDivergenceFunction` goes
+from hidden states to a loss; it is computed here from logits, which cross the boundary.
 """
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_fsam.cleanup import Cleanup
@@ -33,11 +36,30 @@ _LOG_SUM = 4  # log Σ exp z is the fifth tensor that it saves
 UNKNOWN = "the fused head of this TRL, which is another than that of TRL 1.16"
 CURE = "install trl==1.16.*, or set fsam_variant='sam'"
 
+_DISTILLATION, _DIVERGENCE = "trl.trainer.distillation_trainer", "ChunkedDivergenceFunction"
+_DIVERGENCE_PARAMETERS = (
+    *("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias"),
+    *("beta", "temperature", "student_logit_scale", "student_final_logit_softcapping"),
+    *("teacher_logit_scale", "teacher_final_logit_softcapping"),
+)
+_IN_PIECES = "_chunked_jsd_loss"
+
+
+def unknown_heads(trainer_class: type) -> Iterator[tuple[str, str]]:
+    """What of TRL's heads that `trainer_class` makes its loss in no boundary can be put into, and what to do."""
+    if has_unknown_fused_head(trainer_class):
+        yield UNKNOWN, CURE
+    for each in trainer_class.__mro__:
+        if hasattr(sys.modules.get(each.__module__), _IN_PIECES):
+            yield f"{each.__name__}, whose loss makes its logits by itself, in pieces", "set fsam_variant='sam'"
+
 
 def has_unknown_fused_head(trainer_class: type) -> bool:
     """Whether `trainer_class` is a trainer of TRL's that makes its loss in a fused head other than the one known
     here."""
     modules = [sys.modules.get(each.__module__) for each in trainer_class.__mro__ if each.__module__.startswith("trl.")]
+    if any(hasattr(module, _DIVERGENCE) for module in modules) and not _divergence_is_known():
+        return True
     if not any(hasattr(module, "add_fused_lm_head") for module in modules):
         return False
     function = getattr(sys.modules.get(_MODULE), _NAME, None)
@@ -56,6 +78,11 @@ def _is_known(function: Any, forward: Any) -> bool:
     saved = log_p.grad_fn.saved_tensors
     wanted = (hidden @ weight.t()).logsumexp(-1)  # (n,)
     return len(saved) > _LOG_SUM and torch.allclose(saved[_LOG_SUM], wanted, atol=1e-4)
+
+
+def _divergence_is_known() -> bool:
+    function: Any = getattr(sys.modules.get(_DISTILLATION), _DIVERGENCE, None)
+    return function is None or tuple(inspect.signature(function.forward).parameters)[1:] == _DIVERGENCE_PARAMETERS
 
 
 @dataclass
@@ -161,17 +188,68 @@ class _Replayed(torch.autograd.Function):
         return (*gradients.times_(ctx.second.ratio(ctx.crossing)), None, None, None)
 
 
-class Counters:
-    """What TRL's trainers count and collect of a batch in `compute_loss`, as it stands when this is made: numbers, and
-    lists in dictionaries, which only grow there (TRL 1.16)."""
+@dataclass
+class DivergenceHead:
+    """Stands in the place of TRL's divergence of a student from a teacher while a pass runs. The student's logits are
+    in memory here, (n, v), as those of any other distillation are.
 
-    _NAMES = ("_metrics", "_stored_metrics", "_total_train_tokens")
+    The arguments of a call are hidden (n, d), weight (v, d) and bias (v,) or None of the student, and the same of the
+    teacher; then beta, temperature, and logit_scale and final_logit_softcapping of each. Returns divergence and
+    entropy of each token, (n,); the entropy has no gradient.
+    """
+
+    one_pass: CleanPass | SecondPass
+
+    def apply(self, *args: Any) -> tuple[Tensor, Tensor]:
+        student, teacher, (beta, temperature, scale, cap, teacher_scale, teacher_cap) = args[:3], args[3:6], args[6:]
+        with torch.no_grad():
+            log_q = _log_probabilities(_logits(*teacher), teacher_scale, teacher_cap, temperature)  # (n, v)
+        z = _logits(*student)
+        if torch.is_grad_enabled() and z.requires_grad:
+            z = self.one_pass.take_logits(z)
+        log_p = _log_probabilities(z, scale, cap, temperature)
+        if 0.0 < beta < 1.0:
+            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+            divergence = beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+        else:
+            divergence = _kl(log_p, log_q) if beta else _kl(log_q, log_p)
+        return divergence, -(log_p.exp() * log_p).sum(-1).detach()
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Rounded as TRL's are: what is multiplied, and not the product."""
+    dtype = compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = torch.promote_types(dtype, torch.float32)
+        return F.linear(hidden.to(dtype).to(wide), weight.to(dtype).to(wide), None if bias is None else bias.to(wide))
+
+
+def _log_probabilities(z: Tensor, scale: float, cap: float | None, temperature: float) -> Tensor:
+    z = z * scale
+    if cap is not None:
+        z = cap * torch.tanh(z / cap)
+    return (z / temperature).log_softmax(-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of each token, (n,), of log-probabilities (n, v)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class Counters:
+    """What TRL's trainers count and collect of a batch in `compute_loss`, as it stands when this is made: the trainer's
+    numbers, and lists in dictionaries, which only grow there (TRL 1.16)."""
+
+    _COLLECTIONS = ("_metrics", "_stored_metrics")
+    _NUMBERS = (int, float, Tensor, type(None))
 
     def __init__(self, trainer: Trainer) -> None:
         of_trl = any(base.__module__.partition(".")[0] == "trl" for base in type(trainer).__mro__)
         self._attributes = trainer.__dict__
         self._stood = {
-            name: _mark(self._attributes[name]) for name in self._NAMES if of_trl and name in trainer.__dict__
+            name: _mark(value)
+            for name, value in self._attributes.items()
+            if of_trl and (name in self._COLLECTIONS or isinstance(value, self._NUMBERS))
         }
 
     def restore(self) -> None:
@@ -200,14 +278,15 @@ def _back_to(mark: tuple[Any, Any]) -> Any:
 
 @contextmanager
 def intercepted(one_pass: CleanPass | SecondPass, cleanup: Cleanup) -> Iterator[None]:
-    """Inside, a fused head of TRL's that has a gradient to compute goes through the door of `one_pass`."""
+    """Inside, a fused head of TRL's that has a gradient to compute goes through a door of `one_pass`."""
     utils: Any = sys.modules.get(_MODULE)
     function: Any = getattr(utils, _NAME, None)
-    if function is None:
-        yield
-        return
-
-    with cleanup.replaced(utils, _NAME, LogProbabilityHead(function, one_pass)):
+    distillation: Any = sys.modules.get(_DISTILLATION)
+    with ExitStack() as replaced:
+        if function is not None:
+            replaced.enter_context(cleanup.replaced(utils, _NAME, LogProbabilityHead(function, one_pass)))
+        if hasattr(distillation, _DIVERGENCE):
+            replaced.enter_context(cleanup.replaced(distillation, _DIVERGENCE, DivergenceHead(one_pass)))
         yield
 
 

@@ -32,7 +32,6 @@ from hf_fsam.engines.deepspeed import (
 )
 from hf_fsam.engines.fsdp import FSDPEngine
 from hf_fsam.optimizer_state import second_moments_of_shards
-from hf_fsam.refusals import generating_method
 from hf_fsam.rho import main as rho
 from hf_fsam.run import main as run_script
 from hf_fsam.studies.compare import parse, run_study
@@ -195,31 +194,48 @@ def embedding(sparse: bool) -> nn.Module:
     return model
 
 
-class _Generates(FSAMMixin, Trainer):
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any) -> Tensor:
-        return super().training_step(model, inputs | {"labels": inputs["input_ids"]}, *args)
+class _Generates(Trainer):
+    """Trains on text that it generates in the loss."""
+
+    @property
+    def generates_now(self) -> bool:
+        return True
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.generates_now:
+            self.text = model.generate(inputs["input_ids"][:, :2], max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+        return super().compute_loss(model, {"input_ids": self.text, "labels": self.text}, *args, **kwargs)
 
 
-class _GeneratesInStep(Trainer):
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
-        inputs = {"input_ids": (ids := model.generate(inputs["input_ids"], max_new_tokens=2)), "labels": ids}
-        return super().training_step(model, inputs, *args)
-
-
-class _FSAMGeneratesInStep(FSAMMixin, _GeneratesInStep):
+class _FSAMGenerates(FSAMMixin, _Generates):
     pass
 
 
-class _GeneratesDeep(Trainer):
+class _FSAMGeneratesOnce(_FSAMGenerates):
+    @property
+    def generates_now(self) -> bool:
+        return self.fsam_pass != "second"
+
+
+class _Prepares(Trainer):
+    """Trains on text that it generates before the loss."""
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs(self._complete(inputs))
-
-    def _complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        ids = self.model.generate(inputs["input_ids"], max_new_tokens=2)
-        return {"input_ids": ids, "labels": ids}
+        start = inputs["input_ids"][:, :2]
+        text = self.model.generate(start, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+        return super()._prepare_inputs({"input_ids": text, "labels": text})
 
 
-class _FSAMGeneratesDeep(FSAMMixin, _GeneratesDeep):
+class _FSAMPrepares(FSAMMixin, _Prepares):
+    pass
+
+
+class _Counts(_Prepares):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs)
+
+
+class _FSAMCounts(FSAMMixin, _Counts):
     pass
 
 
@@ -228,14 +244,6 @@ class _Samples(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
-
-
-def generated(folder: Path) -> None:
-    """Generates before the training, into the data set."""
-    model = llama()
-    ids = model.generate(torch.full((6, 2), 5), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    trains(lambda: model, trainer={"train_dataset": rows, "callbacks": [_Samples()]})(folder)
 
 
 def inductor(graphs: bool) -> Run:
@@ -324,8 +332,27 @@ ENGINES = [
         "LlamaForCausalLM is compiled with them",
         **runs("model", partial(replaced, "reduce-overhead"), partial(replaced, "default")),
     ),
-    Row("generate before the training", trains(trainer_class=_FSAMGeneratesInStep), generated),
-    Row("_GeneratesDeep._prepare_inputs does", trains(trainer_class=_FSAMGeneratesDeep), generated),
+    Row(
+        "Generate it in _prepare_inputs",
+        trains(trainer_class=_FSAMGenerates),
+        trains(trainer_class=_FSAMPrepares, trainer={"callbacks": [_Samples()]}),
+    ),
+    Row(
+        "_FSAMGenerates: compute_loss generates text",
+        trains(trainer_class=_FSAMGenerates),
+        trains(trainer_class=_FSAMGeneratesOnce),
+    ),
+    *(
+        Row(
+            "whose _prepare_inputs may go by how often",
+            trains(trainer_class=_FSAMCounts, gradient_accumulation_steps=2, fsam_ascent_scope="optimizer_step"),
+            trains(trainer_class=_FSAMCounts, **settings),
+        )
+        for settings in (
+            {"gradient_accumulation_steps": 2, "fsam_ascent_scope": "micro_batch"},
+            {"gradient_accumulation_steps": 1, "fsam_ascent_scope": "optimizer_step"},
+        )
+    ),
     Row("torch.view_as_real", own(of_dtype(torch.complex64)), own(of_dtype(torch.float32), fsam_boundary="top")),
     Row(
         "torch.float8_e4m3fn (odd)",
@@ -334,8 +361,8 @@ ENGINES = [
     ),
     Row(
         "; or set fsam_variant='none'",
-        trains(trainer_class=_FSAMGeneratesInStep),
-        trains(trainer_class=_FSAMGeneratesInStep, fsam_variant="none"),
+        trains(trainer_class=_FSAMCounts, gradient_accumulation_steps=2, fsam_ascent_scope="optimizer_step"),
+        trains(trainer_class=_FSAMCounts, gradient_accumulation_steps=2, fsam_variant="none"),
     ),
     Row("set it to False, or 0", inductor(True), inductor(False)),
     Row("post-accumulate-gradient hooks", trains(partial(hooked, True)), trains(partial(hooked, False))),
@@ -373,6 +400,7 @@ def _args(mode: str) -> Any:
     args = copy.copy(TrainingArguments("out", use_cpu=True))
     values = {name: getattr(args, name) for name in ("optim", "use_liger_kernel", "torch_compile_mode")}
     values |= {"n_gpu": 1, "torch_compile": False, "torch_compile_backend": None, "fsam_variant": "functional"}
+    values |= {"fsam_ascent_scope": "micro_batch"}
     return SimpleNamespace(**values, parallel_mode=SimpleNamespace(value=mode))
 
 
@@ -847,7 +875,8 @@ ELSEWHERE = {
     "asks for the logits'": "as the row before",
     "logits are read after their pass has ended": "test_logits_that_are_read_after_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
-    "depends on the entropy of": "GRPO's loss does, and trainers that generate are refused",
+    "depends on the entropy of": "test_trl_generated.py",
+    ", whose loss makes its logits by itself, in pieces": "test_a_head_that_no_boundary_can_be_put_into_is_refused",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
     "give a JSON file of one object": "test_run.py",
     " has no attribute ": "test_cli.py",
@@ -879,25 +908,6 @@ def test_the_cure_that_a_message_names_works(
         tell_anew()
         row.cure(tmp_path)
         assert row.text not in caplog.text
-
-
-TRLS = ("GRPO", "RLOO", "Distillation")
-EXPERIMENTAL = ("online_dpo.OnlineDPO", "gkd.GKD", "gold.GOLD", "sdft.SDFT", "sdpo.SDPO", "a2po.A2PO", "iw_opd.IWOPD")
-
-
-def test_trl_trainers_that_generate_are_recognized() -> None:
-    import importlib
-
-    import trl
-
-    for name in TRLS:
-        assert generating_method(getattr(trl, f"{name}Trainer")), name
-    for name in EXPERIMENTAL:
-        package, trainer = name.split(".")
-        module = importlib.import_module(f"trl.experimental.{package}")
-        assert generating_method(getattr(module, f"{trainer}Trainer")), name
-    for name in ("SFT", "DPO", "Reward", "KTO"):
-        assert generating_method(getattr(trl, f"{name}Trainer")) is None, name
 
 
 def messages() -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_fsam import FSAMMixin, FSAMTrainer
 from hf_fsam.perturbation import WeightSwap
 from hf_fsam.step import SplitStep
+from tests import reference
 from tests.toys import distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
 
 ACTIVE = ["sam", "functional", "logit"]
@@ -404,8 +405,8 @@ def test_the_log_has_the_clean_loss_the_radius_and_the_sharpness(tmp_path: Path,
             learning_rate=0.0,
         )
         trainer.train()
-        for entry, reference in zip(trainer.state.log_history[:3], plain.state.log_history[:3], strict=True):
-            assert entry["loss"] == pytest.approx(reference["loss"], rel=1e-6 if fused else 0)
+        for entry, other in zip(trainer.state.log_history[:3], plain.state.log_history[:3], strict=True):
+            assert entry["loss"] == pytest.approx(other["loss"], rel=1e-6 if fused else 0)
             assert entry["fsam/radius"] == pytest.approx(0.3, rel=1e-3)
             assert entry["fsam/skipped"] == 0
             # To first order, the loss rises by ρ ‖g‖ along the gradient.
@@ -616,6 +617,109 @@ def test_a_training_step_that_does_not_use_compute_loss_is_an_error_not_a_silent
     with pytest.raises(RuntimeError, match="did not back-propagate the loss of compute_loss"):
         trainer.train()
     assert same_bits(weights_of(trainer.model), before)
+
+
+class _Draws(Trainer):
+    """Hides tokens at random where it prepares a batch."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.prepared = []
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        hidden = torch.rand(inputs["input_ids"].shape, device=inputs["input_ids"].device) < 0.3
+        self.prepared.append({**inputs, "input_ids": inputs["input_ids"].masked_fill(hidden, 3)})
+        return dict(self.prepared[-1])
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+def test_what_is_prepared_at_random_is_prepared_once_and_for_both_passes(tmp_path: Path, scope: str) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=type("Over", (FSAMMixin, _Draws), {}),
+        fsam_ascent_scope=scope,
+        fsam_precondition=False,
+        fsam_rho=0.3,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    assert len(trainer.prepared) == 12
+    wanted = reference.train(
+        llama(),
+        reference.Problem(reference.causal_lm_loss, count=reference.count_shifted_labels),
+        [{name: value.cpu() for name, value in batch.items()} for batch in trainer.prepared],
+        variant="functional",
+        rho=0.3,
+        scope=scope,
+        accumulation=2,
+        optimizer_factory=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0),
+    )
+    found = {name: weight for name, weight in weights_of(trainer.model).items() if name in wanted}
+    assert distance(found, wanted) < 1e-5
+
+
+class _ChangesWhatItGot(Trainer):
+    """Writes into a batch that has had its ascent, before the batch is prepared or after."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.fsam.micro_step and not self.after:
+            inputs["input_ids"] = inputs["input_ids"].roll(1, 1)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss_context_manager(self):  # called between the two
+        if self.fsam.micro_step and self.after:
+            self.fsam.window.waiting[0].inputs["input_ids"].add_(0)
+        return super().compute_loss_context_manager()
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_batch_that_is_changed_in_place_after_its_ascent_is_an_error(tmp_path: Path, after: bool) -> None:
+    trainer_class = type("Over", (FSAMMixin, _ChangesWhatItGot), {"after": after})
+    settings = {"fsam_ascent_scope": "optimizer_step", "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, trainer_class=trainer_class, **settings)
+    with pytest.raises(ValueError, match=r"compute_loss was given another \['input_ids'\]"):
+        trainer.train()
+    assert same_bits(weights_of(trainer.model), weights_of(llama()))
+
+
+class _Generates(Trainer):
+    """Generates a text after each step, to look at it."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        before = weights_of(self.model)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.model.generate(inputs["input_ids"][:1], max_new_tokens=1, logits_processor=[self._look(before)])
+        return loss
+
+    def _look(self, before):
+        def look(ids, scores):
+            assert same_bits(weights_of(self.model), before)
+            return scores
+
+        return look
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_text_that_is_generated_after_the_second_pass_is_of_the_clean_weights(tmp_path: Path, variant: str) -> None:
+    over = type("Over", (FSAMMixin, _Generates), {})
+    looked = train(tmp_path, trainer_class=over, fsam_variant=variant, fsam_rho=0.3)
+    assert same_bits(looked, train(tmp_path, fsam_variant=variant, fsam_rho=0.3))
+
+
+def test_a_loss_that_generates_at_the_moved_weights_is_refused_before_an_update(tmp_path: Path) -> None:
+    class Generates(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.model.generate(inputs["input_ids"][:1], max_new_tokens=1)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    for variant in ACTIVE:
+        trainer = make_trainer(tmp_path, trainer_class=Generates, fsam_variant=variant, fsam_rho=0.3)
+        with pytest.raises(RuntimeError, match="Generates: compute_loss generates text in the second pass"):
+            trainer.train()
+        assert same_bits(weights_of(trainer.model), weights_of(llama()))
+        assert "generate" not in vars(trainer.model)
 
 
 class _Augments(Trainer):
