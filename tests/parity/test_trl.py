@@ -258,8 +258,8 @@ def test_sft_without_a_target_has_a_zero_gradient(smoothing: float, setting: str
 BETA = 0.5
 
 
-def dpo(start: nn.Module) -> Problem:
-    """−log σ(β (Δ log π − Δ log π₀)) over the completions, π₀ the model as it began."""
+def dpo(start: nn.Module, losses: Callable[..., Tensor] | None = None) -> Problem:
+    """−log σ(β (Δ log π − Δ log π₀)) over the completions, π₀ the model as it began; or another of the losses below."""
 
     def completion_log_probability(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         scores, targets = logits[:, :-1].log_softmax(-1), batch["input_ids"][:, 1:]
@@ -271,8 +271,13 @@ def dpo(start: nn.Module) -> Problem:
         with torch.no_grad():
             outputs = start(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             chosen_before, rejected_before = completion_log_probability(outputs.logits, batch)
-        margin = (chosen - chosen_before) - (rejected - rejected_before)
-        return -F.logsigmoid(BETA * margin).mean() / len(window.batches)
+        now, then, lengths = (
+            (chosen, rejected),
+            (chosen_before, rejected_before),
+            batch["completion_mask"].sum(1).chunk(2),
+        )
+        each = (losses or DPO_LOSSES["sigmoid"])(chosen - then[0], rejected - then[1], now, then, lengths)
+        return each.mean() / len(window.batches)
 
     return Problem(loss, inputs=seen_by_the_model)
 
@@ -284,6 +289,56 @@ def test_dpo_with_lora_agrees_with_the_formulas(setting: str, tmp_path: Path) ->
     start = copy.deepcopy(model)
     trainer = make_trainer(tmp_path, FSAMDPOTrainer, FSAMDPOConfig, model, preferences(), **arguments)
     check(trainer, start, dpo(copy.deepcopy(start)), setting)
+
+
+# Each of the loss, as a function of a = log π/π₀ of the chosen answers and b of the rejected ones, (n,); of log π and
+# log π₀ themselves in rows of (a, b); of their lengths, (n,). Label smoothing is 0.1, which is ε.
+SMOOTHING = 0.1
+DPO_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": lambda a, b, *_: -F.logsigmoid(BETA * (a - b)),
+    "hinge": lambda a, b, *_: (1 - BETA * (a - b)).clamp(min=0),
+    "ipo": lambda a, b, now, then, n: (a / n[0] - b / n[1] - 1 / (2 * BETA)) ** 2,
+    "exo_pair": lambda a, b, *_: sum(
+        q * (q.log() - p.log())
+        for q, p in (
+            ((BETA * (a - b)).sigmoid(), torch.tensor(1 - SMOOTHING)),
+            ((BETA * (b - a)).sigmoid(), torch.tensor(SMOOTHING)),
+        )
+    ),
+    "nca_pair": lambda a, b, *_: (
+        -F.logsigmoid(BETA * a) - 0.5 * F.logsigmoid(-BETA * a) - 0.5 * F.logsigmoid(-BETA * b)
+    ),
+    "robust": lambda a, b, *_: (
+        (SMOOTHING * F.logsigmoid(BETA * (b - a)) - (1 - SMOOTHING) * F.logsigmoid(BETA * (a - b)))
+        / (1 - 2 * SMOOTHING)
+    ),
+    "bco_pair": lambda a, b, *_: -F.logsigmoid(BETA * a) - F.logsigmoid(-BETA * b),
+    "sppo_hard": lambda a, b, *_: (a - 0.5 / BETA) ** 2 + (b + 0.5 / BETA) ** 2,
+    "aot": lambda a, b, now, then, n: smoothed((now[0] - now[1]).sort()[0] - (then[0] - then[1]).sort()[0]),
+    "aot_unpaired": lambda a, b, *_: smoothed(a.sort()[0] - b.sort()[0]),
+    "apo_zero": lambda a, b, *_: 1 - (BETA * a).sigmoid() + (BETA * b).sigmoid(),
+    "apo_down": lambda a, b, *_: (BETA * a).sigmoid() + 1 - (BETA * (a - b)).sigmoid(),
+    "discopop": lambda a, b, *_: torch.lerp(
+        -F.logsigmoid(BETA * (a - b)), (BETA * (b - a)).exp(), (BETA * (a - b) / 0.05).sigmoid()
+    ),
+    "sft": lambda a, b, now, then, n: -now[0].sum() / n[0].sum() * torch.ones(len(a)),
+    "sigmoid_norm": lambda a, b, now, then, n: -F.logsigmoid(BETA * (a / n[0] - b / n[1])),
+}
+
+
+def smoothed(margin: Tensor) -> Tensor:
+    return -(1 - SMOOTHING) * F.logsigmoid(BETA * margin) - SMOOTHING * F.logsigmoid(-BETA * margin)
+
+
+@pytest.mark.parametrize(
+    "loss_type", [pytest.param(each, marks=[pytest.mark.slow] * (each != "ipo")) for each in DPO_LOSSES]
+)
+def test_each_loss_of_dpo_agrees_with_the_formulas(loss_type: str, tmp_path: Path) -> None:
+    model = zoo.llama_lora(use_dora=False)
+    start = copy.deepcopy(model)
+    settings = SETTINGS["functional"] | {"beta": BETA, "loss_type": [loss_type], "label_smoothing": SMOOTHING}
+    trainer = make_trainer(tmp_path, FSAMDPOTrainer, FSAMDPOConfig, model, preferences(), **settings)
+    check(trainer, start, dpo(copy.deepcopy(start), DPO_LOSSES[loss_type]), "functional")
 
 
 def reward_loss(logits: reference.Logits, batch: Batch, window: Window) -> Tensor:
