@@ -48,6 +48,23 @@ class HalfBatchTrainer(FSAMTrainer):
         return {name: value[: max(1, len(value) // 2)] for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
+class BalancedTrainer(FSAMTrainer):
+    """Divides a batch's loss by the running mean of the losses, and logs that mean."""
+
+    mean = 1.0
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:  # an evaluation, which may want the outputs, too
+            return loss
+        if self.fsam_pass != "second":
+            self.mean = 0.9 * self.mean + 0.1 * loss.item()
+        return loss / self.mean
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "loss_mean": self.mean}, *args, **kwargs)
+
+
 # An engine ------------------------------------------------------------------------------------------------------------
 
 
@@ -100,20 +117,28 @@ def trained(folder: Path, trainer_class: type, **settings: Any) -> Tensors:
     return {name: weight for name, weight in weights_of(trainer.model).items() if name in names}
 
 
-def expected(**settings: Any) -> Tensors:
+CAUSAL = reference.Problem(reference.causal_lm_loss, count=reference.count_shifted_labels)
+
+
+def expected(
+    problem: reference.Problem = CAUSAL,
+    variant: reference.Variant = "functional",
+    accumulation: int = 2,
+    **settings: Any,
+) -> Tensors:
     rows = sentences()
     batches = [
         {key: torch.stack([row[key] for row in rows[start : start + 2]]) for key in rows[0]}
-        for start in range(0, 4 * STEPS, 2)
+        for start in range(0, 2 * accumulation * STEPS, 2)
     ]
     return reference.train(
         llama(),
-        reference.Problem(reference.causal_lm_loss, count=reference.count_shifted_labels),
+        problem,
         batches,
-        variant="functional",
+        variant=variant,
         rho=RHO,
         optimizer_factory=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0),
-        accumulation=2,
+        accumulation=accumulation,
         **settings,
     )
 
@@ -189,6 +214,32 @@ def test_an_ascent_on_other_inputs_leaves_the_dropout_masks_to_the_cotangents(tm
         trainer.train()
         found.append(weights_of(trainer.model))
     assert distance(*found) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["functional", "sam"])
+def test_a_loss_that_remembers_is_the_formula_that_it_writes_down(tmp_path: Path, variant: str) -> None:
+    settings = SETTINGS | {"fsam_variant": variant, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    data = {"eval_dataset": sentences()}
+    trainer = make_trainer(
+        tmp_path, trainer_class=BalancedTrainer, trainer=data, eval_strategy="steps", eval_steps=2, **settings
+    )
+    trainer.train()
+    means: list[float] = []  # after each batch
+    seen: list[Any] = []
+
+    def loss(logits: reference.Logits, batch: reference.Batch, window: reference.Window) -> Tensor:
+        found = reference.causal_lm_loss(logits, batch, window)
+        if not any(batch is each for each in seen):  # the clean pass comes first
+            seen.append(batch)
+            means.append(0.9 * (means[-1] if means else 1.0) + 0.1 * found.item())
+        return found / means[-1]
+
+    wanted = expected(reference.Problem(loss, count=reference.count_shifted_labels), variant, accumulation=1)
+    found = {name: weight for name, weight in weights_of(trainer.model).items() if name in wanted}
+    assert distance(found, wanted) < 1e-5
+    assert [entry["loss_mean"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(
+        means, rel=1e-5
+    )
 
 
 def test_an_engine_trains_as_the_formulas_do(tmp_path: Path) -> None:
@@ -279,7 +330,7 @@ def test_an_engine_leaves_nothing_behind_an_exception(tmp_path: Path) -> None:
 def test_the_page_shows_this_code() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
     blocks = [block.removeprefix("python\n") for block in PAGE.read_text(encoding="utf-8").split("```")[1::2]]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         for part in block.strip().split("\n\n\n"):
             assert part.strip() in here
