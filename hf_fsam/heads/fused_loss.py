@@ -105,6 +105,8 @@ class FusedLoss:
         log_sum: log Σ exp z, (n,), in float32 or wider.
         others: what else the caller was given beside `value`, without a gradient.
         upstream: ∂(scaled loss)/∂value, in its shape; None until the backward pass, and where the loss ignored it.
+        entropy: of each token's softmax, (n,); None where the caller was given none.
+        entropy_upstream: ∂(scaled loss)/∂entropy, (n,); None where the loss ignored it.
         grad_dot_logits: ⟨∂value/∂a, h Wᵀ⟩, times `upstream` from when that is known, shape (); None where it was not
             computed.
         cached: ∂value/∂a of the first tokens, (some, v); None where there was no memory for any.
@@ -123,6 +125,8 @@ class FusedLoss:
     log_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
     others: tuple = ()
     upstream: Tensor | None = None
+    entropy: Tensor | None = None
+    entropy_upstream: Tensor | None = None
     grad_dot_logits: Tensor | None = None
     cached: Tensor | None = None
 
@@ -157,11 +161,23 @@ class FusedLoss:
         rest = slice(known, self.hidden.shape[0])
         z = self.transform.apply_(self.head_output(self.hidden[rest], columns))  # (n − known, columns)
         slope = self.transform.slope(z)
-        p = z.sub_(self.log_sum[rest].unsqueeze(-1)).exp_()  # their part of the softmax
+        log_p = z.sub_(self.log_sum[rest].unsqueeze(-1))
+        of_entropy = self.entropy_cotangent(log_p, rest)
+        p = log_p.exp_()  # their part of the softmax
         u = self.subtract_targets_(p, rest, columns.start)
         if upstream is not None:
             u.mul_(upstream[rest].unsqueeze(-1))
+        if of_entropy is not None:
+            u.add_(of_entropy)
         yield rest, _times(u, slope).to(self.dtype)
+
+    def entropy_cotangent(self, log_p: Tensor, tokens: slice) -> Tensor | None:
+        """∂loss/∂z through the entropy H, −p (log p + H) times what came back to H, in some columns of the vocabulary,
+        (tokens, columns). None where nothing did."""
+        if self.entropy is None or self.entropy_upstream is None:
+            return None
+        entropy, upstream = (each[tokens].unsqueeze(-1) for each in (self.entropy, self.entropy_upstream))
+        return (log_p + entropy).mul_(log_p.exp()).mul_(-upstream)
 
     def subtract_targets_(self, p: Tensor, tokens: slice, first_column: int = 0) -> Tensor:
         """Some columns of the softmax, (tokens, columns), → ∂value/∂z there, in place."""

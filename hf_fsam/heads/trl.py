@@ -120,6 +120,7 @@ class LogProbabilityHead:
         fused = FusedLoss(hidden.detach(), *unperturbed, compute_dtype(hidden), transform, targets=targets)
         fused.value = log_p.detach()
         fused.others = tuple(None if each is None else each.detach() for each in (entropy, *others))
+        fused.entropy = fused.others[0]
         fused.log_sum = log_p.grad_fn.saved_tensors[_LOG_SUM]
         crossing.fused.append(fused)
         clean.nodes.add(log_p.grad_fn)
@@ -131,12 +132,20 @@ class LogProbabilityHead:
             fused.upstream = upstream.detach().clone()
             crossing.early += clean.in_compute_loss
 
+        def entropy_came_back(upstream: Tensor | None) -> None:
+            if upstream is None:  # the loss ignored it
+                return
+            fused.entropy_upstream = upstream.detach().clone()
+            fused.upstream = torch.zeros_like(fused.value) if fused.upstream is None else fused.upstream
+            crossing.early += clean.in_compute_loss
+
         if hidden.requires_grad:
             hidden.register_hook(take_hidden_gradient)
-        if entropy is not None:
-            entropy.register_hook(_refuse_entropy)
         at_boundary = clean.from_here(log_p)
         at_boundary.register_hook(came_back)
+        if entropy is not None and entropy.requires_grad:
+            entropy = clean.from_here(entropy)
+            entropy.register_hook(entropy_came_back)
         return at_boundary.clone() if clean.stops_at_boundary else at_boundary, entropy, *others
 
     def replay(
@@ -288,12 +297,3 @@ def intercepted(one_pass: CleanPass | SecondPass, cleanup: Cleanup) -> Iterator[
         if hasattr(distillation, _DIVERGENCE):
             replaced.enter_context(cleanup.replaced(distillation, _DIVERGENCE, DivergenceHead(one_pass)))
         yield
-
-
-def _refuse_entropy(gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
-    raise ValueError(
-        "the loss depends on the entropy of TRL's fused head, whose cotangent hf_fsam does not keep: leave the entropy "
-        "out of the loss, or set fsam_variant='none'."
-    )

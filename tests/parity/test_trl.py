@@ -397,18 +397,6 @@ def test_a_batch_is_counted_once_and_measured_at_the_clean_weights(name: str, tm
         assert {key: entries[0][key] for key in first} == pytest.approx(first, rel=1e-5), setting
 
 
-def test_a_trainer_that_generates_its_batches_is_refused(tmp_path: Path) -> None:
-    class Generates(trl.SFTTrainer):
-        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            return self.model.generate(**inputs)
-
-    class Over(FSAMMixin, Generates):
-        pass
-
-    with pytest.raises(ValueError, match="generates what it trains on"):
-        make_trainer(tmp_path, Over, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
-
-
 def test_a_trl_whose_fused_head_has_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys.modules["trl.trainer.utils"], "_ChunkedLogProbFunction")
     given = (tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations())

@@ -20,7 +20,7 @@ from tests.reference import Batch, Logits, Problem, Window
 from tests.toys import same_bits, weights_of
 
 RHO, STEPS, ACCUMULATION = 0.3, 3, 2
-EPSILON, BETA = 0.05, 0.3
+EPSILON, BETA, ENTROPY = 0.05, 0.3, 0.2
 SETTINGS = {
     "none": {"fsam_variant": "none"},
     "sam": {"fsam_variant": "sam", "fsam_precondition": False},
@@ -102,7 +102,7 @@ def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)
 
 
-def grpo(start: nn.Module, beta: float, generation_steps: int) -> Problem:
+def grpo(start: nn.Module, beta: float, generation_steps: int, entropy: float = 0.0) -> Problem:
     """DAPO's loss, the trainer's default: a mean over the tokens of a step, with KL to the model as it began."""
 
     def loss(logits: Logits, batch: Batch, window: Window) -> Tensor:
@@ -115,12 +115,17 @@ def grpo(start: nn.Module, beta: float, generation_steps: int) -> Problem:
                 log_q = log_probabilities(start(**seen_by_the_model(batch)).logits, batch)
             losses = losses + beta * ratio * ((log_q - log_p).exp() - (log_q - log_p) - 1)
         tokens = batch["num_items_in_batch"] * len(window.batches) / generation_steps
-        return (losses * batch["completion_mask"]).sum() / tokens
+        found = (losses * batch["completion_mask"]).sum() / tokens
+        if entropy:
+            log_all = logits[0][:, -log_p.shape[1] - 1 : -1].log_softmax(-1)
+            spread = -(log_all.exp() * log_all).sum(-1)[batch["completion_mask"].bool()]
+            found = found - entropy * spread.mean() / len(window.batches)
+        return found
 
     return Problem(loss, inputs=seen_by_the_model)
 
 
-def rloo(start: nn.Module, beta: float, generation_steps: int) -> Problem:
+def rloo(start: nn.Module, beta: float, generation_steps: int, entropy: float) -> Problem:
     """PPO's loss on whole sequences. The KL to the model as it began is in the advantages."""
 
     def loss(logits: Logits, batch: Batch, window: Window) -> Tensor:
@@ -130,7 +135,7 @@ def rloo(start: nn.Module, beta: float, generation_steps: int) -> Problem:
     return Problem(loss, inputs=seen_by_the_model)
 
 
-LOSSES: dict[str, Callable[[nn.Module, float, int], Problem]] = {"grpo": grpo, "rloo": rloo}
+LOSSES: dict[str, Callable[..., Problem]] = {"grpo": grpo, "rloo": rloo}
 
 
 def check(name: str, folder: Path, setting: str, beta: float = 0.0, **arguments: Any) -> Any:
@@ -139,7 +144,7 @@ def check(name: str, folder: Path, setting: str, beta: float = 0.0, **arguments:
     start, trainer = trained(CASES[name], folder, (FSAMMixin, Recorded), **(given | chosen | arguments))
     wanted = reference.train(
         start,
-        LOSSES[name](start, beta, trainer.args.steps_per_generation),
+        LOSSES[name](start, beta, trainer.args.steps_per_generation, arguments.get("entropy_coef", 0.0)),
         trainer.batches,
         variant=chosen["fsam_variant"],
         rho=RHO,
@@ -175,6 +180,11 @@ def test_text_that_is_used_more_than_once_agrees_with_the_formulas(
         kept = "old_per_token_logps" if name == "grpo" else "old_logps"
         assert all(kept in batch for batch in trainer.batches)
         assert any(entry.get("clip_ratio/region_mean", 0) > 0 for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("setting", ["sam", "functional", "momentum", "logit"])
+def test_a_loss_with_an_entropy_bonus_agrees_with_the_formulas(setting: str, tmp_path: Path) -> None:
+    check("grpo", tmp_path, setting, entropy_coef=ENTROPY)
 
 
 def test_an_ascent_on_a_step_of_one_micro_batch_agrees_with_the_formulas(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ CASES = {
     "tpo": Case("TPO", E + "tpo", preferences, SHORT),
     "bema": Case("DPO", E + "bema_for_ref_model", preferences, given={"ref_model": llama}, config_module="trl"),
     "gmpo": Case("GMPO", E + "gmpo", prompts, PAIRS | SIX_TOKENS, REWARDED, GENERATED),
-    "a2po": Case("A2PO", E + "a2po", prompts, SIX_TOKENS | {"num_value_samples": 2}, REWARDED),
+    "a2po": Case("A2PO", E + "a2po", prompts, SIX_TOKENS | {"num_value_samples": 2, "beta2": 0.1}, REWARDED),
     "gkd": Case("GKD", E + "gkd", lambda: rows(messages=chat), SHORT | {"max_new_tokens": 6}, TAUGHT, "given another"),
     "gold": Case(
         *("GOLD", E + "gold", lambda: rows(messages=chat), LONGER | SIX_TOKENS | {"use_uld_loss": False}, TAUGHT),

@@ -875,7 +875,6 @@ ELSEWHERE = {
     "asks for the logits'": "as the row before",
     "logits are read after their pass has ended": "test_logits_that_are_read_after_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
-    "depends on the entropy of": "test_trl_generated.py",
     ", whose loss makes its logits by itself, in pieces": "test_a_head_that_no_boundary_can_be_put_into_is_refused",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
     "give a JSON file of one object": "test_run.py",
