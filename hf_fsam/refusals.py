@@ -119,15 +119,21 @@ def _cuda_graphs(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _inputs(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
     """Whether the inputs of several micro-batches can be made before the first of them has had its turn."""
-    own = [each for each in trainer_class.__mro__ if each.__module__.split(".")[0] not in _STATELESS]
-    prepares = next((each for each in own if "_prepare_inputs" in vars(each)), None)
-    counts = any("training_step" in vars(each) for each in own)
-    if args.fsam_ascent_scope == "optimizer_step" and args.gradient_accumulation_steps > 1 and prepares and counts:
+    counts = counts_what_it_prepares(trainer_class)
+    if counts and args.fsam_ascent_scope == "optimizer_step" and args.gradient_accumulation_steps > 1:
         yield (
-            f"fsam_ascent_scope='optimizer_step' with {prepares.__name__}, whose _prepare_inputs may go by how often "
-            "its training_step was called, as it does where one text is generated for several micro-batches",
+            f"fsam_ascent_scope='optimizer_step' with {counts}, whose _prepare_inputs may go by how often its "
+            "training_step was called, as it does where one text is generated for several micro-batches",
             "set fsam_ascent_scope='micro_batch', or gradient_accumulation_steps=1",
         )
+
+
+def counts_what_it_prepares(trainer_class: type) -> str | None:
+    """The name of the class whose `_prepare_inputs` may go by how often `training_step` was called, because it has both
+    of its own: TRL's GRPO generates a text for many steps and cuts it. None where there is none."""
+    own = [each for each in trainer_class.__mro__ if each.__module__.split(".")[0] not in _STATELESS]
+    prepares = next((each.__name__ for each in own if "_prepare_inputs" in vars(each)), None)
+    return prepares if any("training_step" in vars(each) for each in own) else None
 
 
 def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:

@@ -5,8 +5,9 @@ Notation of :mod:`hf_fsam.passes`: g = J(θ)ᵀu(θ). To first order in ρ, what
 the functional path (J(θ+ε) − J(θ))ᵀu(θ) from the change of the network's Jacobian. Functional-SAM keeps the second.
 """
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from hf_fsam.heads.trl import Counters
 from hf_fsam.optimizer_state import precondition, second_moments
 from hf_fsam.passes import CleanPass, SecondPass
 from hf_fsam.perturbation import Perturbation, WeightSwap, norm, perturb
+from hf_fsam.refusals import counts_what_it_prepares
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +72,8 @@ class Probe:
         count: the number of micro-batches. The probe has fewer until the training has fetched that many.
 
     Raises:
-        ValueError: parameters or gradients are sharded over processes; the message names the engine.
+        ValueError: parameters or gradients are sharded over processes; the message names the engine. Or the trainer
+            counts what it prepares.
     """
 
     def __init__(self, fsam: FunctionalSAM, count: int) -> None:
@@ -80,12 +83,19 @@ class Probe:
                 "one process or under DDP only. Set fsam_diagnostics_steps=0 here, and measure in one process or under "
                 "DDP, with a smaller model if this one does not fit."
             )
+        counts = counts_what_it_prepares(type(fsam.trainer))
+        if counts:
+            raise ValueError(
+                f"the diagnostics prepare a batch by themselves, but what _prepare_inputs of {counts} makes may go by "
+                "how often its training_step was called: set fsam_diagnostics_steps=0."
+            )
         self.fsam, self.trainer = fsam, fsam.trainer
         self.model: Any = fsam.trainer.model
         self.device: torch.device = fsam.trainer.args.device
         self.random = RandomState.capture(self.device)
         self.count = count
         self.batches: list[dict[str, Any]] = []
+        self._prepared: dict[int, Any] = {}  # by the batch's place; what is drawn or generated is not made anew
         self.name, self.boundary = find_boundary(self.model, fsam.trainer.args.fsam_boundary)
 
     def see(self, batches: Sequence[dict[str, Any]]) -> None:
@@ -94,7 +104,7 @@ class Probe:
         The probe has no data loader of its own: that would draw from the data set and call the collator, and either
         may have a state that the training depends on.
         """
-        self.batches += [dict(batch) for batch in batches[: self.count - len(self.batches)]]
+        self.batches += [copy.copy(batch) for batch in batches[: self.count - len(self.batches)]]
 
     @property
     def weights(self) -> list[Tensor]:
@@ -127,9 +137,12 @@ class Probe:
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """ℓ of one batch, averaged over what the batch holds, shape (). Every call draws the same dropout masks."""
+        place = id(batch)
+        if place not in self._prepared:
+            self._prepared[place] = self.trainer._prepare_inputs(batch)
         self.random.restore()
         with self.trainer.compute_loss_context_manager():
-            result = self.trainer.compute_loss(self.model, batches.copied(self.trainer._prepare_inputs(batch)))
+            result = self.trainer.compute_loss(self.model, batches.copied(self._prepared[place]))
         return result[0] if isinstance(result, tuple) else result
 
     def differentiate(
@@ -256,7 +269,7 @@ class Probe:
             self.loss(batch)
         finally:
             handle.remove()
-        labels = batch.get("labels")
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if isinstance(labels, Tensor) and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # a causal model predicts the next position's label

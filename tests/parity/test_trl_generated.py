@@ -3,7 +3,7 @@
 The text is the trainer's own, recorded as its `compute_loss` gets it. `tests.reference` computes everything after that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -161,16 +161,20 @@ def check(name: str, folder: Path, setting: str, beta: float = 0.0, **arguments:
     return trainer
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+def slow_but(*often: str, of: Iterable[str]) -> list[Any]:
+    return [pytest.param(each, marks=[pytest.mark.slow] * (each not in often)) for each in of]
+
+
+@pytest.mark.parametrize("setting", slow_but("none", "functional", of=SETTINGS))
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_on_generated_text_agrees_with_the_formulas(name: str, setting: str, tmp_path: Path) -> None:
     trainer = check(name, tmp_path, setting, BETA)
     assert any(batch["advantages"].abs().max() > 0 for batch in trainer.batches)
 
 
-@pytest.mark.parametrize("setting", ["sam", "functional"])
+@pytest.mark.parametrize("setting", slow_but("functional", of=["sam", "functional"]))
 @pytest.mark.parametrize("rhythm", list(RHYTHMS)[1:])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", slow_but("grpo", of=LOSSES))
 def test_text_that_is_used_more_than_once_agrees_with_the_formulas(
     name: str, rhythm: str, setting: str, tmp_path: Path
 ) -> None:
@@ -182,7 +186,7 @@ def test_text_that_is_used_more_than_once_agrees_with_the_formulas(
         assert any(entry.get("clip_ratio/region_mean", 0) > 0 for entry in trainer.state.log_history)
 
 
-@pytest.mark.parametrize("setting", ["sam", "functional", "momentum", "logit"])
+@pytest.mark.parametrize("setting", slow_but("functional", "momentum", of=["sam", "functional", "momentum", "logit"]))
 def test_a_loss_with_an_entropy_bonus_agrees_with_the_formulas(setting: str, tmp_path: Path) -> None:
     check("grpo", tmp_path, setting, entropy_coef=ENTROPY)
 
@@ -192,12 +196,12 @@ def test_an_ascent_on_a_step_of_one_micro_batch_agrees_with_the_formulas(tmp_pat
     check("grpo", tmp_path, "functional", fsam_ascent_scope="optimizer_step", **settings)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", slow_but("grpo", of=LOSSES))
 def test_text_is_that_of_the_plain_trainer_until_the_weights_are_others(name: str, tmp_path: Path) -> None:
     """What is drawn for it, too: the random stream ends where one pass leaves it."""
     _, plain = trained(CASES[name], tmp_path, (Recorded,))
     same = "num_tokens", "reward", "reward_std", "entropy", "completions/mean_length"
-    for setting in SETTINGS:
+    for setting in ("sam", "functional"):
         arguments = SETTINGS[setting] | {"fsam_rho": 1e-9}
         _, found = trained(CASES[name], tmp_path, (FSAMMixin, Recorded), **arguments)
         assert found.texts == plain.texts

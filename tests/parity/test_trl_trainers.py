@@ -374,3 +374,16 @@ def test_a_head_that_no_boundary_can_be_put_into_is_refused() -> None:
     )
     for case in CASES.values():
         assert not list(unknown_heads(case.classes()[0]))
+
+
+@pytest.mark.slow
+def test_diagnostics_measure_on_one_text_and_leave_the_training_alone(tmp_path: Path) -> None:
+    """A2PO generates for each batch; GRPO cuts a text, which the diagnostics would do out of turn."""
+    weights, _ = trained(CASES["a2po"], tmp_path)
+    settings = {"fsam_variant": "none", "fsam_diagnostics_steps": 1}
+    trainer = make(CASES["a2po"], tmp_path, (FSAMMixin,), **settings)
+    trainer.train()
+    assert same_bits(weights_of(trainer.model), weights)
+    assert any("fsam/logit_path" in entry for entry in trainer.state.log_history)
+    with pytest.raises(ValueError, match="what _prepare_inputs of GRPOTrainer makes"):
+        make(CASES["grpo"], tmp_path, (FSAMMixin,), **settings).train()
