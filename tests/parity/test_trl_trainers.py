@@ -152,7 +152,14 @@ CASES = {
     "sdft": Case("SDFT", E + "sdft", prompts, PAIRS | SIX_TOKENS | {"distillation_topk": 8}, {}, GENERATED),
     "sdpo": Case("SDPO", E + "sdpo", prompts, PAIRS | SIX_TOKENS | {"distillation_topk": 8}, REWARDED, GENERATED),
 }
-SLOW = ("dpo", "reverse_kl", "forward_kl", *(name for name, case in CASES.items() if case.module.startswith(E)))
+SLOW = (
+    "sft",
+    "dpo",
+    "rloo",
+    "reverse_kl",
+    "forward_kl",
+    *(name for name, case in CASES.items() if case.module.startswith(E)),
+)
 cases = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 )
