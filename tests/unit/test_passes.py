@@ -20,7 +20,7 @@ def head() -> nn.Linear:
 @pytest.fixture
 def boundary(head: nn.Linear) -> Boundary:
     attached = Boundary(Cleanup())
-    attached.attach("head", head)
+    attached.attach({"head": head})
     return attached
 
 
