@@ -212,9 +212,9 @@ class CleanPass(Pass):
         self._leaves.append(tensor if tensor.is_leaf else tensor.detach().requires_grad_())
         return self._leaves[-1]
 
-    def record(self, crossing: Crossing, cotangent: Tensor) -> None:
-        """∂(scaled loss)/∂z has arrived at `crossing`."""
-        if not self.records:
+    def record(self, crossing: Crossing, cotangent: Tensor | None) -> None:
+        """∂(scaled loss)/∂z has arrived at `crossing`. None: DDP says so of an output that the loss ignored."""
+        if not self.records or cotangent is None:
             return
         crossing.early += self.in_compute_loss
         # Two crossings can be handed one and the same tensor (z₁ + z₂), and a second pass scales in place.
@@ -297,7 +297,9 @@ class SecondPass(Pass):
     def _next(self) -> Crossing:
         return self._left.pop(0) if self._left else Crossing()  # an empty one is refused where it is used
 
-    def _swap(self, crossing: Crossing, own: Tensor) -> Tensor:
+    def _swap(self, crossing: Crossing, own: Tensor | None) -> Tensor | None:
+        if own is None:  # see `record`; what is left of the crossing's is refused in the end
+            return None
         recorded = crossing.cotangents.pop(0) if crossing.cotangents else None
         if recorded is None or recorded.shape != own.shape:
             raise RuntimeError(
