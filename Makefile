@@ -5,7 +5,7 @@ VENV := .venv
 export DS_BUILD_OPS := 0
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test test-all test-newest demo gpu lint clean
+.PHONY: install test test-all test-quantized test-newest demo gpu lint clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,11 @@ test: install lint
 # With the long runs that `make test` leaves out.
 test-all: install lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'slow or not slow' $(PYTEST_ARGS)
+
+# QLoRA's. bitsandbytes stays out of the environment, where PEFT would load it in every process of every test.
+test-quantized: install
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/quantized --upgrade bitsandbytes
+	PYTHONPATH=$(VENV)/quantized $(VENV)/bin/python -m pytest tests/parity/test_qlora.py $(PYTEST_ARGS)
 
 # With the newest releases that pyproject.toml admits, in an environment of its own: 6 GB, with PyPI's torch for CUDA.
 test-newest:

@@ -40,7 +40,7 @@ class FusedPlainTrainer(FSAMTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         boundary = Boundary(Cleanup())
-        boundary.attach("lm_head", self.model.lm_head, FusedHead(self.model.lm_head))
+        boundary.attach({"lm_head": self.model.lm_head}, FusedHead(self.model.lm_head))
         try:
             with boundary.running(CleanPass()):
                 return super().compute_loss(*args, **kwargs)

@@ -88,8 +88,9 @@ class FSAMArguments:
         default=None,
         metadata={
             "help": "Name, as in model.named_modules(), of the module whose output ends the network and begins the "
-            "loss. It is found automatically for language models and for the usual classification and question "
-            "answering heads."
+            "loss; or several names with commas between them, where several modules make together what the loss takes. "
+            "It is found automatically for language models, for the usual classification and question answering heads, "
+            "and for the models of sentence-transformers."
         },
     )
     fsam_fused_head: bool = field(
@@ -207,8 +208,8 @@ def _module_name(name: str, value: Any) -> str | None:
     if isinstance(value, str) and value:
         return str.__str__(value)
     raise ValueError(
-        f"{name}={_shown(value)} is not a module's name: give one of model.named_modules(), or None to have the head "
-        "found automatically."
+        f"{name}={_shown(value)} is not a module's name: give one of model.named_modules(), or several with commas "
+        "between them, or None to have the head found automatically."
     )
 
 

@@ -1,6 +1,7 @@
 """The hook on the boundary, through which a pass sees what crosses it."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -14,50 +15,50 @@ from hf_fsam.heads.deferred_logits import DeferredLogits
 from hf_fsam.heads.find import IDENTITY
 from hf_fsam.heads.fused_head import DeferringForward, FusedHead
 from hf_fsam.heads.trl import intercepted
-from hf_fsam.passes import CleanPass, SecondPass
+from hf_fsam.passes import CleanPass, SecondPass, Through
 
 
 class Boundary:
-    """A forward hook on the boundary, which does nothing except inside :meth:`running`.
+    """A forward hook on each module of the boundary, which does nothing except inside :meth:`running`.
 
     Attributes:
-        name: of the module, as in `model.named_modules()`.
-        head: the module's fused head, where it can have one.
+        name: of the modules, as in `model.named_modules()`.
+        head: the fused head of one of them, where one can have it.
     """
 
     def __init__(self, cleanup: Cleanup) -> None:
         self.name = ""
         self.head: FusedHead | None = None
         self._cleanup = cleanup
-        self._module: nn.Module | None = None
-        self._replaced_forward = False
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._replaced_forward: list[nn.Module] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._pass: CleanPass | SecondPass | None = None
 
-    def attach(self, name: str, module: nn.Module, head: FusedHead | None = None, compiled: bool = False) -> None:
-        """Put the hook on the boundary `module`. It stays there between steps, because torch.compile would compile anew
-        for each hook that comes or goes.
+    def attach(self, modules: Mapping[str, nn.Module], head: FusedHead | None = None, compiled: bool = False) -> None:
+        """Put the hooks on `modules`. They stay there between steps, because torch.compile would compile anew for each
+        hook that comes or goes.
 
         compiled: torch.compile runs the model. It does not look at hooks (torch 2.13): code that it has compiled for
         another model of this class would run here without the hook. It does look at whether `forward` is the class's,
-        so the module gets a `forward` of its own.
+        so each module gets a `forward` of its own.
         """
-        self.name, self.head, self._module = name, head, module
-        self._replaced_forward = compiled and "forward" not in module.__dict__
-        if self._replaced_forward:
-            module.__dict__["forward"] = MethodType(type(module).forward, module)
-        self._handle = module.register_forward_hook(_Hook(self))
+        self.name, self.head = ", ".join(modules), head
+        for name, module in modules.items():
+            if compiled and "forward" not in module.__dict__:
+                module.__dict__["forward"] = MethodType(type(module).forward, module)
+                self._replaced_forward.append(module)
+            self._handles.append(module.register_forward_hook(_Hook(self, name)))
 
     @property
     def attached(self) -> bool:
-        return self._handle is not None
+        return bool(self._handles)
 
     def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        if self._module is not None and self._replaced_forward:
-            self._module.__dict__.pop("forward", None)
-        self._handle = self._module = None
+        for handle in self._handles:
+            handle.remove()
+        for module in self._replaced_forward:
+            module.__dict__.pop("forward", None)
+        self._handles, self._replaced_forward = [], []
 
     @contextmanager
     def running(self, one_pass: CleanPass | SecondPass) -> Iterator[None]:
@@ -81,28 +82,49 @@ class Boundary:
         if self.attached:
             one_pass.finish(self.name)
 
-    def see_output(self, output: Any) -> Tensor | None:
-        """What the module returned; None leaves it as it is."""
-        if self._pass is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
+    def see_output(self, name: str, output: Any) -> Any:
+        """What the module called `name` returned; None leaves it as it is."""
+        one_pass = self._pass
+        if one_pass is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
             return None
-        if not isinstance(output, Tensor):
+        if isinstance(output, Tensor):
+            return one_pass.take_logits(output) if output.requires_grad else None
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if loss is not None or not isinstance(output, MutableMapping | list | tuple):
+            what = "the loss with it" if loss is not None else type(output).__name__
             raise TypeError(
-                f"fsam_boundary: module {self.name!r} returns {type(output).__name__}, but the boundary must return "
-                f"one tensor, the logits. Name the module that makes them. {IDENTITY}."
+                f"fsam_boundary: module {name!r} returns {what}, but the boundary must return what the loss takes, one "
+                f"tensor or several in a mapping, a list or a tuple. Name the module that makes the logits. {IDENTITY}."
             )
-        return self._pass.take_logits(output) if output.requires_grad else None
+        return _crossed(one_pass, output)
+
+
+def _crossed(one_pass: CleanPass | SecondPass, output: Any) -> Any:
+    """A copy of `output` whose tensors have crossed the boundary. Those in `output` itself have not: one may be
+    computed from another, and the module's caller may have it for an input of the network again."""
+    if isinstance(output, Tensor):
+        return one_pass.take_logits(Through.apply(output)) if output.requires_grad else output
+    if isinstance(output, MutableMapping):
+        result = copy.copy(output)
+        for key, value in output.items():
+            result[key] = _crossed(one_pass, value)
+        return result
+    if isinstance(output, list | tuple):
+        parts = [_crossed(one_pass, value) for value in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output
 
 
 class _Hook:
     """A forward hook that a callback may copy or pickle with the model: the copy does nothing."""
 
-    def __init__(self, boundary: Boundary) -> None:
-        self.boundary = boundary
+    def __init__(self, boundary: Boundary, name: str) -> None:
+        self.boundary, self.name = boundary, name
 
     # Hooks with side effects in the backward pass are not to be traced: the compiled graph breaks here, once.
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        return self.boundary.see_output(output)
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self.boundary.see_output(self.name, output)
 
     def __reduce__(self) -> tuple:
         # A function of three arguments that returns None, and that loads where this package is not installed.
@@ -114,5 +136,12 @@ def weights_past_boundary(loss: Tensor, clean: CleanPass, names: Mapping[Any, st
 
     Their gradient on that way (a router's balancing loss, say) is not split: both factors are taken at θ+ε.
     """
-    leaves = (getattr(node, "variable", None) for node in autograd_nodes(loss.grad_fn, clean.nodes))
+    leaves = (getattr(node, "variable", None) for node in autograd_nodes(loss.grad_fn, stop=clean.nodes))
     return sorted({names[leaf] for leaf in leaves if leaf is not None and leaf in names})
+
+
+def crosses_twice(clean: CleanPass) -> bool:
+    """Whether something that crossed the boundary was computed from something else that did. The cotangent of the
+    latter would then have a part of the network's Jacobian in it."""
+    inside = (parent for node in clean.nodes if node is not None for parent, _ in node.next_functions)
+    return not clean.nodes.isdisjoint(autograd_nodes(*inside))

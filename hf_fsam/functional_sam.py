@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_fsam import batches
 from hf_fsam.arguments import check
-from hf_fsam.boundary import Boundary, weights_past_boundary
+from hf_fsam.boundary import Boundary, crosses_twice, weights_past_boundary
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines import Engine
 from hf_fsam.forward_state import RandomState, running_statistics
@@ -108,7 +108,7 @@ class FunctionalSAM:
         self._attached_to: nn.Module | None = None
         self._checked_model: nn.Module | None = None
         self._agreed_on: nn.Module | None = None
-        self._fused_head: tuple[nn.Module, FusedHead | None] | None = None
+        self._fused_head: tuple[list[nn.Module], FusedHead | None] | None = None
 
     # ---- What the settings say ----
 
@@ -155,6 +155,16 @@ class FunctionalSAM:
                 "one, or set fsam_variant='none'."
             )
         return weights
+
+    def weights_outside_model(self) -> list[Tensor]:
+        """Those that the optimizer has and the model has not, as a loss's own. Nothing perturbs them."""
+        trainer = self.trainer
+        if trainer.optimizer is None or trainer.is_deepspeed_enabled:  # DeepSpeed's has partitions of the model's
+            return []
+        inside = set(trainer.model.parameters())
+        return [
+            weight for group in trainer.optimizer.param_groups for weight in group["params"] if weight not in inside
+        ]
 
     def ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """
@@ -207,14 +217,16 @@ class FunctionalSAM:
         if not self.splits or (boundary.attached and self._attached_to is trainer.model):
             return
         boundary.detach()
-        name, module = find_boundary(trainer.model, trainer.args.fsam_boundary)
+        modules = find_boundary(trainer.model, trainer.args.fsam_boundary)
         compiled = bool(trainer.args.torch_compile)
         head = None
         if trainer.args.fsam_fused_head:
-            if self._fused_head is None or self._fused_head[0] is not module:
-                self._fused_head = module, find_fused_head(trainer.model, module, compiled)
+            found = list(modules.values())
+            if self._fused_head is None or self._fused_head[0] != found:
+                heads = [find_fused_head(trainer.model, module, compiled) for module in found]
+                self._fused_head = found, next(filter(None, heads), None)
             head = self._fused_head[1]
-        boundary.attach(name, module, head, compiled=compiled)
+        boundary.attach(modules, head, compiled=compiled)
         self._attached_to = trainer.model
 
     def detach(self) -> None:
@@ -235,10 +247,20 @@ class FunctionalSAM:
             yield
 
     def check_boundary(self, loss: Tensor, clean: CleanPass) -> None:
-        """Once for each model, warn of weights whose way to the loss does not cross the boundary."""
+        """Once for each model, warn of weights whose way to the loss does not cross the boundary.
+
+        Raises:
+            ValueError: a way crosses it twice.
+        """
         model = self.trainer.model
         if not self.splits or self._checked_model is model:
             return
+        if crosses_twice(clean):
+            raise ValueError(
+                f"fsam_boundary: of what crosses the boundary {self.boundary.name!r}, one tensor is computed from "
+                f"another, so that no cotangent belongs to the loss alone. Name modules whose outputs go to the loss "
+                f"and not back into the network. {IDENTITY}."
+            )
         self._checked_model = model
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         past = weights_past_boundary(loss, clean, names)

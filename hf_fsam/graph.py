@@ -4,13 +4,13 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 
-def autograd_nodes(root: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
-    """Yields `root`, a tensor's `grad_fn` or None, and every node that its backward pass leads to, each once.
+def autograd_nodes(*roots: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
+    """Yields `roots`, each a tensor's `grad_fn` or None, and every node that their backward passes lead to, each once.
 
     Args:
         stop: nodes that are not yielded, and past which the walk does not go.
     """
-    seen, stack = set(stop), [root]
+    seen, stack = set(stop), list(roots)
     while stack:
         node = stack.pop()
         if node is None or node in seen:

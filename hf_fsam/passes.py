@@ -197,7 +197,7 @@ class CleanPass(Pass):
         self.nodes.add(z.grad_fn)
         at_boundary = self.from_here(z)
         at_boundary.register_hook(partial(self.record, crossing))
-        return _Through.apply(at_boundary) if self.stops_at_boundary else at_boundary
+        return Through.apply(at_boundary) if self.stops_at_boundary else at_boundary
 
     def take_fused(self, head: Fused, *args: Any) -> Any:
         return head.record(self, self._next(), *args)
@@ -205,15 +205,16 @@ class CleanPass(Pass):
     # ---- What comes back ----
 
     def from_here(self, tensor: Tensor) -> Tensor:
-        """`tensor`, or, where the graph begins at the boundary, a leaf in its place."""
+        """`tensor`, or, where the graph begins at the boundary, a leaf in its place. A loss that is one already, and
+        whose backward pass is a hook on it (GradCache), stays itself."""
         if not self.stops_at_boundary:
             return tensor
-        self._leaves.append(tensor.detach().requires_grad_())
+        self._leaves.append(tensor if tensor.is_leaf else tensor.detach().requires_grad_())
         return self._leaves[-1]
 
-    def record(self, crossing: Crossing, cotangent: Tensor) -> None:
-        """∂(scaled loss)/∂z has arrived at `crossing`."""
-        if not self.records:
+    def record(self, crossing: Crossing, cotangent: Tensor | None) -> None:
+        """∂(scaled loss)/∂z has arrived at `crossing`. None: DDP says so of an output that the loss ignored."""
+        if not self.records or cotangent is None:
             return
         crossing.early += self.in_compute_loss
         # Two crossings can be handed one and the same tensor (z₁ + z₂), and a second pass scales in place.
@@ -296,7 +297,9 @@ class SecondPass(Pass):
     def _next(self) -> Crossing:
         return self._left.pop(0) if self._left else Crossing()  # an empty one is refused where it is used
 
-    def _swap(self, crossing: Crossing, own: Tensor) -> Tensor:
+    def _swap(self, crossing: Crossing, own: Tensor | None) -> Tensor | None:
+        if own is None:  # see `record`; what is left of the crossing's is refused in the end
+            return None
         recorded = crossing.cotangents.pop(0) if crossing.cotangents else None
         if recorded is None or recorded.shape != own.shape:
             raise RuntimeError(
@@ -351,12 +354,13 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-class _Through(torch.autograd.Function):
-    """A leaf as a tensor that may be changed in place, as the output of a head may."""
+class Through(torch.autograd.Function):
+    """The same values as another tensor, with a gradient of its own, that may be changed in place, as the output of a
+    head may."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:
-        return leaf.detach()
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from hf_fsam import batches
-from hf_fsam.engines import Ascent, unwrapped
+from hf_fsam.engines import Ascent, gradients_set_aside, unwrapped
 from hf_fsam.forward_state import RandomState
 from hf_fsam.functional_sam import FunctionalSAM, MicroBatch, Window
 from hf_fsam.heads.deferred_logits import DeferringLabelSmoother, LogitsNeeded
@@ -241,7 +241,7 @@ class SplitStep:
             average = args.fsam_ascent_scope != "rank"
             weights = fsam.perturbed_weights()
             ascents = engine.ascent(model, weights, average=average, passes=len(waiting))
-        with ascents as ascent:
+        with gradients_set_aside(fsam.weights_outside_model(), fsam.cleanup), ascents as ascent:
             for batch in waiting:
                 batch.random = RandomState.capture(args.device)
                 backward = None if momentum is not None else ascent.backward

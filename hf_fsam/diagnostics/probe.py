@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,7 +96,7 @@ class Probe:
         self.count = count
         self.batches: list[dict[str, Any]] = []
         self._prepared: dict[int, Any] = {}  # by the batch's place; what is drawn or generated is not made anew
-        self.name, self.boundary = find_boundary(self.model, fsam.trainer.args.fsam_boundary)
+        self.boundary = find_boundary(self.model, fsam.trainer.args.fsam_boundary)
 
     def see(self, batches: Sequence[dict[str, Any]]) -> None:
         """Takes micro-batches that the training has fetched, until there are `count`.
@@ -223,7 +223,7 @@ class Probe:
         """Takes four passes, and memory for up to seven copies of the trainable weights."""
         clean, moved = CleanPass(), CleanPass()
         boundary = Boundary(self.fsam.cleanup)
-        boundary.attach(self.name, self.boundary)  # without a fused head, so that the logits themselves cross
+        boundary.attach(self.boundary)  # without a fused head, so that the logits themselves cross
         try:
             loss, gradient = self.differentiate(batch, boundary, clean)
             direction = self.direction(gradient)
@@ -263,19 +263,24 @@ class Probe:
         Both are means over the positions whose label counts. They are NaN where the boundary's output is not one row of
         classes for each label, as in question answering, multiple choice and decoders that classify.
         """
-        seen: list[Tensor] = []
-        handle = self.boundary.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        seen: list[Any] = []
+
+        def see(module: nn.Module, args: tuple, output: Any) -> None:
+            seen.append(output)
+
+        handles = [module.register_forward_hook(see) for module in self.boundary.values()]
         try:
             self.loss(batch)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if isinstance(labels, Tensor) and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # a causal model predicts the next position's label
         entropies, norms, count = 0.0, 0.0, 0
         for z in seen:
-            if not isinstance(labels, Tensor) or labels.shape != z.shape[:-1]:
+            if not (isinstance(labels, Tensor) and isinstance(z, Tensor) and labels.shape == z.shape[:-1]):
                 return {"logit_entropy": math.nan, "logit_norm": math.nan}
             rows = z.reshape(-1, z.shape[-1])  # (positions, classes)
             counted = rows[(labels.reshape(-1) != IGNORED).to(rows.device)]

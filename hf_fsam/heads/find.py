@@ -1,4 +1,4 @@
-"""Find the module whose output ends the function and begins the loss."""
+"""Find the modules whose output ends the function and begins the loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -37,37 +37,40 @@ _HEADS_OF = {
 _OTHERS = ("auxiliary_head", "dist_head", "distribution_output")
 
 IDENTITY = (
-    "Where no single module makes all that the loss takes, as in CLIP and in detectors, give the model an identity, "
-    "model.boundary = torch.nn.Identity(), call it on each tensor that goes to the loss (in forward, loss_function or "
-    "compute_loss: logits = model.boundary(logits)), and set fsam_boundary='boundary'"
+    "Where several modules make together what the loss takes, as in CLIP and in detectors, name them all, "
+    "fsam_boundary='visual_projection, text_projection'. Or give the model an identity, model.boundary = "
+    "torch.nn.Identity(), call it on each tensor that goes to the loss (in forward, loss_function or compute_loss: "
+    "logits = model.boundary(logits)), and set fsam_boundary='boundary'"
 )
 
 
-def find_boundary(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
-    """Name and module of the boundary of `model`, which is not wrapped for an engine. The search goes into PEFT models,
-    and into other wrappers that have no weights of their own.
+def find_boundary(model: nn.Module, names: str | None) -> dict[str, nn.Module]:
+    """Names and modules of the boundary of `model`, which is not wrapped for an engine. The search goes into PEFT
+    models, and into other wrappers that have no weights of their own.
 
     Args:
-        name: the module's name in `model.named_modules()`, or, in a PEFT model, in those of its base model. None: the
-            output embeddings of a language model, or else the head of a model for another task.
+        names: of the modules, separated by commas, in `model.named_modules()`, or, in a PEFT model, in those of its
+            base model. None: the output embeddings of a language model, or else the head of a model for another task,
+            or the last module of a pipeline, as sentence-transformers' models are.
 
     Raises:
         ValueError: no such module, or none found; the message lists candidates.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if name is not None:
-        for root in (model, base):
-            module = dict(root.named_modules()).get(name)
-            if module is not None:
-                return name, module
-        raise ValueError(
-            f"fsam_boundary={name!r} is no module of {type(base).__name__}: choose one that makes the logits, or leave "
-            f"it out to have the head found. Candidates: {_candidates(model)}. {IDENTITY}."
-        )
-    head = _head(_inside(base))
+    if names is not None:
+        known = dict(base.named_modules()) | dict(model.named_modules())
+        wanted = [name.strip() for name in names.split(",")]
+        for name in wanted:
+            if name not in known:
+                raise ValueError(
+                    f"fsam_boundary={name!r} is no module of {type(base).__name__}: choose one that makes the logits, "
+                    f"or leave it out to have the head found. Candidates: {_candidates(model)}. {IDENTITY}."
+                )
+        return {name: known[name] for name in wanted}
+    head = base[-1] if isinstance(base, nn.Sequential) and len(base) else _head(_inside(base))
     for found, module in model.named_modules():
         if head is not None and module is head:
-            return found, module
+            return {found: module}
     raise ValueError(
         f"no boundary between function and loss was found in {type(base).__name__}: if one module makes all that the "
         f"loss takes, name it with fsam_boundary. Candidates: {_candidates(model)}. {IDENTITY}. Or set "

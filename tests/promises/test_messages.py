@@ -39,7 +39,7 @@ from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import load_studies
 from tests.engines.test_selection import config, select, select_fsdp
 from tests.tools.test_compare import RECIPE
-from tests.toys import VOCABULARY, llama, make_trainer
+from tests.toys import VOCABULARY, adapted, gpt2, llama, make_trainer
 from tests.unit.test_arguments import _Lion
 from tests.unit.test_find_boundary import ROWS, _Headless
 
@@ -117,10 +117,15 @@ ARGUMENTS = [
     ),
     Row("no boundary between function and loss", own(_Headless), own(_Headless, fsam_boundary="top")),
     Row("none', which need none", own(_Headless), own(_Headless, fsam_variant="sam")),
-    Row("Where no single module makes all that", own(_Identity), with_identity),
+    Row("Where several modules make together what", own(_Identity), with_identity),
     Row("is no module of", trains(fsam_boundary="head"), trains(fsam_boundary="lm_head")),
     Row("nothing crossed the boundary", own(_Unused), own(_Unused, fsam_boundary="top")),
-    Row("but the boundary must return", trains(fsam_boundary="model"), trains(fsam_boundary="lm_head")),
+    Row(
+        "but the boundary must return",
+        trains(lambda: adapted(gpt2()), fsam_boundary="base_model.model"),
+        trains(lambda: adapted(gpt2()), fsam_boundary="lm_head"),
+    ),
+    Row("one tensor is computed from", own(_Headless, fsam_boundary="body, top"), own(_Headless, fsam_boundary="top")),
     Row(
         "on a way past the boundary",
         own(partial(_Headless, past=True), fsam_boundary="top"),

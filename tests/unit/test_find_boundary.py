@@ -2,7 +2,10 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,13 +13,14 @@ import transformers as tf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
 from hf_fsam.heads.find import find_boundary
 from tests import reference
 from tests.parity.test_parity import Setting, assert_same_weights, sgd, train_with_reference, train_with_trainer
-from tests.toys import gpt2, llama, make_trainer
+from tests.toys import adapted, distance, gpt2, llama, make_trainer, train
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
 TINY_XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "vocab_size": 20}
@@ -73,7 +77,7 @@ FOUND = [
 def test_the_head_is_found_as_the_boundary(family: str, task: str, settings: dict, name: str) -> None:
     suffix = "LMHeadModel" if task == "LMHead" else f"For{task}"
     model = getattr(tf, f"{family}{suffix}")(getattr(tf, f"{family}Config")(**settings))
-    found, module = find_boundary(model, None)
+    ((found, module),) = find_boundary(model, None).items()
     assert found == name
     assert module is model.get_submodule(name)
 
@@ -187,7 +191,7 @@ def test_no_weight_reaches_the_loss_past_the_head_that_is_found(name: str, setti
     model_class = getattr(tf, name)
     model = model_class(model_class.config_class(**settings))
     crossings: set[object] = set()
-    boundary = find_boundary(model, None)[1]
+    (boundary,) = find_boundary(model, None).values()
     boundary.register_forward_hook(lambda module, args, output: crossings.add(output.grad_fn))
     loss = model(**inputs).loss
     assert crossings
@@ -225,7 +229,7 @@ class _Wrapper(nn.Module):
 
 def test_the_head_is_found_inside_a_wrapper_that_has_no_weights_of_its_own() -> None:
     classifier = tf.BertForSequenceClassification(tf.BertConfig(**TINY))
-    assert find_boundary(_Wrapper(classifier), None) == ("model.classifier", classifier.classifier)
+    assert find_boundary(_Wrapper(classifier), None) == {"model.classifier": classifier.classifier}
     with pytest.raises(ValueError, match="no boundary"):  # the wrapper's own weights may come after the head
         find_boundary(_Wrapper(classifier, nn.Linear(2, 2)), None)
 
@@ -266,15 +270,63 @@ def test_an_identity_after_the_logits_as_boundary_agrees_with_the_formulas(
     assert_same_weights(model, start, wanted)
 
 
+class _OwnLoss(FSAMTrainer):
+    """The model's own contrastive loss, which its forward pass computes from both towers' outputs."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
+        return model(**inputs, return_loss=True).loss
+
+
+@pytest.mark.parametrize("setting", [Setting("functional", accumulation=3), Setting("logit")], ids=str)
+def test_two_towers_that_are_named_together_agree_with_the_formulas(tmp_path: Path, setting: Setting) -> None:
+    """CLIP whose temperature is fixed. The towers' projections, before they are normalized, go to the loss."""
+    torch.manual_seed(0)
+    drawn = {"initializer_range": 0.2, "initializer_factor": 5.0}
+    towers = {"text_config": TINY | drawn, "vision_config": TINY_IMAGES | drawn}
+    model = tf.CLIPModel(tf.CLIPConfig(**towers, projection_dim=8, initializer_factor=5.0))
+    model.logit_scale.requires_grad_(False)
+    start = copy.deepcopy(model)
+    rows = [{"input_ids": torch.randint(3, 20, (6,)), "pixel_values": torch.rand(3, 8, 8)} for _ in range(47)]
+    rows = rows[: setting.examples]
+
+    def logits(model: nn.Module, theta: reference.Tensors, inputs: reference.Batch) -> reference.Logits:
+        heads = ("visual_projection", "text_projection")
+        return tuple(reference.head_logits(head)(model, theta, inputs)[0] for head in heads)
+
+    def loss(z: reference.Logits, batch: reference.Batch, window: reference.Window) -> Tensor:
+        image, text = (each / each.norm(dim=-1, keepdim=True) for each in z)
+        return contrastive_loss((start.logit_scale.exp() * text @ image.T,)) / len(window.batches)
+
+    optimizer = functools.partial(sgd, learning_rate=0.01)
+    wanted = train_with_reference(model, reference.Problem(loss, logits=logits), rows, setting, optimizer)
+    both = "visual_projection, text_projection"
+    train_with_trainer(model, rows, setting, optimizer, tmp_path, boundary=both, trainer_class=_OwnLoss)
+    assert_same_weights(model, start, wanted)
+
+
+def test_no_weight_reaches_the_loss_of_a_detector_past_both_of_its_heads(tmp_path: Path) -> None:
+    model = tf.YolosForObjectDetection(
+        tf.YolosConfig(**TINY_IMAGES | {"image_size": [8, 8], "num_detection_tokens": 2, "num_labels": 3})
+    )
+    crossings: set[object] = set()
+    for head in find_boundary(model, "class_labels_classifier, bbox_predictor").values():
+        head.register_forward_hook(lambda module, args, output: crossings.add(output.grad_fn))
+    label = {"class_labels": torch.tensor([1]), "boxes": torch.rand(1, 4)}
+    loss = model(pixel_values=torch.rand(2, 3, 8, 8), labels=[label, label]).loss
+    assert len(crossings) == 2
+    assert not weights_past(loss, crossings, model)
+
+
 def test_the_head_is_found_in_peft_models() -> None:
     lora = get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]))
-    assert find_boundary(lora, None)[0] == "base_model.model.lm_head"  # the adapter's module, not the layer in it
-    assert find_boundary(lora, "lm_head")[1] is find_boundary(lora, None)[1]
+    found = find_boundary(lora, None)
+    assert list(found) == ["base_model.model.lm_head"]  # the adapter's module, not the layer in it
+    assert find_boundary(lora, "lm_head")["lm_head"] is found["base_model.model.lm_head"]
     prompt = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert find_boundary(prompt, None)[0] == "base_model.lm_head"
+    assert list(find_boundary(prompt, None)) == ["base_model.lm_head"]
     classifier = tf.BertForSequenceClassification(tf.BertConfig(**TINY))
     lora = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
-    assert find_boundary(lora, None)[0] == "base_model.model.classifier"  # the wrapper of PEFT's modules_to_save
+    assert list(find_boundary(lora, None)) == ["base_model.model.classifier"]  # the wrapper of PEFT's modules_to_save
 
 
 class _Headless(nn.Module):
@@ -321,9 +373,67 @@ def test_a_boundary_that_is_not_on_the_way_to_the_loss_is_an_error_not_a_silent_
         make_trainer(tmp_path, Unused(), trainer={"train_dataset": ROWS}).train()
 
 
-def test_a_boundary_that_returns_no_tensor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="fsam_boundary: module 'model' returns BaseModelOutputWithPast"):
-        make_trainer(tmp_path, fsam_boundary="model").train()
+class _Returns(_Headless):
+    """Its `whole` returns what the loss is computed from, in one thing or another."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any], unwrap: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.unwrap, self.whole = unwrap, nn.Identity()
+        self.whole.forward = lambda x: wrap(self.top(self.body(x)), self.body(x))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits, hidden = self.unwrap(self.whole(x))
+        return {"loss": nn.functional.cross_entropy(logits, labels) + hidden.square().mean()}
+
+
+class _Pair(NamedTuple):
+    z: Tensor
+    hidden: Tensor
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "dict": (lambda z, h: {"z": z, "hidden": h, "mask": None}, lambda out: (out["z"], out["hidden"])),
+    "ModelOutput": (lambda z, h: BaseModelOutput(z, hidden_states=(h,)), lambda out: (out[0], out.hidden_states[0])),
+    "tuple": (lambda z, h: (z, {"hidden": h}, 1), lambda out: (out[0], out[1]["hidden"])),
+    "NamedTuple": (_Pair, lambda out: (out.z, out.hidden)),
+}
+
+
+def test_a_boundary_may_return_several_tensors(tmp_path: Path) -> None:
+    """The weights are those of a model that calls an identity on each."""
+    settings = {"trainer": {"train_dataset": ROWS}, "fsam_rho": 0.3, "optim": "sgd"}
+    identity = train(tmp_path, model=_Identity(), fsam_boundary="boundary", **settings)
+    for name, functions in CONTAINERS.items():
+        returned = train(tmp_path, model=_Returns(*functions), fsam_boundary="whole", **settings)
+        assert distance(returned, identity) < 1e-6, name
+    assert distance(train(tmp_path, model=_Identity(), fsam_variant="sam", **settings), identity) > 1e-4
+
+
+class _Identity(_Headless):
+    """Calls an identity on each of two tensors that the loss takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boundary = nn.Identity()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.boundary(self.body(x))
+        logits = self.boundary(self.top(self.body(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels) + hidden.square().mean()}
+
+
+def test_a_boundary_that_returns_no_tensor_or_the_loss_is_refused(tmp_path: Path) -> None:
+    opaque = _Returns(lambda z, h: SimpleNamespace(z=z, hidden=h), lambda out: (out.z, out.hidden))
+    with pytest.raises(TypeError, match="fsam_boundary: module 'whole' returns SimpleNamespace"):
+        make_trainer(tmp_path, opaque, trainer={"train_dataset": ROWS}, fsam_boundary="whole").train()
+    with pytest.raises(TypeError, match=r"fsam_boundary: module 'base_model\.model' returns the loss with it"):
+        make_trainer(tmp_path, adapted(gpt2()), fsam_boundary="base_model.model").train()
+
+
+def test_a_boundary_behind_another_is_refused(tmp_path: Path) -> None:
+    """The cotangent of the first would have the Jacobian of the second in it."""
+    with pytest.raises(ValueError, match=r"boundary 'body, top', one tensor is computed from another"):
+        make_trainer(tmp_path, _Headless(), trainer={"train_dataset": ROWS}, fsam_boundary="body,top").train()
 
 
 def test_weights_that_reach_the_loss_past_the_boundary_are_warned_of_once(

@@ -1,6 +1,7 @@
 """The clean and the second pass by themselves, in plain torch and without a Trainer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def head() -> nn.Linear:
 @pytest.fixture
 def boundary(head: nn.Linear) -> Boundary:
     attached = Boundary(Cleanup())
-    attached.attach("head", head)
+    attached.attach({"head": head})
     return attached
 
 
@@ -55,6 +56,39 @@ def test_the_second_pass_joins_its_own_jacobian_with_the_recorded_cotangent(
     assert loss == clean.loss  # the clean value
     assert second.loss != clean.loss
     assert not clean.crossings[0].cotangents  # taken out, so that its memory is free
+
+
+class _Sink(torch.autograd.Function):
+    """As that of DDP, which sends None back to an output that the loss ignored."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return upstream
+
+
+def test_an_output_that_gets_no_gradient_has_no_cotangent(head: nn.Linear) -> None:
+    class Outputs(nn.Module):
+        def forward(self, h: Tensor) -> dict[str, Tensor]:
+            return {"ignored": head(-h), "z": head(h)}
+
+    outputs, boundary = Outputs(), Boundary(Cleanup())
+    boundary.attach({"outputs": outputs})
+
+    def loss(h: Tensor) -> Tensor:
+        _, z = _Sink.apply(*outputs(h).values())
+        return z.pow(3).sum()
+
+    h1, h2 = torch.randn(3), torch.randn(3)
+    clean = _record(boundary, lambda: loss(h1))
+    assert [len(crossing.cotangents) for crossing in clean.crossings] == [0, 1]
+    head.zero_grad()
+    _replay(boundary, clean, clean, lambda: loss(h2), scale=1.0)
+    torch.testing.assert_close(head.weight.grad, torch.outer(3 * head(h1).detach().square(), h2))
 
 
 def test_a_loss_may_differentiate_by_itself(head: nn.Linear, boundary: Boundary) -> None:
