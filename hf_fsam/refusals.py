@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
-from hf_fsam.heads import trl
+from hf_fsam.heads import liger, trl
 
 _SUPPORTED = (
     DistributedType.NO,
@@ -33,6 +33,7 @@ def refusals(trainer: Trainer) -> Iterator[tuple[str, str]]:
     yield from _training(trainer.args)
     yield from _cuda_graphs(trainer.args, model)
     yield from _inputs(trainer.args, type(trainer))
+    yield from _liger(trainer.args, model)
     yield from _loss(trainer.args, type(trainer))
     yield from _weights(model)
 
@@ -136,14 +137,34 @@ def counts_what_it_prepares(trainer_class: type) -> str | None:
     return prepares if any("training_step" in vars(each) for each in own) else None
 
 
+def _liger(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Liger's losses have no boundary to split at. `sam` needs none."""
+    splits = args.fsam_variant in ("functional", "logit")
+    if args.use_liger_kernel and splits and (asked := liger.losses_in(args.liger_kernel_config)):
+        yield (
+            f"liger_kernel_config={{{asked[0]!r}: True}} with fsam_variant={args.fsam_variant!r}, which "
+            "needs the model's own loss",
+            "leave it out: Liger's layers are used all the same, and with fsam_fused_head a language model makes no "
+            "logits either",
+        )
+    fuses = args.use_liger_kernel and liger.fuses_the_loss(args.liger_kernel_config)
+    if fuses and not splits and args.fsam_diagnostics_steps:
+        yield (
+            f"use_liger_kernel=True with fsam_diagnostics_steps={args.fsam_diagnostics_steps} and fsam_variant="
+            f"{args.fsam_variant!r}, whose loss is Liger's, made without the logits that the diagnostics measure at",
+            "set liger_kernel_config={'fused_linear_cross_entropy': False}, or fsam_diagnostics_steps=0",
+        )
+    if splits and liger.makes_the_loss(model):
+        yield (
+            f"a model whose forward pass is Liger's, which makes the loss without the logits, with fsam_variant="
+            f"{args.fsam_variant!r}",
+            "load the model without Liger's loss (fused_linear_cross_entropy=False), or leave Liger to "
+            "use_liger_kernel=True",
+        )
+
+
 def _loss(args: Any, trainer_class: type) -> Iterator[tuple[str, str]]:
     """How the loss comes about."""
-
-    if args.use_liger_kernel:
-        yield (
-            "use_liger_kernel=True, whose fused loss replaces the model's own",
-            "set use_liger_kernel=False: with fsam_fused_head a language model makes no logits either",
-        )
     if args.fsam_variant in ("functional", "logit"):
         yield from trl.unknown_heads(trainer_class)
 

@@ -1,5 +1,6 @@
 """`FSAMTrainer`: the Trainer whose step is split between function and loss."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from hf_fsam.arguments import FSAMArguments
 from hf_fsam.diagnostics.callback import FSAMDiagnosticsCallback
 from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.heads.find import find_boundary
+from hf_fsam.heads.liger import losses_left_out
 from hf_fsam.logs import FSAMSettings, settings_of
 from hf_fsam.optimizer_state import check_keeps_second_moment
 from hf_fsam.seam import Seam
@@ -128,8 +130,10 @@ class FSAMMixin(Seam):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
                 callback.fsam = self.fsam
+        liger = self.args.use_liger_kernel and self.fsam.active and self.fsam.splits
         try:
-            return super().train(*args, **kwargs)
+            with losses_left_out(self.args) if liger else nullcontext():
+                return super().train(*args, **kwargs)
         finally:
             self.fsam.training, self.fsam.probes = False, []
             self.fsam.drop()

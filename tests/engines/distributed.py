@@ -116,16 +116,18 @@ def launch(processes: int, *arguments: str, timeout: int = 300) -> subprocess.Co
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def train_distributed(folder: Path, processes: int, *cases: dict[str, Any]) -> list[Trained]:
+def train_distributed(
+    folder: Path, processes: int, *cases: dict[str, Any], worker: str = "tests.engines.worker", timeout: int = 300
+) -> list[Trained]:
     """One training after the other in the same processes, each with settings of :func:`tests.toys.make_trainer`.
 
-    Beside those, a case may have the keys of :func:`tests.engines.worker.train`.
+    Beside those, a case may have the keys of the `train` of its worker.
 
     Raises:
         AssertionError: a process failed; the message is the end of what it said.
     """
     folder.mkdir(parents=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = launch(processes, "tests.engines.worker", str(folder))
+    done = launch(processes, worker, str(folder), timeout=timeout)
     assert done.returncode == 0, done.stderr[-40_000:]
     return [Trained(*torch.load(folder / f"{index}.pt", weights_only=False)) for index in range(len(cases))]

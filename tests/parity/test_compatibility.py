@@ -3,12 +3,13 @@
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import CPTConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_fsam import FSAMTrainer
 from tests.toys import DEVICE, distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
@@ -41,24 +42,55 @@ def test_neftune_noise_is_the_same_in_both_passes(tmp_path: Path, variant: str) 
     assert distance(train(tmp_path, fsam_variant=variant, fsam_rho=0.3, **settings), plain) > 1e-4
 
 
-@pytest.mark.parametrize("variant", ACTIVE)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_models_train_as_eager_ones_and_compile_once(tmp_path: Path, variant: str, backend: str) -> None:
+def graphs_compiled(trainer: Trainer) -> list[int]:
+    """How many graphs torch has compiled by the end of each step, from none on."""
     from torch._dynamo.utils import counters
 
-    settings = {"fsam_variant": variant, "fsam_rho": 0.3}
-    eager = train(tmp_path, **settings)
     torch._dynamo.reset()
     counters.clear()
-    compiled = make_trainer(tmp_path, torch_compile=True, torch_compile_backend=backend, **settings)
     graphs: list[int] = []
     count = TrainerCallback()
     count.on_step_end = lambda *_, **__: graphs.append(counters["stats"]["unique_graphs"])
-    compiled.add_callback(count)
+    trainer.add_callback(count)
+    return graphs
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_train_as_eager_ones_and_compile_once(tmp_path: Path, variant: str, backend: str) -> None:
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3}
+    eager = train(tmp_path, **settings)
+    compiled = make_trainer(tmp_path, torch_compile=True, torch_compile_backend=backend, **settings)
+    graphs = graphs_compiled(compiled)
     compiled.train()
     assert distance(weights_of(compiled.model), eager) < 1e-5
     assert graphs[0] > 0
     assert graphs[-1] == graphs[1], f"compiled anew: {graphs}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        ("aot_eager", None),
+        pytest.param("inductor", "default", marks=pytest.mark.slow),
+        pytest.param("inductor", "max-autotune-no-cudagraphs", marks=pytest.mark.slow),
+    ],
+)
+def test_plain_steps_and_evaluations_between_split_steps_compile_nothing_anew(
+    tmp_path: Path, backend: str, mode: str | None
+) -> None:
+    settings: dict[str, Any] = {"fsam_rho": 0.3, "fsam_every_steps": 2, "max_steps": 5}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"trainer": {"train_dataset": sentences(), "eval_dataset": sentences(4)}}
+    eager = train(tmp_path, **settings)
+    compiled = make_trainer(
+        tmp_path, torch_compile=True, torch_compile_backend=backend, torch_compile_mode=mode, **settings
+    )
+    graphs = graphs_compiled(compiled)
+    compiled.train()
+    assert distance(weights_of(compiled.model), eager) < 1e-5
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[0], f"compiled anew: {graphs}"
 
 
 def test_a_model_compiled_in_an_earlier_plain_training_trains_as_an_eager_one(tmp_path: Path) -> None:

@@ -314,7 +314,6 @@ ENGINES = [
     ),
     Row("steps inside the backward pass", **runs("args.optim", "galore_adamw_layerwise", "galore_adamw")),
     Row("steps inside the backward pass", **runs("args.optim", "adalomo", "adamw_torch")),
-    Row("set use_liger_kernel=False", trains(use_liger_kernel=True), trains(use_liger_kernel=False)),
     Row("set torch_compile_mode=", **runs("args.torch_compile_mode", "reduce-overhead", "default")),
     Row("set torch_compile_backend='inductor'", **runs("args.torch_compile_backend", "cudagraphs", "inductor")),
     Row(
@@ -876,6 +875,10 @@ ELSEWHERE = {
     "tokens' logits where the first had": "test_a_second_pass_that_takes_other_tokens_is_an_error",
     "log-probabilities of": "as the row before, in TRL's fused head",
     "called TRL's fused head where the first did not": "as the row before",
+    "needs the model's own loss": "test_a_loss_of_ligers_that_is_asked_for_is_refused",
+    "which needs the model's own: with": "test_a_split_step_leaves_out_ligers_losses_alone",
+    "a model whose forward pass is Liger's": "test_a_model_whose_forward_is_ligers_is_refused",
+    "whose loss is Liger's": "test_diagnostics_of_ligers_loss_are_refused",
     "the fused head of this TRL, which": "test_a_trl_whose_fused_head_has_another_name_is_refused",
     "puts a hook on the logits' gradient": "a part of 'which takes logits in memory', which has a row",
     "keeps the logits' gradient": "as the row before",

@@ -190,7 +190,6 @@ def test_odd_values_set_by_a_callback_are_saved_with_every_checkpoint(tmp_path: 
     ("where", "change", "named"),
     [
         ("args", {"_n_gpu": 2}, "DataParallel"),
-        ("args", {"use_liger_kernel": True}, "use_liger_kernel"),
         ("args", {"optim": "lomo"}, "lomo"),
         ("args", {"torch_compile_mode": "reduce-overhead"}, "CUDA graphs"),
         ("args", {"optim": "galore_adamw_layerwise"}, "galore_adamw_layerwise"),
@@ -221,9 +220,10 @@ def test_unsupported_ways_of_running_are_refused_by_name(
 
 
 def test_the_trainer_checks_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="use_liger_kernel"):
-        make_trainer(tmp_path, use_liger_kernel=True)
-    make_trainer(tmp_path, use_liger_kernel=True, fsam_variant="none")
+    settings: dict[str, Any] = {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
+        make_trainer(tmp_path, **settings)
+    make_trainer(tmp_path, **settings, fsam_variant="none")
 
 
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
