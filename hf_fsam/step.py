@@ -167,8 +167,8 @@ class SplitStep:
         try:
             with self.fsam.engine.perturbed(perturbation), ExitStack() as replaced:
                 for module in self.trainer.model.modules():
-                    generate: Any = getattr(module, "generate", None)
-                    if generate is not None:
+                    if hasattr(type(module), "generate"):
+                        generate: Any = module.generate
                         refusing = self._at_theta_alone(generate)
                         replaced.enter_context(self.fsam.cleanup.replaced(module, "generate", refusing))
                 # A caller's autocast region would give this pass the casts of the weights that it made at θ.
