@@ -388,8 +388,16 @@ def test_diagnostics_measure_on_one_text_and_leave_the_training_alone(tmp_path: 
     """A2PO generates for each batch; GRPO cuts a text, which the diagnostics would do out of turn."""
     weights, _ = trained(CASES["a2po"], tmp_path)
     settings = {"fsam_variant": "none", "fsam_diagnostics_steps": 1}
-    trainer = make(CASES["a2po"], tmp_path, (FSAMMixin,), **settings)
+    prepared: list[Any] = []
+
+    class Prepares:
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            prepared.append(inputs)
+            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+
+    trainer = make(CASES["a2po"], tmp_path, (FSAMMixin, Prepares), **settings)
     trainer.train()
+    assert STEPS * ACCUMULATION < len(prepared) <= 2 * STEPS * ACCUMULATION  # once to train, and once to measure
     assert same_bits(weights_of(trainer.model), weights)
     assert any("fsam/logit_path" in entry for entry in trainer.state.log_history)
     with pytest.raises(ValueError, match="what _prepare_inputs of GRPOTrainer makes"):
