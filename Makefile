@@ -51,7 +51,7 @@ test-docker:
 	$(PYTHON) -m venv $(VENV)-docker
 	$(VENV)-docker/bin/python -m pip install --quiet uv
 	$(VENV)-docker/bin/uv pip install --python $(VENV)-docker --quiet --constraint docker/constraints-gpu.txt \
-	    --editable '.[recipes,deepspeed]' pytest pytest-timeout pytest-xdist
+	    --editable '.[recipes,deepspeed]' sentence-transformers pytest pytest-timeout pytest-xdist
 	$(VENV)-docker/bin/python -m pytest -n 2 --dist loadfile $(CORE) $(PYTEST_ARGS)
 
 # The plugin with Axolotl itself, which needs Python 3.12: make PYTHON=python3.12 test-axolotl. 7 GB.
