@@ -5,7 +5,10 @@ VENV := .venv
 export DS_BUILD_OPS := 0
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test test-all test-quantized test-newest demo gpu lint clean
+# The modules, and trained weights against plain PyTorch: what every set of versions has to pass (docs/VERSIONS.md).
+CORE := tests/unit tests/parity
+
+.PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo gpu lint clean
 
 install: $(INSTALLED)
 
@@ -36,6 +39,28 @@ test-newest:
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+# With the lowest releases that pyproject.toml admits: 5 GB. uv finds them, so that they stand nowhere else.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --python $(VENV)-lowest --quiet --resolution lowest-direct --editable '.[dev]'
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile $(CORE) $(PYTEST_ARGS)
+
+# With the packages of the Docker image, which has Python 3.12: make PYTHON=python3.12 test-docker. 5 GB.
+test-docker:
+	$(PYTHON) -m venv $(VENV)-docker
+	$(VENV)-docker/bin/python -m pip install --quiet uv
+	$(VENV)-docker/bin/uv pip install --python $(VENV)-docker --quiet --constraint docker/constraints-gpu.txt \
+	    --editable '.[recipes,deepspeed]' sentence-transformers pytest pytest-timeout pytest-xdist
+	$(VENV)-docker/bin/python -m pytest -n 2 --dist loadfile $(CORE) $(PYTEST_ARGS)
+
+# The plugin with Axolotl itself, which needs Python 3.12: make PYTHON=python3.12 test-axolotl. 7 GB.
+test-axolotl:
+	$(PYTHON) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install --quiet uv
+	$(VENV)-axolotl/bin/uv pip install --python $(VENV)-axolotl --quiet --editable . axolotl==0.21.0 pytest pytest-timeout
+	$(VENV)-axolotl/bin/python -m pytest tests/tools/test_axolotl.py $(PYTEST_ARGS)
+
 demo: install
 	$(VENV)/bin/python recipes/demo.py
 
@@ -49,4 +74,4 @@ lint: install
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest outputs
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-docker $(VENV)-axolotl outputs

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -355,8 +354,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @functools.cache
 def _has_mixed_products(device: torch.device) -> bool:
     """Whether `torch.addmm(..., out_dtype=torch.float32)` takes narrower matrices here: on NVIDIA's devices from Ampere
-    on, since torch 2.8."""
-    if device.type != "cuda" or torch.version.hip is not None or Version(torch.__version__) < Version("2.8"):
+    on."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
