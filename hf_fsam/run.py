@@ -20,7 +20,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,6 +100,20 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+def _fsam_arguments(arguments: list[str], prog: str) -> dict[str, Any]:
+    """The `fsam_*` arguments among the script's. What can't be a value of one of them ends the command."""
+    parser = HfArgumentParser(
+        FSAMArguments,  # type: ignore[arg-type]
+        prog=prog,
+        usage=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**{each.name: None for each in fields(FSAMArguments)})
+    found, _ = parser.parse_known_args(arguments)
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
 def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.run") -> None:
     parser = HfArgumentParser(
         FSAMArguments,  # type: ignore[arg-type]
@@ -117,7 +131,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.run") -> 
     if int(os.environ.get("RANK", "0")) == 0:
         names = " and ".join(", ".join([*TRAINERS, *ARGUMENTS]).rsplit(", ", 1))
         print(f"{prog}: in {script.name} the {names} of transformers split the step.", file=sys.stderr, flush=True)
-    with swapped(cleanup, defaults) as trainings:
+    with swapped(cleanup, defaults, _fsam_arguments(script.arguments, prog)) as trainings:
         try:
             script.run(cleanup)
         except SystemExit as ended:

@@ -7,7 +7,7 @@ Every trainer that is defined on top of them, by the script or by a library that
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -91,22 +91,31 @@ class Trainings:
 
 
 @contextmanager
-def swapped(cleanup: Cleanup, defaults: FSAMArguments) -> Iterator[Trainings]:
+def swapped(cleanup: Cleanup, defaults: FSAMArguments, given: Mapping[str, Any] | None = None) -> Iterator[Trainings]:
     """Inside, transformers' trainers and training arguments are ours, with `defaults` in the `fsam_*` fields.
 
+    Args:
+        given: `fsam_*` arguments that the script was given and has to read by itself.
+
     Raises:
-        ValueError: by `train` of a trainer whose class was made before.
+        ValueError: by `train` of a trainer whose class was made before, or that trains without what was `given`.
     """
     trainings = Trainings()
     train, train_plainly = FSAMMixin.train, transformers.Trainer.train
 
     def noted(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, value in (given or {}).items():
+            if getattr(trainer.args, name) == getattr(defaults, name) != value:
+                raise ValueError(
+                    f"--{name} {value} did not reach the training arguments: the script does not parse them. Give it "
+                    f"before the script: hf-fsam run --{name} {value} SCRIPT."
+                )
         trainings.begun += 1
         result = train(trainer, *args, **kwargs)
         trainings.ended.append((trainer.args, trainer.state))
         return result
 
-    def refuse(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_if_split(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(trainer, FSAMMixin):
             return train_plainly(trainer, *args, **kwargs)
         name = type(trainer).__name__
@@ -117,7 +126,7 @@ def swapped(cleanup: Cleanup, defaults: FSAMArguments) -> Iterator[Trainings]:
 
     with ExitStack() as contexts:
         contexts.enter_context(cleanup.replaced(FSAMMixin, "train", noted))
-        contexts.enter_context(cleanup.replaced(transformers.Trainer, "train", refuse))
+        contexts.enter_context(cleanup.replaced(transformers.Trainer, "train", train_if_split))
         for name, ours in _replacements(defaults).items():
             for module in _modules_with(name):
                 contexts.enter_context(cleanup.replaced(module, name, ours))

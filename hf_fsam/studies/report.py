@@ -154,14 +154,14 @@ def setting(study: Study, final: list[Row], command: str) -> list[str]:
     first = final[0]
     machine = first.get("machine", {})
     versions = first.get("versions", {"python": platform.python_version()})
-    device = ", ".join(machine.get("gpus") or []) or f"CPU, {machine.get('torch_threads', '?')} threads a run"
+    device = ", ".join(machine.get("gpus") or []) or f"CPU, {machine.get('torch_threads')} threads a run"
     lines = {
         "seeds": " ".join(map(str, study.seeds)) + f" (tuned on {' '.join(map(str, study.tuning_seeds))})",
         "weights": first.get("parameters"),
         "steps": " ".join(map(str, sorted({row["steps"] for row in final}))),
         "training time of the final runs, hours": round(sum(row["train_seconds"] or 0 for row in final) / 3600, 2),
         "corpus": first.get("corpus_sha256"),
-        "device": device,
+        "device": device if machine else None,  # a script of others does not say
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "command": command,
     }

@@ -788,10 +788,10 @@ OF_A_CLASS_FROM_BEFORE = RECIPE_WITH_A_TRAINER.replace(
 )
 
 
-def runs(script: str) -> Run:
+def runs(script: str, *, before: tuple[str, ...] = (), after: tuple[str, ...] = ()) -> Run:
     def run(folder: Path) -> None:
         (folder / "train.py").write_text(script.replace("FOLDER", str(folder)))
-        run_script([str(folder / "train.py")])
+        run_script([*before, str(folder / "train.py"), *after])
 
     return run
 
@@ -853,6 +853,11 @@ COMMANDS = [
     Row("has no value: give", line("STUDY", "--a"), line("STUDY", "--a", "1")),
     Row("nothing was trained with", runs("pass"), runs(RECIPE_WITH_A_TRAINER)),
     Row("would train plainly", runs(OF_A_CLASS_FROM_BEFORE), runs(RECIPE_WITH_A_TRAINER)),
+    Row(
+        "did not reach the training arguments",
+        runs(RECIPE_WITH_A_TRAINER, after=("--fsam_rho", "0.2")),
+        runs(RECIPE_WITH_A_TRAINER, before=("--fsam_rho", "0.2")),
+    ),
     Row("are both what to run", **study({"script": "recipe.py"}, {})),
     Row("there is no module", **study({"recipe": None, "script": "-m nowhere.train"}, {"script": None})),
     Row("nothing was measured", finds(train=""), lambda _: found()),

@@ -382,6 +382,17 @@ def test_a_trainer_that_would_train_plainly_is_refused(script: Written) -> None:
         run.main([str(script.path), *script.flags("llama")])
 
 
+@pytest.mark.parametrize("flag", [f"--fsam_rho={RHO}", "--fsam-variant=sam", "--no_fsam_fused_head"])
+def test_an_argument_that_the_script_does_not_read_is_refused(flag: str, script: Written) -> None:
+    script.write(IN_CODE)
+    with pytest.raises(
+        ValueError, match=r"did not reach the training arguments.*hf-fsam run --fsam_\w+ \w[\w.]* SCRIPT"
+    ):
+        run.main([str(script.path), flag])
+    run.main([f"--fsam_rho={RHO}", str(script.path), f"--fsam_rho={RHO}"])  # these are what it trains with
+    assert apart(script.weights(), "llama", "functional") < 1e-4
+
+
 def test_a_module_runs_as_python_runs_it(script: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     package = script.folder / "their_package"
     package.mkdir()
@@ -409,6 +420,7 @@ def test_the_rank_that_deepspeeds_launcher_puts_first_reaches_the_script(
         (["nowhere.py"], "nowhere.py does not exist: give the path of a training script, or -m"),
         (["--fsam_rho", "-1", "SCRIPT"], "fsam_rho=-1.0 is not a radius"),
         (["--fsam_roh", "1", "SCRIPT"], "--fsam_roh"),
+        (["SCRIPT", "--fsam_variant", "sharp"], "fsam-variant: invalid choice: 'sharp'"),
         (["--settings", "nowhere.json", "SCRIPT"], "--settings nowhere.json: give a JSON file"),
         (["--settings", "SCRIPT", "SCRIPT"], "give a JSON file of one object"),
     ],
@@ -437,6 +449,7 @@ def test_compare_runs_a_script_without_an_edit(script: Written, monkeypatch: pyt
         (folder,) = (script.folder / "studies" / "runs").glob(row["key"])
         assert apart(torch.load(folder / "weights.pt"), "llama", variant) < 1e-4
         assert row["metrics"]["eval_loss"] > 0
+    assert "device" not in (script.folder / "studies" / "study.md").read_text()  # which a script does not tell
 
 
 @pytest.mark.slow
