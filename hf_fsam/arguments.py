@@ -130,6 +130,8 @@ class FSAMArguments:
 class FSAMTrainingArguments(FSAMArguments, TrainingArguments):
     """`transformers.TrainingArguments` with the fields of :class:`FSAMArguments`."""
 
+    __repr__ = TrainingArguments.__repr__  # which hides tokens
+
 
 def check(args: FSAMArguments) -> None:
     """Raises the `ValueError` of :class:`FSAMArguments`.

@@ -41,7 +41,8 @@ class Script:
     is_module: bool = False
 
     def run(self, cleanup: Cleanup) -> None:
-        """Run it as Python would: as `__main__`, with its own `sys.argv` and `sys.path`."""
+        """Run it as Python would: as `__main__`, with its own `sys.argv` and `sys.path`. Returns where it came to its
+        end, also by `sys.exit(0)`."""
         folder = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
         path = sys.path if sys.flags.safe_path else [folder, *sys.path[1:]]
         with (
@@ -53,6 +54,9 @@ class Script:
                     runpy.run_module(self.name, run_name="__main__", alter_sys=True)
                 else:
                     runpy.run_path(self.name, run_name="__main__")
+            except SystemExit as ended:
+                if type(ended) is not SystemExit or ended.code or {"-h", "--help"} & set(self.arguments):
+                    raise
             except BaseException:
                 sys.excepthook = _of_script(sys.excepthook)  # it is called when all else has been left
                 raise
@@ -65,8 +69,8 @@ def add_script(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--settings",
         type=Path,
-        help="a JSON file of settings, each of which becomes an argument of the script, `--name value`; with it, the "
-        "Trainer's state is saved in its output folder at the end, as hf-fsam compare wants it",
+        help="a JSON file of settings, each of which becomes an argument of the script, `--name=value`; with it, "
+        "`hf-fsam run` saves the Trainer's state in its output folder at the end, which hf-fsam compare reads",
     )
     parser.add_argument("script", help="a training script that uses transformers' Trainer or a subclass of it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the arguments of the script")
@@ -92,12 +96,18 @@ def _flags(settings: dict[str, Any]) -> Iterator[str]:
     """Settings as the parsers of transformers and TRL read them. None is their default and is left out."""
     for name, value in settings.items():
         if value is not None:
-            yield f"--{name}"
-            yield from map(_text, value if isinstance(value, list) else [value])
+            if isinstance(value, list):
+                yield from (f"--{name}", *map(_text, value))
+            else:  # in one piece, since a parser takes -1e-5 for an option
+                yield f"--{name}={_text(value)}"
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, float) and value.is_integer():  # YAML's 2e3 may be a count of steps
+        return str(int(value))
+    return str(value)
 
 
 def _fsam_arguments(arguments: list[str], prog: str) -> dict[str, Any]:
@@ -132,11 +142,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.run") -> 
         names = " and ".join(", ".join([*TRAINERS, *ARGUMENTS]).rsplit(", ", 1))
         print(f"{prog}: in {script.name} the {names} of transformers split the step.", file=sys.stderr, flush=True)
     with swapped(cleanup, defaults, _fsam_arguments(script.arguments, prog)) as trainings:
-        try:
-            script.run(cleanup)
-        except SystemExit as ended:
-            if ended.code or {"-h", "--help"} & set(script.arguments):
-                raise
+        script.run(cleanup)
     if args.settings is not None:
         trainings.save_states()
     if not trainings.begun:

@@ -38,30 +38,35 @@ def with_split_step(trainer_class: type) -> type:
     return type(trainer_class.__name__, (FSAMMixin, trainer_class), names)
 
 
-def _trainer(base: type) -> type:
-    return type(base.__name__, (_Fronted, base), {"__module__": __name__, "__doc__": base.__doc__})
+class _Checked:
+    """Training arguments whose `fsam_*` fields are checked. FSAMArguments itself is no base of them: a script that puts
+    it before one of its own classes would have it twice, which Python refuses."""
+
+    def __post_init__(self) -> None:
+        check(self)  # type: ignore[arg-type]
+        super().__post_init__()  # type: ignore[misc]
 
 
-def _arguments(base: Any, defaults: FSAMArguments) -> type:
-    """`base` with the fields of FSAMArguments. That class itself is no base of it: a script that puts it before one of
-    its own classes would have it twice, which Python refuses."""
-
-    def check_all(self: Any) -> None:
-        check(self)
-        base.__post_init__(self)
-
-    ours = []
-    for each in dataclasses.fields(FSAMArguments):
-        value = dataclasses.field(default=getattr(defaults, each.name), metadata=dict(each.metadata))
-        ours.append((each.name, each.type, value))
-    names = {"__post_init__": check_all, "__module__": __name__, "__doc__": base.__doc__}
-    return dataclasses.make_dataclass(base.__name__, ours, bases=(base,), namespace=names)
+def _names_of(theirs: type) -> dict[str, Any]:
+    return {"__module__": __name__, "__doc__": theirs.__doc__}
 
 
 def _replacements(defaults: FSAMArguments) -> dict[str, type]:
-    return {name: _trainer(base) for name, base in TRAINERS.items()} | {
-        name: _arguments(base, defaults) for name, base in ARGUMENTS.items()
-    }
+    """Ours, under the names of transformers'. Those for sequences to sequences are subclasses of the others, here as
+    there."""
+    ours: dict[str, type] = {}
+    base: type = _Fronted
+    for name, theirs in TRAINERS.items():
+        base = ours[name] = type(name, (base, theirs), _names_of(theirs))
+    base = _Checked
+    fields = []
+    for each in dataclasses.fields(FSAMArguments):
+        value = dataclasses.field(default=getattr(defaults, each.name), metadata=dict(each.metadata))
+        fields.append((each.name, each.type, value))
+    for name, theirs in ARGUMENTS.items():  # without a __repr__ of ours, since theirs hides tokens
+        made = dataclasses.make_dataclass(name, fields, bases=(base, theirs), namespace=_names_of(theirs), repr=False)
+        base = ours[name] = made
+    return ours
 
 
 # training_args.bin names the class of the arguments, and is read where nothing is replaced.
@@ -73,7 +78,7 @@ class Trainings:
     """What was trained while classes were replaced.
 
     Attributes:
-        begun: how many trainings began.
+        begun: how many trainings took a step of FSAMMixin, or had none left to take.
         ended: arguments and state of the trainers whose training came to its end. The trainers themselves would keep
             their models in memory.
     """
@@ -110,8 +115,9 @@ def swapped(cleanup: Cleanup, defaults: FSAMArguments, given: Mapping[str, Any] 
                     f"--{name} {value} did not reach the training arguments: the script does not parse them. Give it "
                     f"before the script: hf-fsam run --{name} {value} SCRIPT."
                 )
-        trainings.begun += 1
         result = train(trainer, *args, **kwargs)
+        # One whose last step lies behind it takes none. One with a loop of its own takes none that is split.
+        trainings.begun += trainer.fsam.entered or bool(args or kwargs.get("resume_from_checkpoint"))
         trainings.ended.append((trainer.args, trainer.state))
         return result
 

@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -40,6 +41,7 @@ import yaml
 
 import hf_fsam
 from hf_fsam.arguments import FSAMArguments, plain_passes
+from hf_fsam.cleanup import Cleanup
 from hf_fsam.studies.masking import is_secret
 
 Settings = dict[str, Any]
@@ -70,15 +72,9 @@ class Recipe:
         if not self.unedited:
             return [*start, str(self.path), str(settings)]
         target = ["-m", self.module] if self.module else [str(self.path)]
-        # The path of this package's __main__.py, because launchers differ in how they are told of a module.
-        return [
-            *start,
-            str(Path(hf_fsam.__file__).with_name("__main__.py")),
-            "run",
-            "--settings",
-            str(settings),
-            *target,
-        ]
+        # Launchers differ in how they are told of a module, so they get a file.
+        main = [str(Path(hf_fsam.__file__).with_name("__main__.py"))] if launch else ["-m", "hf_fsam"]
+        return [*start, *main, "run", "--settings", str(settings), *target]
 
 
 @dataclass
@@ -293,7 +289,8 @@ def _recipe(path: Path, owner: str, keys: dict[str, Any]) -> Recipe | None:
     if module == str(script):
         return Recipe(_existing(path.parent / module, f"{owner}: script"), unedited=True)
     try:
-        found = find_spec(module)
+        with Cleanup().replaced(sys, "path", [os.getcwd(), *sys.path]):  # where the module is run
+            found = find_spec(module)
     except ModuleNotFoundError:
         found = None
     if found is None or not found.has_location:

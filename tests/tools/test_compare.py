@@ -245,6 +245,15 @@ def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
     assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
 
 
+def test_a_module_of_the_working_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "their_trainings").mkdir()
+    (folder / "their_trainings" / "train.py").touch()
+    study = study_of(folder, recipe=None, script="-m their_trainings.train", arms={"A": {}})
+    command = study.arms["A"].recipe.command(folder / "run.json", None)
+    assert command == [*COMPARE[:3], "run", "--settings", str(folder / "run.json"), "-m", "their_trainings.train"]
+
+
 def test_longer_multiplies_the_length_in_the_settings(folder: Path) -> None:
     arms = {"A": {"fsam_variant": "none"}, "A2": {"like": "A", "longer": 2}, "A3": {"like": "A2", "longer": 1.5}}
     study = study_of(folder, arms=arms, settings={"max_steps": 10, "warmup_steps": 1}, seeds=[0])
@@ -623,7 +632,7 @@ def test_every_study_of_the_repository_is_accepted_by_its_recipe(
             for arm in arms:
                 candidates = arm.candidates(chosen[arm.like] if arm.like else study.settings)
                 chosen[arm.name] = candidates[0]
-                script = arm.recipe
+                script = arm.recipe.path
                 for name in ("pretrain", "finetune"):
                     monkeypatch.delitem(sys.modules, name, raising=False)
                 spec = importlib.util.spec_from_file_location(f"studied_{script.stem}", script)

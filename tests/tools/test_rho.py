@@ -181,10 +181,19 @@ def test_a_script_that_does_not_train_is_refused(tmp_path: Path, capsys: pytest.
 def test_a_script_with_the_plain_trainer_is_measured_without_an_edit(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    plain = "trainer_class=transformers.Trainer, arguments_class=transformers.TrainingArguments"
-    path = script(tmp_path, f"save_strategy='steps', save_steps=1, {plain}")
-    path.write_text("import transformers" + path.read_text())
-    rho.main(["--after", "3", "--out", str(tmp_path / "rho.png"), str(path)])
-    printed = capsys.readouterr().out
-    assert "suggested: fsam_rho=" in printed or "no suggestion" in printed
+    """The table is that of the script with our trainer."""
+    printed = []
+    for classes in ("", "trainer_class=transformers.Trainer, arguments_class=transformers.TrainingArguments"):
+        path = script(tmp_path, f"save_strategy='steps', save_steps=1, {classes}")
+        path.write_text("import transformers" + path.read_text())
+        rho.main(["--after", "3", "--out", str(tmp_path / "rho.png"), str(path)])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert len(printed[0].splitlines()) > len(rho.RADII)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["rho.png", "train.py"]
+
+
+def test_a_script_that_exits_without_training_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)")
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        rho.main([str(tmp_path / "exits.py")])
