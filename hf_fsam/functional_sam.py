@@ -13,11 +13,11 @@ from hf_fsam import batches
 from hf_fsam.arguments import check
 from hf_fsam.boundary import Boundary, crosses_twice, weights_past_boundary
 from hf_fsam.cleanup import Cleanup
+from hf_fsam.counters import Counters
 from hf_fsam.engines import Engine
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.heads.find import IDENTITY, find_boundary
 from hf_fsam.heads.fused_head import FusedHead, find_fused_head
-from hf_fsam.heads.trl import Counters
 from hf_fsam.heads.unperturbed import CotangentCache
 from hf_fsam.logs import LoggedMeans
 from hf_fsam.passes import CleanPass
@@ -242,7 +242,7 @@ class FunctionalSAM:
 
     @contextmanager
     def unlogged(self) -> Iterator[None]:
-        """Inside, `compute_loss` leaves TRL's counters as they were."""
+        """Inside, `compute_loss` leaves the trainer's counters as they were."""
         with self.cleanup.after(Counters(self.trainer).restore):
             yield
 

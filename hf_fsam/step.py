@@ -12,11 +12,11 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from hf_fsam import batches
+from hf_fsam.counters import Counters
 from hf_fsam.engines import Ascent, gradients_set_aside, unwrapped
 from hf_fsam.forward_state import RandomState
 from hf_fsam.functional_sam import FunctionalSAM, MicroBatch, Window
 from hf_fsam.heads.deferred_logits import DeferringLabelSmoother, LogitsNeeded
-from hf_fsam.heads.trl import Counters
 from hf_fsam.heads.unperturbed import UnperturbedHead
 from hf_fsam.passes import CALLED_TWICE, NOT_BACK_PROPAGATED, CleanPass, SecondPass
 from hf_fsam.perturbation import Perturbation

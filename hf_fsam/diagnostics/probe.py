@@ -22,12 +22,12 @@ from transformers.utils import logging
 
 from hf_fsam import batches
 from hf_fsam.boundary import Boundary
+from hf_fsam.counters import Counters
 from hf_fsam.engines.local import gradients_set_aside
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.find import find_boundary
-from hf_fsam.heads.trl import Counters
 from hf_fsam.optimizer_state import precondition, second_moments
 from hf_fsam.passes import CleanPass, SecondPass
 from hf_fsam.perturbation import Perturbation, WeightSwap, norm, perturb
@@ -118,7 +118,7 @@ class Probe:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Every measurement belongs inside. At the end the gradients, the random stream, the model's mode, its running
-        statistics and TRL's counters are again what they were."""
+        statistics and the trainer's counters are again what they were."""
         before, training = RandomState.capture(self.device), self.model.training
         self.model.train()
         cleanup = self.fsam.cleanup

@@ -1,4 +1,4 @@
-"""All that is known of TRL: its fused heads, and what its trainers count.
+"""All that is known of TRL's fused heads.
 
 Read in TRL 1.16. The fused head goes from hidden states to log-probabilities and makes no logits, so the boundary lies
 inside of it: `trl.trainer.utils._ChunkedLogProbFunction.apply` returns the log-probability of each token's target, and
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer
 
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.heads.deferred_logits import gradient_edge
@@ -243,46 +242,6 @@ def _log_probabilities(z: Tensor, scale: float, cap: float | None, temperature: 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) of each token, (n,), of log-probabilities (n, v)."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-class Counters:
-    """What TRL's trainers count and collect of a batch in `compute_loss`, as it stands when this is made: the trainer's
-    numbers, and lists in dictionaries, which only grow there (TRL 1.16)."""
-
-    _COLLECTIONS = ("_metrics", "_stored_metrics")
-    _NUMBERS = (int, float, Tensor, type(None))
-
-    def __init__(self, trainer: Trainer) -> None:
-        of_trl = any(base.__module__.partition(".")[0] == "trl" for base in type(trainer).__mro__)
-        self._attributes = trainer.__dict__
-        self._stood = {
-            name: _mark(value)
-            for name, value in self._attributes.items()
-            if of_trl and (name in self._COLLECTIONS or isinstance(value, self._NUMBERS))
-        }
-
-    def restore(self) -> None:
-        self._attributes.update({name: _back_to(mark) for name, mark in self._stood.items()})
-
-
-def _mark(counted: Any) -> tuple[Any, Any]:
-    """What it is, and how it stands. Lists are long: their length is enough."""
-    if isinstance(counted, dict):
-        return counted, {key: _mark(value) for key, value in counted.items()}
-    if isinstance(counted, list):
-        return counted, len(counted)
-    return counted.clone() if isinstance(counted, Tensor) else counted, None
-
-
-def _back_to(mark: tuple[Any, Any]) -> Any:
-    counted, stood = mark
-    if isinstance(counted, dict):
-        for key in counted.keys() - stood.keys():
-            del counted[key]
-        counted.update({key: _back_to(value) for key, value in stood.items()})
-    elif isinstance(counted, list):
-        del counted[stood:]
-    return counted
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_fsam import FSAMArguments, FSAMMixin
+from hf_fsam.counters import Counters
 from tests import reference, zoo
 from tests.parity.test_parity import assert_same_weights
 from tests.reference import IGNORED, Batch, Problem, Window
@@ -395,6 +396,44 @@ def test_a_batch_is_counted_once_and_measured_at_the_clean_weights(name: str, tm
         entries = log(trainer_class, config_class, **SETTINGS[setting])
         assert [entry.get("num_tokens") for entry in entries] == [entry.get("num_tokens") for entry in plain]
         assert {key: entries[0][key] for key in first} == pytest.approx(first, rel=1e-5), setting
+
+
+class _Tempered(FSAMSFTTrainer):
+    """A loss with a weight and a memory of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.temperature, self.queue, self.told = nn.Parameter(torch.ones(())), torch.zeros(2), False
+        self.optimizer.add_param_group({"params": [self.temperature]})
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.queue[0] += 1
+        self.told |= self.fsam_pass == "second"
+        return super().compute_loss(*args, **kwargs) * self.temperature
+
+
+def test_what_is_no_count_of_trls_is_left_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, _Tempered, FSAMSFTConfig, llama(), conversations(), fsam_precondition=False)
+    temperature, queue = trainer.temperature, trainer.queue
+    trainer.train()
+    assert trainer.temperature is temperature
+    assert temperature.item() < 0.99  # trained
+    assert trainer.queue is queue
+    assert queue[0] == 2 * STEPS * ACCUMULATION
+    assert trainer.told
+
+
+def test_counters_are_those_of_the_library(tmp_path: Path) -> None:
+    """GRPO collects the entropies of a window of micro-batches, and has None before."""
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations())
+    trainer._entropy_window_stats, trainer.tokens, trainer.seen = None, 3, torch.tensor(3)
+    counters = Counters(trainer)
+    trainer._entropy_window_stats = torch.ones(2)
+    trainer.tokens += 1
+    trainer.seen += 1
+    counters.restore()
+    assert trainer._entropy_window_stats is None
+    assert trainer.tokens == trainer.seen == 3
 
 
 def test_a_trl_whose_fused_head_has_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
