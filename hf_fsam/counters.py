@@ -1,6 +1,6 @@
 """What the trainers of other libraries count and collect of a batch in `compute_loss`, where a split step is twice.
 
-Read in TRL 1.16.
+Read in TRL 1.16 and sentence-transformers 6.2.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import Trainer
 # By the library whose trainers have them. All else in TRL's that is a number is a count, too.
 _NAMED = {
     "trl": ("_metrics", "_stored_metrics", "_entropy_window_stats"),
+    "sentence_transformers": ("accum_loss_components",),
 }
 
 

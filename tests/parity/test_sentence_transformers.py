@@ -115,6 +115,7 @@ def trained(
     setting: Setting,
     kind: tuple[type, type] = (_Trainer, _Arguments),
     callbacks: Sequence[transformers.TrainerCallback] = (),
+    **arguments: Any,
 ) -> Any:
     trainer_class, arguments_class = kind
     fsam = {
@@ -140,10 +141,11 @@ def trained(
             disable_tqdm=True,
             use_cpu=True,
             **fsam,
+            **arguments,
         ),
         train_dataset=data,
         loss=loss,
-        optimizers=(sgd(loss, 0.05), None),
+        optimizers=(sgd(loss, arguments.get("learning_rate", 0.05)), None),
         callbacks=list(callbacks),
     )
     trainer.train()
@@ -396,3 +398,28 @@ def test_a_sparse_encoder_agrees_with_the_formulas(tmp_path: Path, folder: Calla
     kind = (_SparseTrainer, _SparseArguments)
     trained(tmp_path, model, splade, data, FUNCTIONAL, kind, callbacks=[_ConstantWeights(splade)])
     assert_agrees(model, start, wanted)
+
+
+def test_the_terms_of_a_loss_are_logged_as_they_are_at_the_clean_weights(
+    tmp_path: Path, folder: Callable[[str], str]
+) -> None:
+    """They add up to the loss. Measuring leaves them alone, too."""
+
+    def logged(variant: str, **arguments: Any) -> list[dict[str, float]]:
+        bert = Transformer(folder("BertForMaskedLM"), transformer_task="fill-mask")
+        model = SparseEncoder(modules=[bert, SpladePooling()], device="cpu").double()
+        inner = SparseMultipleNegativesRankingLoss(model)
+        splade = SpladeLoss(model, inner, document_regularizer_weight=0.2, query_regularizer_weight=0.1)
+        setting = Setting(variant, rho=1.0)
+        kind, callbacks = (_SparseTrainer, _SparseArguments), [_ConstantWeights(splade)]
+        arguments |= {"logging_steps": 1, "max_steps": 2, "learning_rate": 0.0}
+        trainer = trained(tmp_path, model, splade, rows(*PAIR), setting, kind, callbacks, **arguments)
+        terms = ("loss", "base_loss", "document_regularizer_loss", "query_regularizer_loss")
+        return [{name: entry[name] for name in terms} for entry in trainer.state.log_history if "base_loss" in entry]
+
+    plain = logged("none")
+    assert len(plain) == 2
+    assert logged("none", fsam_diagnostics_steps=1) == plain
+    for variant in ("sam", "functional", "logit"):
+        for split, entry in zip(logged(variant), plain, strict=True):
+            assert split == pytest.approx(entry, abs=2e-4), variant  # it logs four digits
