@@ -37,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 IGNORED = -100  # the label of a position that does not count
 
+_WITHOUT = "set fsam_diagnostics_steps=0, leave out FSAMDiagnosticsCallback, and choose fsam_rho by hf-fsam compare"
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -79,15 +81,15 @@ class Probe:
     def __init__(self, fsam: FunctionalSAM, count: int) -> None:
         if not fsam.engine.gradients_whole:
             raise ValueError(
-                f"{type(fsam.engine).__name__} shards weights or gradients, but the diagnostics measure in "
-                "one process or under DDP only. Set fsam_diagnostics_steps=0 here, and measure in one process or under "
-                "DDP, with a smaller model if this one does not fit."
+                f"{type(fsam.engine).__name__} shards weights or gradients, but the diagnostics and hf-fsam rho "
+                "measure in one process or under DDP only: measure there, with a smaller model if this one does not "
+                f"fit. Here {_WITHOUT}."
             )
         counts = counts_what_it_prepares(type(fsam.trainer))
         if counts:
             raise ValueError(
-                f"the diagnostics prepare a batch by themselves, but what _prepare_inputs of {counts} makes may go by "
-                "how often its training_step was called: set fsam_diagnostics_steps=0."
+                f"the diagnostics and hf-fsam rho prepare a batch by themselves, but what _prepare_inputs of {counts} "
+                f"makes may go by how often its training_step was called: {_WITHOUT}."
             )
         self.fsam, self.trainer = fsam, fsam.trainer
         self.model: Any = fsam.trainer.model

@@ -687,9 +687,14 @@ def plain_with_callback(folder: Path) -> None:
 
 DIAGNOSTICS = [
     Row(
-        "the diagnostics prepare a batch by themselves",
+        "the diagnostics and hf-fsam rho prepare a batch by themselves",
         trains(trainer_class=_FSAMCounts, fsam_diagnostics_steps=1),
         trains(trainer_class=_FSAMCounts, fsam_diagnostics_steps=0),
+    ),
+    Row(
+        "and choose fsam_rho by hf-fsam compare",
+        with_callback(1, trainer_class=_FSAMCounts),
+        trains(trainer_class=_FSAMCounts),
     ),
     Row("is not a count: give 1 or more", with_callback(0), with_callback(1)),
     Row("give it to an FSAMTrainer", plain_with_callback, with_callback(1)),
