@@ -147,13 +147,6 @@ def _liger(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
             "leave it out: Liger's layers are used all the same, and with fsam_fused_head a language model makes no "
             "logits either",
         )
-    fuses = args.use_liger_kernel and liger.fuses_the_loss(args.liger_kernel_config)
-    if fuses and not splits and args.fsam_diagnostics_steps:
-        yield (
-            f"use_liger_kernel=True with fsam_diagnostics_steps={args.fsam_diagnostics_steps} and fsam_variant="
-            f"{args.fsam_variant!r}, whose loss is Liger's, made without the logits that the diagnostics measure at",
-            "set liger_kernel_config={'fused_linear_cross_entropy': False}, or fsam_diagnostics_steps=0",
-        )
     if splits and liger.makes_the_loss(model):
         yield (
             f"a model whose forward pass is Liger's, which makes the loss without the logits, with fsam_variant="

@@ -28,6 +28,7 @@ from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.find import find_boundary
+from hf_fsam.heads.liger import makes_the_loss
 from hf_fsam.optimizer_state import precondition, second_moments
 from hf_fsam.passes import CleanPass, SecondPass
 from hf_fsam.perturbation import Perturbation, WeightSwap, norm, perturb
@@ -75,7 +76,7 @@ class Probe:
 
     Raises:
         ValueError: parameters or gradients are sharded over processes; the message names the engine. Or the trainer
-            counts what it prepares.
+            counts what it prepares, or Liger makes the model's loss.
     """
 
     def __init__(self, fsam: FunctionalSAM, count: int) -> None:
@@ -90,6 +91,12 @@ class Probe:
             raise ValueError(
                 f"the diagnostics and hf-fsam rho prepare a batch by themselves, but what _prepare_inputs of {counts} "
                 f"makes may go by how often its training_step was called: {_WITHOUT}."
+            )
+        if makes_the_loss(fsam.trainer.model):
+            raise ValueError(
+                f"the loss of this {type(fsam.trainer.model).__name__} is Liger's, made without the logits that the "
+                "diagnostics and hf-fsam rho measure at: set liger_kernel_config={'fused_linear_cross_entropy': "
+                f"False}}, or load the model without it. Or {_WITHOUT}."
             )
         self.fsam, self.trainer = fsam, fsam.trainer
         self.model: Any = fsam.trainer.model

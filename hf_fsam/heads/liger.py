@@ -18,18 +18,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_FUSED = "fused_linear_cross_entropy"
-_LOSSES = (_FUSED, "cross_entropy")
+_LOSSES = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 def losses_in(config: Mapping[str, bool] | None) -> list[str]:
     """The losses that a `liger_kernel_config` asks for by name."""
     return [name for name in _LOSSES if (config or {}).get(name)]
-
-
-def fuses_the_loss(config: Mapping[str, bool] | None) -> bool:
-    """Whether Liger makes the loss without logits, of nearly all models, as it does by default."""
-    return (config or {}).get(_FUSED, True)
 
 
 def makes_the_loss(model: nn.Module) -> bool:

@@ -888,7 +888,7 @@ ELSEWHERE = {
     "needs the model's own loss": "test_a_loss_of_ligers_that_is_asked_for_is_refused",
     "which needs the model's own: with": "test_a_split_step_leaves_out_ligers_losses_alone",
     "a model whose forward pass is Liger's": "test_a_model_whose_forward_is_ligers_is_refused",
-    "whose loss is Liger's": "test_diagnostics_of_ligers_loss_are_refused",
+    "is Liger's, made without the logits": "test_diagnostics_of_ligers_loss_are_refused",
     "the fused head of this TRL, which": "test_a_trl_whose_fused_head_has_another_name_is_refused",
     "puts a hook on the logits' gradient": "a part of 'which takes logits in memory', which has a row",
     "keeps the logits' gradient": "as the row before",

@@ -13,6 +13,7 @@ import pytest
 from transformers import TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
+from hf_fsam import FSAMDiagnosticsCallback
 from tests.promises.test_messages import tell_anew
 from tests.toys import adapted, gpt2, llama, make_trainer, same_bits, sentences, weights_of
 
@@ -132,10 +133,14 @@ def test_a_variant_that_begins_to_split_in_the_middle_is_refused(tmp_path: Path,
 
 @pytest.mark.parametrize("variant", ["none", pytest.param("sam", marks=pytest.mark.slow)])
 def test_diagnostics_of_ligers_loss_are_refused(variant: str, tmp_path: Path, told: Any) -> None:
-    settings: dict[str, Any] = {"fsam_variant": variant, "fsam_diagnostics_steps": 1, "use_liger_kernel": True}
-    with pytest.raises(ValueError, match=r"use_liger_kernel=True with fsam_diagnostics_steps=1"):
-        make_trainer(tmp_path, max_steps=1, **settings).train()
-    trainer = make_trainer(tmp_path, max_steps=1, liger_kernel_config={"fused_linear_cross_entropy": False}, **settings)
+    settings: dict[str, Any] = {"fsam_variant": variant, "use_liger_kernel": True, "max_steps": 1}
+    for by in ({"fsam_diagnostics_steps": 1}, {"trainer": {"callbacks": [FSAMDiagnosticsCallback(every=1)]}}):
+        trainer = make_trainer(tmp_path, **settings, **by)
+        with pytest.raises(ValueError, match=r"the loss of this LlamaForCausalLM is Liger's"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    config = {"fused_linear_cross_entropy": False}
+    trainer = make_trainer(tmp_path, liger_kernel_config=config, fsam_diagnostics_steps=1, **settings)
     trainer.train()
     assert any("fsam/logit_path" in entry for entry in trainer.state.log_history)
 
