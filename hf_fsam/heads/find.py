@@ -61,7 +61,7 @@ def find_boundary(model: nn.Module, names: str | None) -> dict[str, nn.Module]:
         known = dict(base.named_modules()) | dict(model.named_modules())
         wanted = [name.strip() for name in names.split(",")]
         for name in wanted:
-            if name not in known:
+            if not name or name not in known:  # the model itself is called ''
                 raise ValueError(
                     f"fsam_boundary={name!r} is no module of {type(base).__name__}: choose one that makes the logits, "
                     f"or leave it out to have the head found. Candidates: {_candidates(model)}. {IDENTITY}."

@@ -119,6 +119,7 @@ ARGUMENTS = [
     Row("none', which need none", own(_Headless), own(_Headless, fsam_variant="sam")),
     Row("Where several modules make together what", own(_Identity), with_identity),
     Row("is no module of", trains(fsam_boundary="head"), trains(fsam_boundary="lm_head")),
+    Row("fsam_boundary='' is no module of", trains(fsam_boundary="lm_head,"), trains(fsam_boundary="lm_head")),
     Row("nothing crossed the boundary", own(_Unused), own(_Unused, fsam_boundary="top")),
     Row(
         "but the boundary must return",
