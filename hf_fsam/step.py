@@ -24,6 +24,11 @@ from hf_fsam.seam import Seam
 
 logger = logging.get_logger(__name__)
 
+BACK_PROPAGATES = (
+    "compute_loss back-propagates by itself, with accelerator.backward, so the gradient could not be split. Let it "
+    "return the loss, which training_step back-propagates, or set fsam_variant='none'."
+)
+
 GENERATES = (
     "compute_loss generates text in the second pass, with the weights at θ+ε, and another text than in the first. "
     "Generate it in _prepare_inputs; or where fsam_pass is not 'second', and keep it for the second pass; or set "
@@ -82,10 +87,13 @@ class SplitStep:
         return once
 
     def _of_this_loss(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """Accelerate's `backward`, for the loss of `compute_loss` alone. DeepSpeed would take its step inside of it."""
+        """Accelerate's `backward`, for after `compute_loss`: DeepSpeed would take its step inside of it. A loss of its
+        own that the parent's step back-propagates then is differentiated at θ+ε, as a term of `sam` is."""
 
         @functools.wraps(backward)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            if self.fsam.current_pass == "clean":
+                raise RuntimeError(f"{type(self.trainer).__name__}: {BACK_PROPAGATES}")
             if self.second is None:
                 raise RuntimeError(self._not_back_propagated())
             return backward(*args, **kwargs)

@@ -538,6 +538,22 @@ class _FSAMOwn(FSAMMixin, _Own):
     pass
 
 
+class _BackPropagates(FSAMTrainer):
+    """In its loss. What it returns is back-propagated by the Trainer."""
+
+    by_itself = True
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().compute_loss(*args, **kwargs)
+        if self.by_itself:
+            self.accelerator.backward(loss.square(), retain_graph=True)
+        return loss
+
+
+class _ReturnsTheLoss(_BackPropagates):
+    by_itself = False
+
+
 class _Swaps(FSAMTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         return super().training_step(model, dict(inputs), *args)
@@ -626,6 +642,8 @@ STEP = [
     Row("does not call FSAMMixin's", takes(_Above), takes(_Below)),
     Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),
     Row("did not back-propagate the loss", takes(_FSAMOwn), takes(_Below)),
+    Row("_BackPropagates: compute_loss back-propagates by itself", takes(_BackPropagates), takes(_ReturnsTheLoss)),
+    Row("which training_step back-propagates, or", takes(_BackPropagates), takes(_BackPropagates, fsam_variant="none")),
     Row("that cannot be copied", with_lock(True), with_lock(False)),
     Row("which takes logits in memory", changes_the_logits(False), changes_the_logits(False, fsam_fused_head=False)),
     Row("depends on the logits' values", reads_in_the_second_pass(True), reads_in_the_second_pass(False)),
