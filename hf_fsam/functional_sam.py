@@ -166,12 +166,18 @@ class FunctionalSAM:
             weight for group in trainer.optimizer.param_groups for weight in group["params"] if weight not in inside
         ]
 
-    def ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def ascent_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """
         Raises:
             TypeError: they are none.
+            ValueError: the batch was changed for them.
         """
-        chosen = self.trainer.fsam_ascent_inputs(inputs)
+        chosen = self.trainer.fsam_ascent_inputs(batch.inputs)
+        if (changed := batch.change(batch.inputs)) is not None:
+            raise ValueError(
+                f"fsam_ascent_inputs of {type(self.trainer).__name__} changed {changed} of `inputs`, which the second "
+                "pass has yet to take: leave them as they are, and return a mapping of its own."
+            )
         if not isinstance(chosen, Mapping) or not chosen:
             raise TypeError(
                 f"fsam_ascent_inputs of {type(self.trainer).__name__} returned {type(chosen).__name__} of no inputs: "

@@ -254,7 +254,7 @@ class SplitStep:
                 batch.random = RandomState.capture(args.device)
                 backward = None if momentum is not None else ascent.backward
                 if backward is not None:
-                    ascended = fsam.ascent_inputs(batch.inputs)
+                    ascended = fsam.ascent_inputs(batch)
                     if ascended is not batch.inputs:
                         with fsam.uncounted(model), fsam.unlogged():
                             self._run(CleanPass(unperturbed, records=False), call, ascent.model, ascended, backward)

@@ -631,6 +631,23 @@ def own_log_softmax(outputs: Any, labels: Tensor, num_items_in_batch: Any = None
     return -(outputs.logits * outputs.logits).softmax(-1).log().mean()
 
 
+class _WritesAscentInputs(FSAMTrainer):
+    def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs["labels"][:, :2] = -100
+        return inputs
+
+
+class _RebindsAscentInputs(FSAMTrainer):
+    def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs["labels"] = inputs["labels"].flip(0)
+        return inputs
+
+
+class _ReturnsAscentInputs(FSAMTrainer):
+    def fsam_ascent_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs | {"labels": inputs["labels"].flip(0)}
+
+
 class _PerturbsNothing(FSAMTrainer):
     def fsam_perturbs(self, name: str, weight: Tensor) -> bool:
         return False
@@ -651,6 +668,14 @@ STEP = [
         "compute_loss was given another",
         takes(_Swaps, fsam_ascent_scope="optimizer_step"),
         takes(_Swaps, fsam_ascent_scope="micro_batch"),
+    ),
+    *(
+        Row(
+            "which the second pass has yet to take: leave",
+            takes(trainer_class, fsam_ascent_scope=scope),
+            takes(_ReturnsAscentInputs, fsam_ascent_scope=scope),
+        )
+        for trainer_class, scope in ((_WritesAscentInputs, "micro_batch"), (_RebindsAscentInputs, "optimizer_step"))
     ),
     Row("train_dataset is empty", trains(trainer={"train_dataset": []}), trains()),
     Row("recorded cotangents met no tensor", fickle(2, 1), fickle(1, 1)),
