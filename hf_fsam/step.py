@@ -100,17 +100,15 @@ class SplitStep:
 
         return checked
 
-    def _at_theta_alone(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """A model's `generate`, for after the second pass."""
+    def return_to_theta(self) -> None:
+        """The weights are the clean ones for the rest of the step.
 
-        @functools.wraps(generate)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if self.second is None or not self.second.backward_ended:
-                raise RuntimeError(f"{type(self.trainer).__name__}: {GENERATES}")
-            self._contexts.close()
-            return generate(*args, **kwargs)
-
-        return checked
+        Raises:
+            RuntimeError: the second pass is not over.
+        """
+        if self.second is None or not self.second.backward_ended:
+            raise RuntimeError(f"{type(self.trainer).__name__}: {GENERATES}")
+        self._contexts.close()
 
     def _not_back_propagated(self) -> str:
         classes = type(self.trainer).__mro__
@@ -177,7 +175,7 @@ class SplitStep:
                 for module in self.trainer.model.modules():
                     if hasattr(type(module), "generate"):
                         generate: Any = module.generate
-                        refusing = self._at_theta_alone(generate)
+                        refusing = _AtThetaAlone(self, generate)
                         replaced.enter_context(self.fsam.cleanup.replaced(module, "generate", refusing))
                 # A caller's autocast region would give this pass the casts of the weights that it made at θ.
                 torch.clear_autocast_cache()
@@ -342,6 +340,22 @@ class SplitStep:
             means.add_change("sharpness", (moved.loss - clean.loss) * share, skipped)
         elif second.linear_loss_change is not None:
             means.add_change("functional_sharpness", second.linear_loss_change / clean.scale * share, skipped)
+
+
+class _AtThetaAlone:
+    """A model's `generate`, for after the second pass. A copy of the model, or a pickled one, has the model's own."""
+
+    def __init__(self, step: SplitStep, generate: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, generate)
+        self._step, self._generate = step, generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._step.return_to_theta()
+        return self._generate(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        # Of `_generate`, which is bound to the copy then; and loads where this package is not installed.
+        return getattr, (nullcontext(self._generate), "enter_result")
 
 
 def _loss_divisor(trainer: Seam, num_items: Tensor | int | None) -> int:

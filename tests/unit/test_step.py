@@ -1,5 +1,6 @@
 """The split step inside a training: what it computes, what it leaves as it was, and what it refuses."""
 
+import copy
 import json
 import signal
 import threading
@@ -15,7 +16,7 @@ from hf_fsam import FSAMMixin, FSAMTrainer
 from hf_fsam.perturbation import WeightSwap
 from hf_fsam.step import SplitStep
 from tests import reference
-from tests.toys import distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
+from tests.toys import DEVICE, LENGTH, distance, gpt2, llama, make_trainer, same_bits, sentences, train, weights_of
 
 ACTIVE = ["sam", "functional", "logit"]
 SCOPES = ["micro_batch", "optimizer_step", "rank"]
@@ -721,6 +722,24 @@ def test_a_loss_that_generates_at_the_moved_weights_is_refused_before_an_update(
             trainer.train()
         assert same_bits(weights_of(trainer.model), weights_of(llama()))
         assert "generate" not in vars(trainer.model)
+
+
+def test_a_model_that_is_copied_or_saved_in_the_second_pass_generates_by_itself(tmp_path: Path) -> None:
+    class Copies(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.fsam_pass == "second":
+                torch.save(self.model, tmp_path / "model.pt")
+                loaded = torch.load(tmp_path / "model.pt", map_location=DEVICE, weights_only=False)
+                copies.extend([copy.deepcopy(self.model), loaded])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    copies: list[nn.Module] = []
+    trainer = make_trainer(tmp_path, trainer_class=Copies, fsam_rho=0.3, max_steps=1)
+    trainer.train()
+    for model in copies:
+        assert model.generate.__self__ is model
+        assert model.generate.__func__ is type(trainer.model).generate
+        assert model.generate(sentences(1)[0]["input_ids"][None].to(DEVICE), max_new_tokens=1).shape == (1, LENGTH + 1)
 
 
 class _Augments(Trainer):
