@@ -129,6 +129,7 @@ class SplitStep:
             if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation in the parent's step
                 if self.second is not None:
                     self._contexts.close()  # at θ
+                    self.fsam.current_pass = None
                 return call(model, inputs)
             try:
                 return self._compute_loss(call, model, inputs)

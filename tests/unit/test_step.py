@@ -925,14 +925,20 @@ class _Evaluates(Trainer):
             self.losses.append(self.evaluate(sentences(4))["eval_loss"])
         return loss
 
+    def prediction_step(self, *args, **kwargs):
+        outputs = super().prediction_step(*args, **kwargs)
+        self.passes.append(self.fsam_pass)
+        return outputs
+
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("variant", ACTIVE)
 def test_an_evaluation_inside_training_step_sees_the_clean_weights(tmp_path: Path, variant: str, when: str) -> None:
     def losses(variant: str) -> list[float]:
-        over = type("Over", (FSAMMixin, _Evaluates), {"when": when, "losses": []})
+        over = type("Over", (FSAMMixin, _Evaluates), {"when": when, "losses": [], "passes": []})
         settings = {"fsam_variant": variant, "fsam_rho": 1.0, "learning_rate": 0.0, "max_steps": 2}
         make_trainer(tmp_path, trainer_class=over, **settings).train()
+        assert set(over.passes) == {None}
         return over.losses
 
     assert losses(variant) == losses("none")
