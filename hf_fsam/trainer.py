@@ -132,7 +132,7 @@ class FSAMMixin(Seam):
                 callback.fsam = self.fsam
         liger = self.args.use_liger_kernel and self.fsam.active and self.fsam.splits
         try:
-            with losses_left_out(self.args) if liger else nullcontext():
+            with losses_left_out(self) if liger else nullcontext():
                 return super().train(*args, **kwargs)
         finally:
             self.fsam.training, self.fsam.probes = False, []

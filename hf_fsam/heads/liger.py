@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -34,11 +34,24 @@ def makes_the_loss(model: nn.Module) -> bool:
     )
 
 
+class _PutsBack(TrainerCallback):
+    """The Trainer has told Liger by the time that the training begins, and its checkpoints keep the user's settings."""
+
+    def __init__(self, config: dict[str, bool] | None) -> None:
+        self.config = config
+
+    def on_train_begin(self, args: Any, *rest: Any, **kwargs: Any) -> None:
+        args.liger_kernel_config = self.config
+
+
 @contextmanager
-def losses_left_out(args: Any) -> Iterator[None]:
-    """Inside, `args.liger_kernel_config` has none of Liger's losses. The Trainer has no other way to be told."""
-    given = args.liger_kernel_config
-    args.liger_kernel_config = {**(given or {}), **dict.fromkeys(_LOSSES, False)}
+def losses_left_out(trainer: Trainer) -> Iterator[None]:
+    """Inside, and until the training begins, `liger_kernel_config` has none of Liger's losses. The Trainer has no other
+    way to be told."""
+    args: Any = trainer.args
+    puts_back = _PutsBack(args.liger_kernel_config)
+    args.liger_kernel_config = {**(args.liger_kernel_config or {}), **dict.fromkeys(_LOSSES, False)}
+    trainer.add_callback(puts_back)
     logger.warning_once(
         f"use_liger_kernel=True: Liger's layers are used. Its loss is left out for fsam_variant={args.fsam_variant!r}, "
         "which needs the model's own: with fsam_fused_head a language model makes no logits, either."
@@ -46,4 +59,5 @@ def losses_left_out(args: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        args.liger_kernel_config = given
+        trainer.remove_callback(puts_back)
+        puts_back.on_train_begin(args)  # where it never began

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
@@ -94,6 +95,25 @@ def test_what_needs_no_boundary_leaves_liger_alone(
     settings: dict[str, Any] = {"fsam_variant": variant, "liger_kernel_config": config}
     make_trainer(tmp_path, use_liger_kernel=True, max_steps=1, **settings).train()
     assert told == [config or {}]
+
+
+@pytest.mark.parametrize("config", [None, {"rope": False}])
+def test_a_checkpoint_has_the_users_own_settings(config: dict[str, bool] | None, tmp_path: Path, told: Any) -> None:
+    saves: dict[str, Any] = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, use_liger_kernel=True, liger_kernel_config=config, **saves)
+    callbacks = list(trainer.callback_handler.callbacks)
+    trainer.train()
+    assert told == [{**(config or {}), **LEFT_OUT}]
+    args = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert args.liger_kernel_config == config
+    assert trainer.callback_handler.callbacks == callbacks
+
+
+def test_settings_are_the_users_own_where_the_training_does_not_begin(tmp_path: Path, told: Any) -> None:
+    trainer = make_trainer(tmp_path, use_liger_kernel=True)
+    with pytest.raises(ValueError, match="checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    assert trainer.args.liger_kernel_config is None
 
 
 def test_the_model_under_adapters_is_told_too(tmp_path: Path, told: Any) -> None:
