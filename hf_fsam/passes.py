@@ -209,7 +209,8 @@ class CleanPass(Pass):
         whose backward pass is a hook on it (GradCache), stays itself."""
         if not self.stops_at_boundary:
             return tensor
-        self._leaves.append(tensor if tensor.is_leaf else tensor.detach().requires_grad_())
+        itself = tensor.is_leaf and tensor.requires_grad
+        self._leaves.append(tensor if itself else tensor.detach().requires_grad_())
         return self._leaves[-1]
 
     def record(self, crossing: Crossing, cotangent: Tensor | None) -> None:

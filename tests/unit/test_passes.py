@@ -192,3 +192,10 @@ def test_outside_of_a_pass_the_hook_leaves_the_output_alone(head: nn.Linear, bou
     assert z._backward_hooks is None
     boundary.detach()
     assert not head._forward_hooks
+
+
+def test_a_loss_of_no_weight_has_a_backward_pass_that_stops_at_it() -> None:
+    clean = CleanPass(stops_at_boundary=True)
+    clean.differentiate(clean.take_loss(torch.tensor(2.0)))
+    assert clean.was_differentiated
+    assert clean.loss == 2.0
