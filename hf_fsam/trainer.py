@@ -43,12 +43,16 @@ class FSAMMixin(Seam):
     Raises:
         ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
             needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
-            is not on the way from the weights to the loss; where the parent's step changes a batch that has had its
-            ascent (`fsam_ascent_scope="optimizer_step"`).
-        TypeError: at the first step, for a boundary that does not return a tensor, or a batch that holds what cannot be
-            copied; for a class that has a Trainer before the mixin.
-        RuntimeError: where the parent's step calls `compute_loss` never, or twice, or where its second pass does not
-            compute the function of the first; at the second step, where a subclass's step does not call this one.
+            is not on the way from the weights to the loss, or one of whose tensors is computed from another;
+            where `fsam_ascent_inputs`, or with `fsam_ascent_scope="optimizer_step"` the parent's step, changes a batch
+            that has yet to take its second pass.
+        TypeError: at the first step, for a boundary that returns the loss, or what is neither a tensor nor a mapping, a
+            list or a tuple; for a batch that holds what cannot be copied; for a class that has a Trainer before the
+            mixin.
+        RuntimeError: where the parent's step calls `compute_loss` never, or twice, or does not back-propagate what that
+            returns; where `compute_loss` back-propagates by itself, or generates text in the second pass; where that
+            pass does not compute the function of the first; at the second step, where a subclass's step does not call
+            this one.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
