@@ -11,7 +11,6 @@ along ε, how large the two paths of SAM's gradient are, and how much of ρ is l
 format. That ends the script. Nothing is evaluated or saved.
 """
 
-import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,11 +20,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_fsam.arguments import FSAMArguments
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.diagnostics.probe import Paths, Probe, ratio
 from hf_fsam.optimizer_state import check_keeps_second_moment
-from hf_fsam.run import add_script, script_of
+from hf_fsam.run import parse, script_parser
 from hf_fsam.swap import swapped
 from hf_fsam.trainer import FSAMMixin
 
@@ -158,19 +156,16 @@ class _Finder(TrainerCallback):
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser(prog, __doc__)
     parser.add_argument("--after", type=int, default=100, help="plain optimizer steps before the measurement")
     parser.add_argument("--batches", type=int, default=2, help="batches to measure on")
     parser.add_argument("--out", type=Path, default=Path("rho.png"), help="file of the plot")
-    add_script(parser)
-    args = parser.parse_args(argv)
+    call, cleanup = parse(parser, argv), Cleanup()
+    script, args = call.script, call.options
     for name in ("after", "batches"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give 1 or more.")
-    script, cleanup = script_of(parser, args), Cleanup()
-    with swapped(cleanup, FSAMArguments()):
+    with swapped(cleanup, call.defaults, call.given):
         train = FSAMMixin.train
 
         def find(trainer: Any, *rest: Any, **options: Any) -> Any:

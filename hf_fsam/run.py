@@ -62,8 +62,27 @@ class Script:
                 raise
 
 
-def add_script(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which script to run."""
+@dataclass
+class Call:
+    """What the command was given.
+
+    Attributes:
+        defaults: `fsam_*` arguments before the script, which are the defaults of its training arguments.
+        given: those behind it, which it has to read by itself.
+        options: all others before the script.
+    """
+
+    script: Script
+    defaults: FSAMArguments
+    given: dict[str, Any]
+    options: argparse.Namespace
+
+
+def script_parser(prog: str, description: str | None) -> HfArgumentParser:
+    """A parser of `PROG [--fsam_* ...] SCRIPT ARGS ...`."""
+    parser = _fsam_parser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as for python -m")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher of DeepSpeed puts it first
     parser.add_argument(
@@ -74,10 +93,15 @@ def add_script(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("script", help="a training script that uses transformers' Trainer or a subclass of it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the arguments of the script")
+    return parser
 
 
-def script_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Script:
-    """The script that the parsed `args` name. A file that is missing or unreadable is an error of the `parser`."""
+def parse(parser: HfArgumentParser, argv: list[str] | None) -> Call:
+    """What a :func:`script_parser` finds in `argv`. What it can't take ends the command, with status 2."""
+    try:
+        defaults, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
     if not args.module and not Path(args.script).exists():
         parser.error(f"{args.script} does not exist: give the path of a training script, or -m and a module's name.")
     arguments = list(args.arguments)
@@ -89,7 +113,15 @@ def script_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Scri
         arguments = [*_flags(settings), *arguments]
     if args.local_rank is not None:
         arguments.insert(0, f"--local_rank={args.local_rank}")
-    return Script(args.script, arguments, args.module)
+    theirs = _fsam_parser(prog=parser.prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    theirs.set_defaults(**{each.name: None for each in fields(FSAMArguments)})
+    found, _ = theirs.parse_known_args(arguments)
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    return Call(Script(args.script, arguments, args.module), defaults, given, args)
+
+
+def _fsam_parser(**options: Any) -> HfArgumentParser:
+    return HfArgumentParser(FSAMArguments, **options)  # type: ignore[arg-type]
 
 
 def _flags(settings: dict[str, Any]) -> Iterator[str]:
@@ -110,45 +142,20 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _fsam_arguments(arguments: list[str], prog: str) -> dict[str, Any]:
-    """The `fsam_*` arguments among the script's. What can't be a value of one of them ends the command."""
-    parser = HfArgumentParser(
-        FSAMArguments,  # type: ignore[arg-type]
-        prog=prog,
-        usage=argparse.SUPPRESS,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(**{each.name: None for each in fields(FSAMArguments)})
-    found, _ = parser.parse_known_args(arguments)
-    return {name: value for name, value in vars(found).items() if value is not None}
-
-
 def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.run") -> None:
-    parser = HfArgumentParser(
-        FSAMArguments,  # type: ignore[arg-type]
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_script(parser)
-    try:
-        defaults, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:
-        parser.error(str(error))
-    script, cleanup = script_of(parser, args), Cleanup()
+    call, cleanup = parse(script_parser(prog, __doc__), argv), Cleanup()
+    name = call.script.name
     if int(os.environ.get("RANK", "0")) == 0:
         names = " and ".join(", ".join([*TRAINERS, *ARGUMENTS]).rsplit(", ", 1))
-        print(f"{prog}: in {script.name} the {names} of transformers split the step.", file=sys.stderr, flush=True)
-    with swapped(cleanup, defaults, _fsam_arguments(script.arguments, prog)) as trainings:
-        script.run(cleanup)
-    if args.settings is not None:
+        print(f"{prog}: in {name} the {names} of transformers split the step.", file=sys.stderr, flush=True)
+    with swapped(cleanup, call.defaults, call.given) as trainings:
+        call.script.run(cleanup)
+    if call.options.settings is not None:
         trainings.save_states()
     if not trainings.begun:
         sys.exit(
-            f"{prog}: {script.name} ended without training with a Trainer of transformers, so nothing was trained with "
-            "a split step. A script that trains in a loop of its own, or in another process that it starts itself, "
+            f"{prog}: {name} ended without training with a Trainer of transformers, so nothing was trained with a "
+            "split step. A script that trains in a loop of its own, or in another process that it starts itself, "
             "can't be run like this: let it use transformers' Trainer, or start the other process with hf-fsam run."
         )
 

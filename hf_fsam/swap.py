@@ -79,8 +79,8 @@ class Trainings:
 
     Attributes:
         begun: how many trainings took a step of FSAMMixin, or had none left to take.
-        ended: arguments and state of the trainers whose training came to its end. The trainers themselves would keep
-            their models in memory.
+        ended: arguments and state of the trainers that trained. The trainers themselves would keep their models in
+            memory.
     """
 
     begun: int = 0
@@ -113,13 +113,14 @@ def swapped(cleanup: Cleanup, defaults: FSAMArguments, given: Mapping[str, Any] 
             if getattr(trainer.args, name) == getattr(defaults, name) != value:
                 raise ValueError(
                     f"--{name} {value} did not reach the training arguments: the script does not parse them. Give it "
-                    f"before the script: hf-fsam run --{name} {value} SCRIPT."
+                    f"before the script: --{name} {value} SCRIPT."
                 )
-        result = train(trainer, *args, **kwargs)
-        # One whose last step lies behind it takes none. One with a loop of its own takes none that is split.
-        trainings.begun += trainer.fsam.entered or bool(args or kwargs.get("resume_from_checkpoint"))
-        trainings.ended.append((trainer.args, trainer.state))
-        return result
+        try:
+            return train(trainer, *args, **kwargs)
+        finally:  # a script may catch Ctrl-C and save
+            # One whose last step lies behind it takes none. One with a loop of its own takes none that is split.
+            trainings.begun += trainer.fsam.entered or bool(args or kwargs.get("resume_from_checkpoint"))
+            trainings.ended.append((trainer.args, trainer.state))
 
     def train_if_split(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(trainer, FSAMMixin):

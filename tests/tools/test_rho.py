@@ -193,6 +193,21 @@ def test_a_script_with_the_plain_trainer_is_measured_without_an_edit(
     assert sorted(each.name for each in tmp_path.iterdir()) == ["rho.png", "train.py"]
 
 
+def test_settings_before_the_script_are_those_that_it_is_measured_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    classes = "trainer_class=transformers.Trainer, arguments_class=transformers.TrainingArguments"
+    path = script(tmp_path, classes)
+    path.write_text("import transformers" + path.read_text())
+    printed = []
+    for value in ("True", "False"):
+        rho.main(["--after", "3", "--out", str(tmp_path / "rho.png"), f"--fsam_precondition={value}", str(path)])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] != printed[1]
+    with pytest.raises(ValueError, match="--fsam_precondition True did not reach the training arguments"):
+        rho.main(["--after", "3", str(path), "--fsam_precondition=True"])
+
+
 def test_a_script_that_exits_without_training_is_refused(tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)")
     with pytest.raises(SystemExit, match="nothing was measured"):

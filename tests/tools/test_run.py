@@ -432,7 +432,7 @@ def test_a_trainer_that_would_train_plainly_is_refused(script: Written) -> None:
 def test_an_argument_that_the_script_does_not_read_is_refused(flag: str, script: Written) -> None:
     script.write(IN_CODE)
     with pytest.raises(
-        ValueError, match=r"did not reach the training arguments.*hf-fsam run --fsam_\w+ \w[\w.]* SCRIPT"
+        ValueError, match=r"did not reach the training arguments.*before the script: --fsam_\w+ \w[\w.]* SCRIPT"
     ):
         run.main([str(script.path), flag])
     run.main([f"--fsam_rho={RHO}", str(script.path), f"--fsam_rho={RHO}"])  # these are what it trains with
