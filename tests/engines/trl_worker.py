@@ -2,12 +2,13 @@
 FOLDER/cases.json lists."""
 
 import itertools
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
-from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from torch.distributed.tensor import DTensor
@@ -36,11 +37,17 @@ CASES = itertools.count()
 
 
 def on_disk(data: Dataset, folder: Path) -> Dataset:
-    """Where all processes find what the first of them adds: TRL's log-probabilities of a reference model."""
+    """Where all processes find what the first of them adds: TRL's log-probabilities of a reference model.
+
+    Before the first training there is no process group that could tell who is first, or wait.
+    """
     path = folder / f"data-{next(CASES)}"
-    if PartialState().is_main_process:
-        data.save_to_disk(path)
-    PartialState().wait_for_everyone()
+    if os.environ["RANK"] == "0":
+        unfinished = path.with_suffix(".unfinished")
+        data.save_to_disk(unfinished)
+        unfinished.rename(path)
+    while not path.exists():
+        time.sleep(0.05)
     return load_from_disk(path)
 
 
