@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.graph import autograd_nodes
+from hf_fsam.graph import autograd_nodes, parents
 from hf_fsam.heads.deferred_logits import DeferredLogits
 from hf_fsam.heads.find import IDENTITY
 from hf_fsam.heads.fused_head import DeferringForward, FusedHead
@@ -143,5 +143,5 @@ def weights_past_boundary(loss: Tensor, clean: CleanPass, names: Mapping[Any, st
 def crosses_twice(clean: CleanPass) -> bool:
     """Whether something that crossed the boundary was computed from something else that did. The cotangent of the
     latter would then have a part of the network's Jacobian in it."""
-    inside = (parent for node in clean.nodes if node is not None for parent, _ in node.next_functions)
+    inside = (parent for node in clean.nodes if node is not None for parent in parents(node))
     return not clean.nodes.isdisjoint(autograd_nodes(*inside))

@@ -17,4 +17,13 @@ def autograd_nodes(*roots: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend(parents(node))
+
+
+def parents(node: Any) -> list[Any]:
+    """The nodes that the backward pass of `node` leads to. None where its tensor is gone and nothing was computed from
+    it, for which torch 2.8 has an error."""
+    try:
+        return [parent for parent, _ in node.next_functions]
+    except RuntimeError:
+        return []
