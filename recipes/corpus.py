@@ -5,13 +5,16 @@
     stdlib-packages       snippets of the standard library, labelled with the package they come from, to classify
     stdlib-instructions   prompt and completion: a function of the standard library, and what it does
     stdlib-preferences    the same, with another function's docstring as the rejected answer
+    debian-packages       one line about a package of Debian or Ubuntu, labelled with its section, to classify
 
-Each is split into training and validation by whole documents (files or topics).
+The last one is on every machine with `apt`. Each is split into training and validation by whole documents: files,
+topics or source packages.
 """
 
 import ast
 import copy
 import hashlib
+import subprocess
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +29,9 @@ EXCLUDED_FOLDERS = frozenset(
 )
 # Packages of ten files or more that every Python from 3.11 on has, without optional packages of the system.
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
+# Sections of Debian that a line of English can tell apart, though not always; a section of a programming language or of
+# fonts could be told by the package's name alone.
+SECTIONS = ("admin", "devel", "games", "graphics", "math", "net", "science", "sound", "text", "utils", "web", "x11")
 SNIPPET_LINES = 16
 INSTRUCTION_LINES = 12
 SUMMARY_CHARACTERS = 200
@@ -119,6 +125,38 @@ def split_by_package(files: list[Document], fraction: float) -> tuple[list[Docum
         validation += own[:count]
         train += own[count:]
     return train, validation
+
+
+def debian_packages() -> list[Document]:
+    """The descriptions of the packages that `apt` knows, one for each source package; its section begins the name.
+
+    Raises:
+        RuntimeError: there is no `apt` here, or it has no lists of packages.
+    """
+    cure = "Run `apt-get update` on Debian or Ubuntu, or choose another data set."
+    try:
+        command = ["apt-cache", "dumpavail"]
+        listed = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="ignore").stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"`apt-cache dumpavail` lists no packages: {error}. {cure}") from error
+    found: dict[str, Document] = {}  # by source
+    texts: set[str] = set()  # gcc-11 and gcc-12 say the same
+    for paragraph in listed.split("\n\n"):
+        package = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line and line[0] != " ")
+        text, section = package.get("Description", ""), package.get("Section", "").split("/")[-1]
+        source = package.get("Source", package.get("Package", "")).split(" ")[0]
+        if section in SECTIONS and text and text not in texts and source not in found:
+            found[source] = Document(f"{section}/{source}", text)
+            texts.add(text)
+    if not found:
+        raise RuntimeError(f"`apt-cache dumpavail` lists no packages. {cure}")
+    return sorted(found.values(), key=lambda document: order(document.name))
+
+
+def labelled(documents: list[Document]) -> Iterator[dict[str, str]]:
+    """Rows {text, label} of whole documents."""
+    for document in documents:
+        yield {"text": document.text, "label": document.name.split("/")[0]}
 
 
 def snippets(files: list[Document]) -> Iterator[dict[str, str]]:

@@ -19,8 +19,15 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 Batched = Callable[[dict[str, list]], dict[str, list]]
 
-EMBEDDED = ("stdlib", "stdlib-topics", "stdlib-packages", "stdlib-instructions", "stdlib-preferences")
-ROWS = {"stdlib-instructions": corpus.instructions, "stdlib-preferences": corpus.preferences}
+# Those without rows of their own are rows {text}.
+ROWS = {
+    "stdlib-packages": corpus.snippets,
+    "stdlib-instructions": corpus.instructions,
+    "stdlib-preferences": corpus.preferences,
+    "debian-packages": corpus.labelled,
+}
+EMBEDDED = ("stdlib", "stdlib-topics", *ROWS)
+OF_STDLIB = ("stdlib", "stdlib-instructions", "stdlib-preferences")  # what `corpus_max_bytes` and the like limit
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 END, PAD = "<|endoftext|>", "<|pad|>"
 PACKED_TOGETHER = 1000  # documents that are joined and cut into blocks; only the rest after the last block is lost
@@ -34,9 +41,9 @@ class DatasetArguments:
     dataset: str = field(
         default="stdlib",
         metadata={
-            "help": f"{', '.join(EMBEDDED)} (text of every Python, with nothing to download); or the name of a data "
-            "set on the hub; or a path: one .txt (with a document per paragraph), .jsonl, .json, .parquet or .csv "
-            "file, or a folder of such files (.txt files with a document per file)."
+            "help": f"{', '.join(EMBEDDED)} (text of every Python, or of Debian, with nothing to download); or the "
+            "name of a data set on the hub; or a path: one .txt (with a document per paragraph), .jsonl, .json, "
+            ".parquet or .csv file, or a folder of such files (.txt files with a document per file)."
         },
     )
     dataset_config: str | None = field(
@@ -78,7 +85,7 @@ class DatasetArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is too small: give {least} or more.")
-        if self.dataset not in ("stdlib", *ROWS) and (self.corpus_max_bytes is not None or self.corpus_installed):
+        if self.dataset not in OF_STDLIB and (self.corpus_max_bytes is not None or self.corpus_installed):
             raise ValueError(
                 "corpus_max_bytes and corpus_installed are for dataset='stdlib' and the data sets that are made of it, "
                 f"not for {self.dataset!r}: leave them out."
@@ -129,16 +136,10 @@ def load_splits(data: DatasetArguments) -> Splits:
 
 
 def load_embedded(data: DatasetArguments) -> Splits:
-    if data.dataset == "stdlib-packages":
-        documents = corpus.package_files()
-        sides = [list(corpus.snippets(side)) for side in corpus.split_by_package(documents, data.validation_fraction)]
-    else:
-        if data.dataset != "stdlib-topics":
-            documents = corpus.standard_library(data.corpus_max_bytes, data.corpus_installed)
-        else:
-            documents = corpus.documentation_topics()
-        rows_of = ROWS.get(data.dataset, lambda side: ({"text": document.text} for document in side))
-        sides = [list(rows_of(side)) for side in corpus.split(documents, data.validation_fraction)]
+    documents = load_documents(data)
+    split = corpus.split_by_package if data.dataset == "stdlib-packages" else corpus.split
+    rows_of = ROWS.get(data.dataset, lambda side: ({"text": document.text} for document in side))
+    sides = [list(rows_of(side)) for side in split(documents, data.validation_fraction)]
     # `datasets` caches a data set on disk, and what `map` makes of it, only if it comes from a generator.
     train, validation = (
         Dataset.from_generator(generate, gen_kwargs={"rows": tuple(rows)}, cache_dir=data.cache_dir)
@@ -148,6 +149,16 @@ def load_embedded(data: DatasetArguments) -> Splits:
     )
     sha256 = corpus.fingerprint(documents)
     return Splits(train, validation, sha256, key=f"{sha256}-{data.validation_fraction}")
+
+
+def load_documents(data: DatasetArguments) -> list[corpus.Document]:
+    if data.dataset in OF_STDLIB:
+        return corpus.standard_library(data.corpus_max_bytes, data.corpus_installed)
+    return {
+        "stdlib-topics": corpus.documentation_topics,
+        "stdlib-packages": corpus.package_files,
+        "debian-packages": corpus.debian_packages,
+    }[data.dataset]()
 
 
 def generate(rows: tuple[dict[str, str], ...]) -> Iterator[dict[str, str]]:

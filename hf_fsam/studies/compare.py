@@ -89,7 +89,7 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
             ]
             if min(losses) == math.inf and arm.name == study.baseline:
                 raise RuntimeError(
-                    f"{study.name}: {arm.name}: no candidate ended with a finite {study.metrics[0]}, so there is "
+                    f"{study.name}: {arm.name}: no candidate ended with a finite {study.tune_on}, so there is "
                     "nothing to compare with. Give candidates at which training does not diverge."
                 )
             # That another arm diverges with every candidate is a result: it goes into the table with its first one.
@@ -100,8 +100,8 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
 
 
 def loss(study: Study, row: Row) -> float:
-    """The value of the metric that decides, turned so that lower is better. Infinite where it is not finite."""
-    value = row["metrics"][study.metrics[0]]
+    """The value of the metric that tuning looks at, so that lower is better. Infinite where it is not finite."""
+    value = row["metrics"][study.tune_on]
     if value is None:
         return math.inf
     return -value if study.greater_is_better else value

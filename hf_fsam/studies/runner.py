@@ -128,7 +128,7 @@ class Runner:
     def _run_once(self, key: str, task: Task) -> tuple[float, bool]:
         """Runs the task unless its row is there. Returns its weight and whether it ran now."""
         known = self.rows.get(key, {"metrics": {}})
-        run = not set(self.study.metrics) <= known["metrics"].keys()
+        run = not set(self.study.measured) <= known["metrics"].keys()
         if run and not self._stopped:
             slot = self._slots.get()
             try:
@@ -139,7 +139,7 @@ class Runner:
                 self.rows[key] = row
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
-            missing = [name for name in self.study.metrics if name not in row["metrics"]]
+            missing = [name for name in self.study.measured if name not in row["metrics"]]
             if missing:  # the row is written all the same: with the right name, the study need not run this again
                 raise RuntimeError(
                     f"{self.study.name}: {task.arm.name}, seed {task.seed}, has no metric {missing[0]!r}. It has "
@@ -180,7 +180,7 @@ class Runner:
             "seed": task.seed,
             "settings": masked(task.settings),
             "resumed": checkpoint is not None,
-            **read_results(folder, self.study.metrics[0]),
+            **read_results(folder, self.study.tune_on),
             "recipe_sha256": fingerprint(task.arm.recipe.path),
             "key": key,
         }

@@ -6,6 +6,7 @@
     settings: {max_steps: 500}            # more settings of all arms, which win over the file's
     metrics: [eval_loss, best_eval_loss]  # the first one decides between settings and between arms; lower is better,
     greater_is_better: false              # unless this is true, as it should be for eval_accuracy
+    tune_on: eval_loss                    # the metric that tuning looks at, where it is not the first one
     baseline: AdamW                       # the arm to which the others are compared
     seeds: [0, 1, 2]
     tuning_seeds: [100]                   # the seeds to tune on; none of them may be among `seeds`
@@ -126,7 +127,9 @@ class Study:
         path: its YAML file.
         settings: of all arms.
         metrics: the first decides.
-        greater_is_better: of the first.
+        greater_is_better: of the first, and of `tune_on`.
+        tune_on: the metric that chooses among candidates, such as one on validation data where the first is on test
+            data.
     """
 
     name: str
@@ -135,10 +138,16 @@ class Study:
     settings: Settings
     metrics: list[str]
     greater_is_better: bool
+    tune_on: str
     baseline: str
     seeds: list[int]
     tuning_seeds: list[int]
     arms: dict[str, Arm]
+
+    @property
+    def measured(self) -> list[str]:
+        """The metrics that every run has to have."""
+        return list(dict.fromkeys([*self.metrics, self.tune_on]))
 
     def tuning_order(self) -> list[list[Arm]]:
         """The arms in rounds: an arm comes in a later round than the one that it is `like`."""
@@ -209,7 +218,7 @@ def load_studies(
             yield from load_studies(path.parent / name, overrides, seeds, baseline)
         return
     known = {"question", "recipe", "script", "config", "settings", "metrics", "greater_is_better", "baseline"}
-    known |= {"seeds", "tuning_seeds", "arms"}
+    known |= {"seeds", "tuning_seeds", "tune_on", "arms"}
     for name in raw:
         if name not in known:
             raise ValueError(f"{path}: {name!r} is not a key of a study; these are: {', '.join(sorted(known))}.")
@@ -220,6 +229,7 @@ def load_studies(
         ("arms", dict, "a mapping of names to settings"),
         ("metrics", list, "a list of names"),
         ("greater_is_better", bool, "true or false"),
+        ("tune_on", str, "the name of a metric"),
     ):
         if raw.get(name) is not None and not isinstance(raw[name], kind):
             # A mapping is not shown, since settings may hold a password.
@@ -239,13 +249,15 @@ def load_studies(
             raise ValueError(
                 f"{path}: --{name} would apply to all arms, but {', '.join(owners)} set it: change the file."
             )
+    metrics = raw.get("metrics") or ["eval_loss"]
     study = Study(
         name=path.stem,
         path=path.resolve(),
         question=raw.get("question", ""),
         settings=settings,
-        metrics=raw.get("metrics") or ["eval_loss"],
+        metrics=metrics,
         greater_is_better=raw.get("greater_is_better") or False,
+        tune_on=raw.get("tune_on") or metrics[0],
         baseline=baseline or raw.get("baseline") or next(iter(arms)),
         seeds=seeds or raw.get("seeds") or [0, 1, 2],
         tuning_seeds=raw.get("tuning_seeds") or [100],
@@ -264,10 +276,15 @@ def load_studies(
             "seeds that they were tuned on, so tune on seeds that are not in the table."
         )
     decides = study.metrics[0]
-    if "greater_is_better" not in raw and any(part in decides.lower() for part in HIGHER):
+    if "greater_is_better" not in raw and is_higher_better(decides):
         raise ValueError(
             f"{path}: metrics: {decides!r} decides, and lower counts as better unless the file says otherwise: add "
             "`greater_is_better: true`, or false."
+        )
+    if is_higher_better(study.tune_on) != is_higher_better(decides):
+        raise ValueError(
+            f"{path}: tune_on={study.tune_on!r} and {decides!r}, the first of `metrics`, are not better in the same "
+            "direction, and greater_is_better is for both. Choose two that are: two losses, or two accuracies."
         )
     study.tuning_order()
     for arm in arms.values():  # so that a wrong value is found before the first run
@@ -313,6 +330,11 @@ def _arm(path: Path, name: str, keys: Any, recipe: Recipe) -> Arm:
         if value == []:
             raise ValueError(f"{path}: {name}: {key} has no candidates: list the values to tune over.")
     return Arm(name, numbers(settings), recipe, like, longer, passes)
+
+
+def is_higher_better(metric: str) -> bool:
+    """Whether the name is that of a metric of which more is better, as far as names tell."""
+    return any(part in metric.lower() for part in HIGHER)
 
 
 def training_length(settings: Settings) -> float:

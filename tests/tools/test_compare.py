@@ -43,7 +43,8 @@ if settings.get("diverge"):
     loss = float("nan")
 steps = settings.get("max_steps", 2)
 history = [{"step": 1, "eval_loss": loss - 1}, {"step": steps, "eval_loss": loss}]
-results = {"metrics": {"eval_loss": loss}, "history": history, "steps": steps, "train_seconds": 2.0}
+metrics = {"eval_loss": loss, "test_loss": 100 - loss}
+results = {"metrics": metrics, "history": history, "steps": steps, "train_seconds": 2.0}
 (folder / "results.json").write_text(json.dumps(results))
 """
 
@@ -94,6 +95,15 @@ def test_tuning_uses_its_own_seeds_and_its_choice_is_handed_on(folder: Path) -> 
     assert len(called(folder)) == 3 + 2 + 4
     assert [row["passes"] for row in final] == [1.0, 2.0, 1.0, 2.0]
     assert not list((folder / "out" / "runs").iterdir())  # no models are left behind
+
+
+def test_another_metric_than_the_first_can_tune(folder: Path) -> None:
+    study = study_of(folder, metrics=["test_loss"], tune_on="eval_loss")
+    rows = run(study, folder)
+    assert {row["settings"]["learning_rate"] for row in rows if row["stage"] == "final"} == {3.0}
+    assert all(row["curve"] for row in rows)  # that of the metric that is evaluated during the training
+    opposite = run(study_of(folder, metrics=["test_loss"]), folder)
+    assert {row["settings"]["learning_rate"] for row in opposite if row["stage"] == "final"} == {1}
 
 
 def test_a_run_that_has_ended_is_not_run_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -366,7 +376,7 @@ def test_an_arm_that_diverged_with_one_seed_is_not_called_better(folder: Path) -
 
 
 def test_tuning_and_verdict_follow_greater_is_better(folder: Path) -> None:
-    (folder / "recipe.py").write_text(RECIPE.replace('"metrics": {"eval_loss": loss}', '"metrics": {"eval_f1": -loss}'))
+    (folder / "recipe.py").write_text(RECIPE.replace('metrics = {"eval_loss": loss', 'metrics = {"eval_f1": -loss'))
     keys = {"metrics": ["eval_f1"], "arms": {"A": {"rate": 3, "learning_rate": [1, 2]}, "B": {"learning_rate": 3}}}
     study = study_of(folder, **keys, greater_is_better=True)
     rows = run(study, folder)

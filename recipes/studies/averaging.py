@@ -1,0 +1,94 @@
+"""Averages of the weights along a training, which are evaluated in place of the weights themselves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+@dataclass
+class AveragingArguments:
+    weight_average: Literal["none", "ema", "swa"] = field(
+        default="none",
+        metadata={
+            "help": "Evaluate an average of the weights in place of the weights. ema: exponential, with average_decay. "
+            "swa: the mean over the steps after average_from."
+        },
+    )
+    average_decay: float = field(default=0.99, metadata={"help": "For ema: the share of the average kept by a step."})
+    average_from: float = field(default=0.5, metadata={"help": "For swa: the share of the training to leave out."})
+
+    def __post_init__(self) -> None:
+        for name in ("average_decay", "average_from"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a share: give a number from 0 to below 1.")
+        if self.weight_average != "none" and getattr(self, "save_strategy", "no") != "no":
+            raise ValueError(
+                f"weight_average={self.weight_average!r} keeps the average in memory alone, and a checkpoint would "
+                'lack it: set save_strategy="no".'
+            )
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+
+class AveragingMixin:
+    """Put it before a Trainer class; its arguments have the fields of :class:`AveragingArguments`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.average: list[Tensor] | None = None
+        self.averaged_steps = 0
+        if self.args.weight_average != "none":
+            self.add_callback(_Update(self))
+
+    def trained_weights(self) -> list[Tensor]:
+        return [weight.data for weight in self.model.parameters() if weight.requires_grad]
+
+    def evaluated_weights(self) -> list[Tensor]:
+        """The average where there is one, and the weights themselves elsewhere."""
+        return self.trained_weights() if self.average is None else self.average
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self.using(self.evaluated_weights()):
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextmanager
+    def using(self, values: list[Tensor]) -> Iterator[None]:
+        """Gives the trained weights other values for a while."""
+        weights = self.trained_weights()
+        if values[0] is weights[0] or values[0].data_ptr() == weights[0].data_ptr():
+            yield
+            return
+        kept = [weight.clone() for weight in weights]
+        torch._foreach_copy_(weights, values)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, kept)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """ā ← ā + w·(θ − ā), with w = 1 − decay for ema, and at the start w = 1 / steps for both."""
+        if self.args.weight_average == "swa" and self.state.global_step < self.args.average_from * self.state.max_steps:
+            return
+        self.averaged_steps += 1
+        if self.average is None:
+            self.average = [weight.clone() for weight in self.trained_weights()]
+            return
+        share = 1 / self.averaged_steps
+        if self.args.weight_average == "ema":
+            share = max(share, 1 - self.args.average_decay)  # else the first weights would weigh far too much
+        torch._foreach_lerp_(self.average, self.trained_weights(), share)
+
+
+class _Update(TrainerCallback):
+    def __init__(self, trainer: AveragingMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.update_average()
