@@ -22,6 +22,9 @@
 Some keys of an arm are not settings, and `like` does not hand them on: `longer: 2` trains for twice the steps, epochs
 and warmup; `recipe` is another script; `passes` is the cost of a step, where the `fsam_*` settings do not give it.
 
+`extends: other.yaml` takes all keys of another study beside the file, and changes those that follow it; `settings` are
+added to the other's. Then `arms` can be a list, which keeps those of the other's arms alone.
+
 In place of `recipe` there can be `script: train.py`, or `script: -m trl.scripts.sft`, for a script that was written
 without hf_fsam. It is run by `hf-fsam run`, with every setting as an argument, `--name value`.
 """
@@ -210,7 +213,7 @@ def load_studies(
         ValueError: a key is unknown or missing, a value is of the wrong kind, or an arm itself sets what is overridden.
             The message names it.
     """
-    raw = read_yaml(path)
+    raw = _extended(path)
     if "studies" in raw:
         if set(raw) != {"studies"} or not isinstance(raw["studies"], list):
             raise ValueError(f"{path}: `studies` is a list of YAML files and cannot be combined with other keys.")
@@ -291,6 +294,25 @@ def load_studies(
         for candidate in arm.candidates(settings):
             study.passes(arm, candidate)
     yield study
+
+
+def _extended(path: Path) -> Settings:
+    """Read the keys of a study, and under them those of the study that it extends."""
+    raw = read_yaml(path)
+    if "extends" not in raw:
+        return raw
+    name = raw.pop("extends")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{path}: extends={name!r} is not the name of a file beside it, from where its paths lead.")
+    other = _extended(path.parent / name)
+    if isinstance(raw.get("settings") or {}, dict):
+        raw["settings"] = {**(other.get("settings") or {}), **(raw.get("settings") or {})}
+    chosen, arms = raw.get("arms"), other.get("arms") or {}
+    if isinstance(chosen, list):
+        if unknown := [arm for arm in chosen if arm not in arms]:
+            raise ValueError(f"{path}: arms: {unknown[0]!r} is not in {name}, which has {', '.join(map(repr, arms))}.")
+        raw["arms"] = {arm: arms[arm] for arm in chosen}
+    return {**other, **raw}
 
 
 def _recipe(path: Path, owner: str, keys: dict[str, Any]) -> Recipe | None:

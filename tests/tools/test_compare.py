@@ -106,6 +106,21 @@ def test_another_metric_than_the_first_can_tune(folder: Path) -> None:
     assert {row["settings"]["learning_rate"] for row in opposite if row["stage"] == "final"} == {1}
 
 
+def test_a_study_extends_another(folder: Path) -> None:
+    write_study(folder, settings={"max_steps": 3, "sleep": 0}, metrics=["eval_loss", "test_loss"], baseline="FSAM")
+    path = folder / "other.yaml"
+    path.write_text(yaml.safe_dump({"extends": "study.yaml", "settings": {"max_steps": 4}, "metrics": ["test_loss"]}))
+    (other,) = load_studies(path)
+    assert (other.name, other.settings, other.metrics) == ("other", {"max_steps": 4, "sleep": 0}, ["test_loss"])
+    assert (list(other.arms), other.baseline, other.seeds) == (["AdamW", "FSAM"], "FSAM", [0, 1])
+    path.write_text(yaml.safe_dump({"extends": "study.yaml", "arms": ["AdamW"], "baseline": "AdamW"}))
+    (fewer,) = load_studies(path)
+    assert list(fewer.arms) == ["AdamW"]
+    path.write_text(yaml.safe_dump({"extends": "study.yaml", "arms": ["SGD"]}))
+    with pytest.raises(ValueError, match="'SGD' is not in study.yaml, which has 'AdamW', 'FSAM'"):
+        list(load_studies(path))
+
+
 def test_a_run_that_has_ended_is_not_run_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
     write_study(folder)
     compare(folder)
@@ -481,6 +496,8 @@ def test_results_that_hold_only_metrics_make_a_table(folder: Path) -> None:
         ({"arms": ["A", "B"]}, "arms is list, not a mapping"),
         ({"settings": [1]}, "settings is list, not a mapping"),
         ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
+        ({"extends": "../study.yaml"}, "extends='../study.yaml' is not the name of a file beside it"),
+        ({"tune_on": "eval_accuracy"}, "tune_on='eval_accuracy' and 'eval_loss', .* are not better in the same direction"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
         ({"arms": {"A": {"seed": 3}}}, "'seed' is set by `compare` for every run: list them under `seeds`"),
     ],
