@@ -309,14 +309,14 @@ def collating(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, An
 
 
 def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tensor:
-    """The mean of (1 - p^q) / q over the examples, p the probability of the label: arXiv 1805.07836, equation 6.
+    """(1 - p^q) / q of each example, p the probability of the label: arXiv 1805.07836, equation 6.
 
     Args:
         logits: (B, classes).
         labels: (B,).
     """
     log_p = F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])
-    return ((1 - (q * log_p).exp()) / q).mean()
+    return (1 - (q * log_p[:, 0]).exp()) / q
 
 
 @dataclass
@@ -347,7 +347,9 @@ class NoisyLabelsTrainer(AveragingMixin, FSAMTrainer):
             self.model.classifier.register_forward_pre_hook(self.keep_features)
 
     def generalized(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return generalized_cross_entropy(outputs["logits"], labels, self.args.generalized_q)
+        loss = generalized_cross_entropy(outputs["logits"], labels, self.args.generalized_q)
+        # The number of items is that of all micro-batches of the step, whose losses the Trainer adds up.
+        return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
 
     def keep_features(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.features = inputs[0]
@@ -431,7 +433,7 @@ def prune(
     return rows.select(np.flatnonzero(~wrong)), steps, seconds
 
 
-def test_metrics(trainer: NoisyLabelsTrainer, test: Dataset) -> dict[str, float]:
+def tested(trainer: NoisyLabelsTrainer, test: Dataset) -> dict[str, float]:
     labels = np.array(test["clean"])
     logits: dict[int, np.ndarray] = {}
     metrics = {}
@@ -451,10 +453,14 @@ def test_metrics(trainer: NoisyLabelsTrainer, test: Dataset) -> dict[str, float]
     return metrics
 
 
-def run(argv: list[str]) -> dict[str, Any]:
+def run(
+    argv: list[str],
+    trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTrainer,
+    arguments_class: type[NoisyTrainingArguments] = NoisyTrainingArguments,
+) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    kinds = (ModelArguments, NoisyDataArguments, NoisyTrainingArguments)
+    kinds = (ModelArguments, NoisyDataArguments, arguments_class)
     model_args, data, args = parse(kinds, argv, Path(__file__).name)
     report.quiet(args)
     args.eval_strategy, args.remove_unused_columns = IntervalStrategy.EPOCH, False
@@ -473,7 +479,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     def train(rows: Dataset) -> NoisyLabelsTrainer:
         set_seed(args.seed)
         model = load_model(model_args, folder, names, tokenizer.pad_token_id)
-        trainer = NoisyLabelsTrainer(
+        trainer = trainer_class(
             model=above(model, model_args.frozen_layers) if model_args.frozen_layers else model,
             args=args,
             train_dataset=with_labels(rows, "noisy"),
@@ -490,7 +496,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         rows, steps, seconds = prune(rows, args.prune_folds, len(names), train)
     trainer = train(rows)
     history = trainer.state.log_history
-    metrics = test_metrics(trainer, drawn.test)
+    metrics = tested(trainer, drawn.test)
     metrics |= {f"best_{kind}_accuracy": best for kind, (best, _) in trainer.chosen.items()}
     flipped = drawn.train.filter(lambda row: row["clean"] != row["noisy"])
     if len(flipped):
@@ -517,4 +523,5 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    for name, value in run(sys.argv[1:])["metrics"].items():
+        print(f"{name:32} {value:.4f}")
