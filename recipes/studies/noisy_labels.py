@@ -84,8 +84,8 @@ class NoisyDataArguments(FinetuneDataArguments):
     train_examples: int | None = field(
         default=None, metadata={"help": "Texts of the training split to train on. All that are left by default."}
     )
-    validation_examples: int = field(
-        default=500, metadata={"help": "Other texts of the training split, to validate on."}
+    validation_examples: int | None = field(
+        default=None, metadata={"help": "Other texts of the training split, to validate on. A fifth of it by default."}
     )
     test_examples: int | None = field(
         default=None, metadata={"help": "Texts of the validation split to test on. All by default."}
@@ -103,6 +103,9 @@ class NoisyDataArguments(FinetuneDataArguments):
         super().__post_init__()
         if not 0 <= self.label_noise < 1:
             raise ValueError(f"label_noise={self.label_noise} is not a share: give a number from 0 to below 1.")
+        for name in ("train_examples", "validation_examples", "test_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too small: give 1 or more, or leave it out.")
 
 
 @dataclass
@@ -158,7 +161,8 @@ def draw(pool: Dataset, test: Dataset, data: NoisyDataArguments, classes: int, s
     Raises:
         ValueError: a split has fewer rows than are asked for.
     """
-    wanted = data.validation_examples + (data.train_examples or 1)
+    start = max(1, len(pool) // 5) if data.validation_examples is None else data.validation_examples
+    wanted = start + (data.train_examples or 1)
     for part, rows, count in (("training", pool, wanted), ("validation", test, data.test_examples or 1)):
         if len(rows) < count:
             raise ValueError(
@@ -170,7 +174,6 @@ def draw(pool: Dataset, test: Dataset, data: NoisyDataArguments, classes: int, s
     pool, test = pool.shuffle(seed=seed), test.shuffle(seed=seed)
     noisy = [generator.choice(to[own]) if generator.random() < data.label_noise else own for own in pool["clean"]]
     pool, test = pool.add_column("noisy", noisy), test.add_column("noisy", test["clean"])
-    start = data.validation_examples
     end = len(pool) if data.train_examples is None else start + data.train_examples
     return Drawn(
         train=pool.select(range(start, end)),
