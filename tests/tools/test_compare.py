@@ -497,7 +497,10 @@ def test_results_that_hold_only_metrics_make_a_table(folder: Path) -> None:
         ({"settings": [1]}, "settings is list, not a mapping"),
         ({"metrics": "eval_loss"}, "metrics='eval_loss' is not a list"),
         ({"extends": "../study.yaml"}, "extends='../study.yaml' is not the name of a file beside it"),
-        ({"tune_on": "eval_accuracy"}, "tune_on='eval_accuracy' and 'eval_loss', .* are not better in the same direction"),
+        (
+            {"tune_on": "eval_accuracy"},
+            "tune_on='eval_accuracy' and 'eval_loss', .* are not better in the same direction",
+        ),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
         ({"arms": {"A": {"seed": 3}}}, "'seed' is set by `compare` for every run: list them under `seeds`"),
     ],
