@@ -253,9 +253,7 @@ LONG = ("zero2_offload", "zero3_offload", "zero3_offload_all")
 
 
 @pytest.mark.parametrize("case", FIRST)
-@pytest.mark.parametrize(
-    "engine", [pytest.param(each, marks=() if each == "zero3" else pytest.mark.slow) for each in FIRST_ON[1:]]
-)
+@pytest.mark.parametrize("engine", FIRST_ON[1:])
 def test_an_ascent_on_other_inputs_is_that_of_ddp(engine: str, case: str, trained: Any) -> None:
     assert distance(trained(engine, case).weights, trained("ddp", case).weights) < SAME
     other = case.replace("first-", "") + "-accumulate1-micro_batch"
