@@ -13,8 +13,10 @@ Trainer's sampler draws from `seed` alone.
 Every run that ends adds a line to OUT/runs.jsonl, without tokens and passwords. A run whose line is there is not
 repeated, even by another study. So a study that was killed goes on where it was, within a run from its last checkpoint
 if the recipe saves any. A run is identified by its script, settings, seed and --launch; other files that it reads, such
-as a model's folder or modules beside the script, are not looked at, so choose another --out when they have changed. At
-the end the report is in OUT/STUDY.md and OUT/STUDY.png.
+as a model's folder or modules beside the script, are not looked at, so choose another --out when they have changed.
+
+At the end the table is in OUT/STUDY.md and the plots are in OUT/STUDY.png. The first one is a forest plot: every arm's
+mean difference to the baseline with its 95 % interval, and what the arm costs.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import yaml
 from tqdm import tqdm
 
 from hf_fsam.studies.masking import is_secret, masked_command, without_secrets
+from hf_fsam.studies.plots import plot
 from hf_fsam.studies.report import write_report
 from hf_fsam.studies.runner import Row, Runner, Task
 from hf_fsam.studies.study import Settings, Study, load_studies, numbers
@@ -56,7 +59,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.studies.c
             with Runner(study, args.out, args.launch, args.parallel, args.keep, advance) as runner:
                 rows = run_study(study, runner)
             command = without_secrets(f"{prog} {shlex.join(masked_command(argv))}", overrides)
-            report = write_report(study, rows, args.out / study.name, command)
+            report = write_report(study, rows, args.out / f"{study.name}.md", command)
+            plot(study, rows, args.out / f"{study.name}.png")
             bar.write(f"\n{report}\n", file=sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""Reports what a study found, in one table and one plot, from the rows of its runs."""
+"""Reports what a study found in one table, from the rows of its runs."""
 
 import math
 import platform
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib  # at the top, so that a missing extra is found before the first run
 from scipy.stats import t
 
 from hf_fsam.studies.masking import masked
@@ -46,14 +45,12 @@ class Difference:
 
 
 def write_report(study: Study, rows: list[Row], path: Path, command: str) -> str:
-    """Writes PATH.md and PATH.png, and returns the text of PATH.md."""
+    """Writes the table and its setting as Markdown, and returns that text."""
     final = [row for row in rows if row["stage"] == "final"]
     text = "\n".join(
         [f"**{study.name}**: {study.question}".strip(), "", *table(study, rows), "", *setting(study, final, command)]
     )
-    # `with_suffix` would take the .2b of c4_1.2b for a suffix.
-    path.with_name(f"{path.name}.md").write_text(text + "\n", encoding="utf-8")
-    plot(study, rows, path.with_name(f"{path.name}.png"))
+    path.write_text(text + "\n", encoding="utf-8")
     return text
 
 
@@ -68,26 +65,12 @@ def table(study: Study, rows: list[Row]) -> list[str]:
     base = final[study.baseline]
     for arm, runs in final.items():
         line = [arm, tuned(study, arm, rows)]
-        verdict = ""
-        for index, name in enumerate(study.metrics):
+        for name in study.metrics:
             line.append(spread([row["metrics"][name] for row in runs.values()]))
-            if arm == study.baseline:
-                line.append("")
-                continue
-            pairs = [(runs[seed]["metrics"][name], base[seed]["metrics"][name]) for seed in runs if seed in base]
-            differences = [value - other for value, other in pairs if value is not None and other is not None]
-            difference = Difference.of(differences) if differences else None
-            line.append(str(difference or ""))
-            if index == 0:
-                diverged, base_diverged = (sum(pair[side] is None for pair in pairs) for side in (0, 1))
-                if diverged:
-                    verdict = f"diverged {diverged}/{len(pairs)}"
-                elif base_diverged:
-                    verdict = f"{study.baseline} diverged {base_diverged}/{len(pairs)}"
-                elif difference:
-                    verdict = difference.verdict(study.greater_is_better)
+            line.append("" if arm == study.baseline else str(difference(runs, base, name) or ""))
+        line.append("" if arm == study.baseline else verdict(study, runs, base))
         passes = cost(runs, base)
-        lines.append([*line, verdict, "" if math.isnan(passes) else f"{passes:.2f}", times(runs, base)])
+        lines.append([*line, "" if math.isnan(passes) else f"{passes:.2f}", times(runs, base)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     rule = "-|-".join("-" * width for width in widths)
@@ -100,6 +83,29 @@ def by_arm(rows: list[Row], stage: str) -> dict[str, dict[int, Row]]:
         if row["stage"] == stage:
             found.setdefault(row["arm"], {})[row["seed"]] = row
     return found
+
+
+def pairs(runs: dict[int, Row], base: dict[int, Row], metric: str) -> list[tuple[float | None, float | None]]:
+    """The metric of an arm and that of the baseline, for every seed."""
+    return [(row["metrics"][metric], base[seed]["metrics"][metric]) for seed, row in runs.items() if seed in base]
+
+
+def difference(runs: dict[int, Row], base: dict[int, Row], metric: str) -> Difference | None:
+    """Of an arm to the baseline, over the seeds with which neither diverged. None: there is no such seed."""
+    found = [value - other for value, other in pairs(runs, base, metric) if value is not None and other is not None]
+    return Difference.of(found) if found else None
+
+
+def verdict(study: Study, runs: dict[int, Row], base: dict[int, Row]) -> str:
+    """On an arm, by the metric that decides. A run that diverged leaves no other verdict."""
+    found = pairs(runs, base, study.metrics[0])
+    diverged, base_diverged = (sum(pair[side] is None for pair in found) for side in (0, 1))
+    if diverged:
+        return f"diverged {diverged}/{len(found)}"
+    if base_diverged:
+        return f"{study.baseline} diverged {base_diverged}/{len(found)}"
+    compared = difference(runs, base, study.metrics[0])
+    return compared.verdict(study.greater_is_better) if compared else ""
 
 
 def tuned(study: Study, arm: str, rows: list[Row]) -> str:
@@ -177,68 +183,3 @@ def setting(study: Study, final: list[Row], command: str) -> list[str]:
     if mixed:
         notes.append(f"- CAUTION: the runs differ in {', '.join(mixed)}, and not only in their arms")
     return [*notes, *(f"- {name}: {value}" for name, value in lines.items() if value)]
-
-
-def plot(study: Study, rows: list[Row], path: Path) -> None:
-    """Plots the curves, the metric over the cost and, where ρ was tuned, the metric over ρ."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    metric = study.metrics[0]
-    final, tuning = by_arm(rows, "final"), [row for row in rows if row["stage"] == "tuning"]
-    radii = {arm: rho_curve(tuning, arm, metric, study.greater_is_better) for arm in final}
-    radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
-    base = final[study.baseline]
-    has_curve = any(row["curve"] for row in rows if row["stage"] == "final")
-    kinds = [kind for kind, there in (("curve", has_curve), ("cost", True), ("radius", bool(radii))) if there]
-    size = (5.2 * len(kinds), 4.4)
-    figure, panels = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
-    axes = dict(zip(kinds, panels[0], strict=True))
-    for index, (arm, runs) in enumerate(final.items()):
-        color = f"C{index % 10}"
-        curves = [row["curve"] for row in runs.values() if row["curve"]]
-        if curves:
-            length = min(map(len, curves))
-            steps = [step for step, _ in curves[0][:length]]
-            values = [[curve[point][1] for curve in curves] for point in range(length)]
-            axes["curve"].plot(steps, [statistics.fmean(each) for each in values], color=color, label=arm)
-            low, high = ([pick(each) for each in values] for pick in (min, max))
-            axes["curve"].fill_between(steps, low, high, alpha=0.15)
-        losses = [row["metrics"][metric] for row in runs.values() if row["metrics"][metric] is not None]
-        if losses:
-            passes = cost(runs, base)
-            axes["cost"].plot([passes] * len(losses), losses, "x", color=color, alpha=0.4)
-            axes["cost"].plot(passes, statistics.fmean(losses), "o", color=color, label=arm)
-        if arm in radii:
-            axes["radius"].plot(*zip(*radii[arm], strict=True), "o-", color=color, label=arm)
-    labels = {
-        "curve": {"xlabel": "step", "ylabel": f"{metric.removeprefix('best_')}, mean and range of the seeds"},
-        "cost": {
-            "xlabel": "cost, in passes of plain training over the baseline's steps",
-            "ylabel": f"{metric} (x: one seed)",
-        },
-        "radius": {"xlabel": "ρ", "ylabel": f"{metric}, tuning seeds", "xscale": "log"},
-    }
-    for kind, each in axes.items():
-        each.set(**labels[kind])
-        each.grid(alpha=0.3)
-        each.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def rho_curve(tuning: list[Row], arm: str, metric: str, greater_is_better: bool = False) -> list[tuple[float, float]]:
-    """(ρ, mean of the metric) for every ρ above zero that was tried and did not diverge, at its best other settings."""
-    found: dict[float, dict[str, list[float | None]]] = {}
-    for row in tuning:
-        rho = row["settings"].get("fsam_rho")
-        if row["arm"] == arm and rho:
-            others = str(sorted((name, str(value)) for name, value in row["settings"].items() if name != "fsam_rho"))
-            found.setdefault(rho, {}).setdefault(others, []).append(row["metrics"][metric])
-    best = max if greater_is_better else min
-    curve = []
-    for rho, groups in sorted(found.items()):
-        finite = [[value for value in values if value is not None] for values in groups.values() if None not in values]
-        if finite:
-            curve.append((rho, best(map(statistics.fmean, finite))))
-    return curve
