@@ -5,6 +5,7 @@ import json
 import math
 import random
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ WORDS = {"animal": ["cat", "dog", "cow"], "color": ["red", "green", "blue"], "fr
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sum(WORDS.values(), [])]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *chain(*WORDS.values())]
     BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder)
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
@@ -118,9 +119,9 @@ def test_confused_labels_are_those_of_the_class_with_the_most_similar_texts() ->
 
 
 def test_more_texts_than_there_are_is_an_error() -> None:
-    with pytest.raises(ValueError, match="training split .* has 600 rows, and 700 are needed"):
+    with pytest.raises(ValueError, match=r"training split .* has 600 rows, and 700 are needed"):
         drawn(train_examples=600)
-    with pytest.raises(ValueError, match="validation split .* has 50 rows, and 51 are needed"):
+    with pytest.raises(ValueError, match=r"validation split .* has 50 rows, and 51 are needed"):
         drawn(test_examples=51)
 
 
@@ -197,7 +198,7 @@ def test_the_decay_of_features_adds_their_norms_to_the_loss(tmp_path: Path, mode
     plain = F.cross_entropy(bert.classifier(features), batch()["labels"])
     norms = features.detach().square().sum(dim=1).mean() + bert.classifier.weight.square().sum()
     assert float(loss) == pytest.approx(float((plain + 0.1 * norms).detach()), rel=1e-5)
-    with pytest.raises(ValueError, match="feature_decay=0.1 is a loss of the features"):
+    with pytest.raises(ValueError, match=r"feature_decay=0\.1 is a loss of the features"):
         NoisyTrainingArguments(output_dir=str(tmp_path), feature_decay=0.1)
 
 

@@ -124,7 +124,7 @@ def test_a_study_extends_another(folder: Path) -> None:
     (fewer,) = load_studies(path)
     assert list(fewer.arms) == ["AdamW"]
     path.write_text(yaml.safe_dump({"extends": "study.yaml", "arms": ["SGD"]}))
-    with pytest.raises(ValueError, match="'SGD' is not in study.yaml, which has 'AdamW', 'FSAM'"):
+    with pytest.raises(ValueError, match=r"'SGD' is not in study\.yaml, which has 'AdamW', 'FSAM'"):
         list(load_studies(path))
 
 
