@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,11 @@ PAIRED = ", paired with an input that provides further context"
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "Checkpoint to start from: a folder, or a name on the hub."}
+        default=DEFAULT_MODEL,
+        metadata={
+            "help": "Checkpoint to start from: a folder, a name on the hub, or package:NAME for the folder `model` of "
+            "an installed package."
+        },
     )
     adapter: Literal["none", "lora", "dora"] = field(
         default="none", metadata={"help": "Train low-rank adapters in place of all weights (none)."}
@@ -115,6 +120,24 @@ class FinetuneDataArguments(DatasetArguments):
 
 
 # ---- Model ----
+
+
+def model_folder(name_or_path: str) -> str:
+    """Turns package:NAME into the path of the folder `model` of the package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    if not name_or_path.startswith("package:"):
+        return name_or_path
+    name = name_or_path.removeprefix("package:")
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"model_name_or_path={name_or_path!r}: there is no package {name!r}: pip install 'hf-fsam[noisy-labels]', "
+            "or give a folder or a name on the hub."
+        )
+    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
@@ -314,6 +337,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     model_args, data_args, training_args = parse(
         (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments), argv, "finetune.py"
     )
+    model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     quiet(training_args)
     set_seed(training_args.seed)
 

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +48,7 @@ import report
 from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import check_sequence_length, load_splits, load_tokenizer
-from finetune import FinetuneDataArguments, label_names, load_config
+from finetune import FinetuneDataArguments, label_names, load_config, model_folder
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
@@ -223,24 +222,6 @@ def load_model(args: ModelArguments, folder: str, names: list[str], pad_token_id
             if isinstance(module, nn.Dropout):
                 module.p = args.dropout
     return model
-
-
-def model_folder(name_or_path: str) -> str:
-    """Turns package:NAME into the path of the folder `model` of the package.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    if not name_or_path.startswith("package:"):
-        return name_or_path
-    name = name_or_path.removeprefix("package:")
-    found = find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"model_name_or_path={name_or_path!r}: there is no package {name!r}: pip install 'hf-fsam[noisy-labels]', "
-            "or give a folder or a name on the hub."
-        )
-    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 class Given(nn.Module):

