@@ -23,14 +23,12 @@ from transformers import (
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import align
 import config
 import demo
 import dpo
 import finetune
-import noisy_labels
 import pretrain
 import sft
 from data import DatasetArguments
@@ -123,8 +121,6 @@ def test_every_configuration_parses(path: Path) -> None:
     if "method" in settings:
         own = {"sft": sft.FSAMSFTConfig, "dpo": dpo.FSAMDPOConfig}[settings["method"]]
         types = (finetune.ModelArguments, align.AlignDataArguments, own)
-    elif "label_noise" in settings:
-        types = (noisy_labels.ModelArguments, noisy_labels.NoisyDataArguments, noisy_labels.NoisyTrainingArguments)
     elif "model_name_or_path" in settings:
         types = (finetune.ModelArguments, finetune.FinetuneDataArguments, FSAMTrainingArguments)
     else:
