@@ -1,7 +1,8 @@
-"""The scripts of recipes/studies: which steps perturb, and what is measured after training."""
+"""The scripts of recipes/studies: which steps perturb, along what, and what is measured after training."""
 
 import copy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 
 import after_training
 import late
+import momentum_sign
 
-from tests.toys import LENGTH, VOCABULARY, llama, make_trainer, same_bits, weights_of
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from tests import reference
+from tests.toys import LENGTH, VOCABULARY, distance, llama, make_trainer, same_bits, sentences, weights_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +34,58 @@ def test_late_perturbs_in_the_last_part_of_the_training_alone(tmp_path: Path) ->
     assert perturbed == [4, 5, 6]
     with pytest.raises(ValueError, match="perturb_last=0"):
         late.LateArguments(output_dir=str(tmp_path), perturb_last=0)
+
+
+@dataclass
+class SignedArguments(momentum_sign.MomentumSignArguments, FSAMTrainingArguments):
+    pass
+
+
+class SignedTrainer(momentum_sign.MomentumSignMixin, FSAMTrainer):
+    pass
+
+
+@pytest.mark.parametrize("rho", [0.1, 3.0])
+@pytest.mark.parametrize("sign", ["plus", "minus"])
+def test_the_jacobian_is_taken_along_or_against_the_momentum(tmp_path: Path, sign: str, rho: float) -> None:
+    """J(θ ± ρ m/‖m‖)ᵀ u(θ), held against plain torch, as the first step with the gradient in place of m."""
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=SignedTrainer,
+        arguments_class=SignedArguments,
+        momentum_sign=sign,
+        fsam_ascent_direction="momentum",
+        fsam_rho=rho,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    found = {name: weights_of(trainer.model)[name] for name in reference.trainable(trainer.model)}
+    rows = sentences()
+    batches = [{key: torch.stack([row[key] for row in rows[at : at + 2]]) for key in rows[0]} for at in range(0, 12, 2)]
+
+    def expected(factor: float) -> reference.Tensors:
+        return reference.train(
+            llama(),
+            reference.Problem(reference.causal_lm_loss, count=reference.count_shifted_labels),
+            batches,
+            variant="functional",
+            rho=rho,
+            optimizer_factory=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0),
+            momentum=True,
+            turned=lambda theta, direction: {name: factor * d for name, d in direction.items()},
+        )
+
+    factor = 1.0 if sign == "plus" else -1.0
+    assert distance(found, expected(factor)) < 1e-5
+    assert distance(found, expected(-factor)) > 1e-3
+
+
+def test_a_sign_of_the_momentum_needs_an_ascent_along_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="momentum_sign='-' is unknown"):
+        SignedArguments(output_dir=str(tmp_path), momentum_sign="-", fsam_ascent_direction="momentum")
+    with pytest.raises(ValueError, match="fsam_ascent_direction='gradient' into a descent"):
+        SignedArguments(output_dir=str(tmp_path), momentum_sign="minus")
 
 
 def test_the_loss_after_training_is_the_mean_over_all_tokens() -> None:
