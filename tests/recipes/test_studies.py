@@ -1,6 +1,7 @@
 """The scripts of recipes/studies: which steps perturb, along what, and what is measured after training."""
 
 import copy
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,66 @@ def test_a_sign_of_the_momentum_needs_an_ascent_along_it(tmp_path: Path) -> None
         SignedArguments(output_dir=str(tmp_path), momentum_sign="minus")
 
 
+def test_the_average_of_the_weights_is_what_is_saved_and_measured(tmp_path: Path) -> None:
+    class RecordingTrainer(after_training.AfterTrainer):
+        def update_average(self) -> None:
+            seen.append(weights_of(self.model))
+            super().update_average()
+
+    seen: list[dict[str, torch.Tensor]] = []
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=RecordingTrainer,
+        arguments_class=after_training.AfterArguments,
+        trainer={"eval_dataset": sentences(4, seed=2)},
+        weight_average="swa",
+        average_from=0.5,
+        perturb_last=0.5,
+    )
+    trainer.train()
+    mean = {name: torch.stack([each[name] for each in seen[2:]]).mean(dim=0) for name in seen[0]}
+    trainer.save_model()
+    saved = type(trainer.model).from_pretrained(tmp_path)
+    assert distance(weights_of(saved), mean) < 1e-6
+    assert distance(weights_of(saved), seen[-1]) > 1e-3
+    rows = [row["input_ids"] for row in sentences(4, seed=2)]
+    blocks = Dataset.from_dict({"input_ids": torch.stack(rows).tolist()})
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(after_training.loss_of(saved, blocks), rel=1e-5)
+    assert same_bits(weights_of(trainer.model), seen[-1])  # the training would go on from them
+
+
+def test_forgetting_is_read_off_where_the_frontier_reaches_a_loss() -> None:
+    frontier = [(5.5, 0.0), (5.0, 0.1), (4.6, 0.3), (4.2, 0.9), (4.8, 2.0)]
+    found = {loss: after_training.forgotten_at(loss, frontier) for loss in (6.0, 5.5, 5.25, 5.0, 4.7, 4.2, 4.1)}
+    wanted = {6.0: 0.0, 5.5: 0.0, 5.25: 0.05, 5.0: 0.1, 4.7: 0.25, 4.2: 0.9, 4.1: math.nan}
+    assert found == pytest.approx(wanted, nan_ok=True)
+    diverged = [(5.5, 0.0), (5.0, 0.1), (math.nan, math.nan), (4.5, 0.5)]
+    assert math.isnan(after_training.forgotten_at(4.6, diverged))
+
+
+def test_each_later_rate_has_its_pair_of_metrics() -> None:
+    def domains(new: float, change: float) -> after_training.Domains:
+        return {
+            "new": {"loss_before": 5.5, "loss_after": new, "change": new - 5.5},
+            "old": {"loss_before": 4.0, "loss_after": 4.0 + change, "change": change},
+        }
+
+    assert after_training.forgetting({1e-3: domains(5.0, 0.2)}) == {"forgotten": 0.2, "new_loss": 5.0}
+    later = {3e-3: domains(4.0, 0.9), 1.5e-4: domains(5.0, 0.1)}  # the frontier goes by the rate, not by the order
+    assert after_training.forgetting(later, equal_new_loss=4.5) == pytest.approx(
+        {
+            "forgotten_3e-3": 0.9,
+            "new_loss_3e-3": 4.0,
+            "forgotten_1.5e-4": 0.1,
+            "new_loss_1.5e-4": 5.0,
+            "forgotten_at_equal": 0.5,
+            "old_loss_at_equal": 4.5,
+        }
+    )
+    with pytest.raises(ValueError, match=r"later_learning_rates=\[0.0\]"):
+        after_training.AfterArguments(output_dir="unused", later_learning_rates=[0.0])
+
+
 def test_the_loss_after_training_is_the_mean_over_all_tokens() -> None:
     model = llama().eval()
     ids = torch.randint(3, VOCABULARY, (21, LENGTH))  # not a whole number of batches
@@ -130,6 +191,7 @@ def test_after_training_adds_its_metrics_to_the_results(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(after_training, "quantizations", lambda: {"int8": copy.copy, "int4": coarse})
     short = {"max_steps": 4, "warmup_steps": 0, "eval_steps": 4, "validation_blocks": 16, "later_epochs": 1}
+    short |= {"weight_average": "ema", "equal_new_loss": 100}
     argv = [str(ROOT / "recipes" / "configs" / "study.yaml"), "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
     results = after_training.run([*argv, *(str(part) for name in short for part in (f"--{name}", short[name]))])
     metrics = results["metrics"]
@@ -138,3 +200,5 @@ def test_after_training_adds_its_metrics_to_the_results(tmp_path: Path, monkeypa
     assert metrics["noise_rise"] != 0
     assert metrics["forgotten"] != 0  # four steps leave nothing to forget
     assert metrics["new_loss"] > 0
+    assert metrics["forgotten_at_equal"] == 0
+    assert metrics["old_loss_at_equal"] == pytest.approx(metrics["eval_loss"], rel=1e-2)  # of more blocks
