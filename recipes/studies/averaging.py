@@ -1,4 +1,4 @@
-"""Averages of the weights along a training, which are evaluated in place of the weights themselves."""
+"""Averages of the weights along a training, which are evaluated and saved in place of the weights themselves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ class AveragingArguments:
     weight_average: Literal["none", "ema", "swa"] = field(
         default="none",
         metadata={
-            "help": "Evaluate an average of the weights in place of the weights. ema: exponential, with average_decay. "
-            "swa: the mean over the steps after average_from."
+            "help": "Evaluate and save an average of the weights in place of the weights. ema: exponential, with "
+            "average_decay. swa: the mean over the steps after average_from."
         },
     )
     average_decay: float = field(default=0.99, metadata={"help": "For ema: the share of the average kept by a step."})
@@ -56,6 +56,10 @@ class AveragingMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self.using(self.evaluated_weights()):
             return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self.using(self.evaluated_weights()):
+            super().save_model(*args, **kwargs)
 
     @contextmanager
     def using(self, values: list[Tensor]) -> Iterator[None]:
