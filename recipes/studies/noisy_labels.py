@@ -49,6 +49,7 @@ from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import check_sequence_length, load_splits, load_tokenizer
 from finetune import FinetuneDataArguments, label_names, load_config, model_folder
+from momentum_sign import MomentumSignArguments, MomentumSignMixin
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
@@ -108,7 +109,7 @@ class NoisyDataArguments(FinetuneDataArguments):
 
 
 @dataclass
-class NoisyTrainingArguments(AveragingArguments, FSAMTrainingArguments):
+class NoisyTrainingArguments(MomentumSignArguments, AveragingArguments, FSAMTrainingArguments):
     loss: Literal["cross_entropy", "generalized"] = field(
         default="cross_entropy",
         metadata={"help": "generalized: (1 - p^q) / q of the label's probability p (arXiv 1805.07836)."},
@@ -312,7 +313,7 @@ class Epoch:
     logits: np.ndarray
 
 
-class NoisyLabelsTrainer(AveragingMixin, FSAMTrainer):
+class NoisyLabelsTrainer(MomentumSignMixin, AveragingMixin, FSAMTrainer):
     """Keeps the epochs that the validation texts' clean and noisy labels find best."""
 
     def __init__(self, *args: Any, validation: Dataset, **kwargs: Any) -> None:
