@@ -866,6 +866,11 @@ COMMANDS = [
         **study({"arms": {"A": {"rate": 1}}}, {"arms": {"A": {"rate": 2}}}, overrides={"rate": 2}),
     ),
     Row("is not an arm; there are", **study({"baseline": "B"}, {"baseline": "A"})),
+    Row(
+        "are not better in the same direction",
+        **study({"tune_on": "test_accuracy"}, {"tune_on": "test_loss"}),
+    ),
+    Row("is not the name of a file beside it", **study({"extends": "a/b.yaml"}, {})),
     Row("is not a list of whole numbers", **study({"seeds": [0.5]}, {"seeds": [5]})),
     Row("is not a number above 0", **study({"arms": {"A": {"passes": 0}}}, {"arms": {"A": {"passes": 2}}})),
     Row(
@@ -943,6 +948,7 @@ ELSEWHERE = {
     "logits are read after their pass has ended": "test_logits_that_are_read_after_their_pass_has_ended_are_…",
     "and the head's weights are no longer here": "where ZeRO-3 has gathered and released them",
     ", whose loss makes its logits by itself, in pieces": "test_a_head_that_no_boundary_can_be_put_into_is_refused",
+    "is not in {}, which has": "test_a_study_extends_another",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
     "give a JSON file of one object": "test_run.py",
     " has no attribute ": "test_cli.py",
