@@ -24,11 +24,14 @@ from transformers import (
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 import align
 import config
 import demo
 import dpo
 import finetune
+import noisy_labels
+import noisy_pairs
 import pretrain
 import sft
 from data import DatasetArguments
@@ -121,6 +124,10 @@ def test_every_configuration_parses(path: Path) -> None:
     if "method" in settings:
         own = {"sft": sft.FSAMSFTConfig, "dpo": dpo.FSAMDPOConfig}[settings["method"]]
         types = (finetune.ModelArguments, align.AlignDataArguments, own)
+    elif "label_noise" in settings:
+        types = (noisy_labels.ModelArguments, noisy_labels.NoisyDataArguments, noisy_labels.NoisyTrainingArguments)
+    elif "pair_noise" in settings:
+        types = (noisy_pairs.ModelArguments, noisy_pairs.PairsDataArguments, noisy_pairs.PairsTrainingArguments)
     elif "model_name_or_path" in settings:
         types = (finetune.ModelArguments, finetune.FinetuneDataArguments, FSAMTrainingArguments)
     else:
