@@ -50,7 +50,13 @@ from transformers import (
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
-DEFAULT_MODEL = "outputs/pretrain_tiny"  # where recipes/configs/pretrain_tiny.yaml leaves it
+DEFAULT_MODEL = "outputs/pretrain_tiny"
+# What makes the models that are not on the hub.
+MADE_BY = {
+    DEFAULT_MODEL: "python recipes/pretrain.py recipes/configs/pretrain_tiny.yaml",
+    "outputs/study_base": "python recipes/pretrain.py recipes/configs/study.yaml --fsam_variant none "
+    "--learning_rate 4e-3 --max_steps 2400 --output_dir outputs/study_base",
+}
 
 INSTRUCTION = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
@@ -147,10 +153,11 @@ def load_config(name_or_path: str) -> PretrainedConfig:
         FileNotFoundError: a path that does not exist; unchecked it would be looked for on the hub.
         ValueError: nothing on the hub, or no network.
     """
-    cure = f"`python recipes/pretrain.py recipes/configs/pretrain_tiny.yaml` makes {DEFAULT_MODEL}, the default."
+    model = name_or_path if name_or_path in MADE_BY else DEFAULT_MODEL
+    cure = f"`{MADE_BY[model]}` makes {model}."
     path = Path(name_or_path).expanduser()
     written_as_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if not path.exists() and (written_as_path or name_or_path == DEFAULT_MODEL):
+    if not path.exists() and (written_as_path or name_or_path in MADE_BY):
         raise FileNotFoundError(f"model_name_or_path={name_or_path!r} does not exist. {cure}")
     try:
         return AutoConfig.from_pretrained(name_or_path)

@@ -49,6 +49,7 @@ from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import check_sequence_length, load_splits, load_tokenizer
 from finetune import FinetuneDataArguments, label_names, load_config, model_folder
+from losses import generalized_cross_entropy
 from momentum_sign import MomentumSignArguments, MomentumSignMixin
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
@@ -291,17 +292,6 @@ def collating(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, An
 
 
 # ---- Training ----
-
-
-def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tensor:
-    """(1 - p^q) / q of each example, p the probability of the label: arXiv 1805.07836, equation 6.
-
-    Args:
-        logits: (B, classes).
-        labels: (B,).
-    """
-    log_p = F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])
-    return (1 - (q * log_p[:, 0]).exp()) / q
 
 
 @dataclass
