@@ -127,7 +127,7 @@ def plot_curves(axes: Axes, study: Study, final: Runs, styles: Styles) -> None:
         low, high = ([pick(each) for each in values] for pick in (min, max))
         alpha = min(0.15, 1 / len(final))  # or many arms would hide the lines
         axes.fill_between(steps, low, high, color=styles[arm]["color"], alpha=alpha, linewidth=0)
-    axes.set(title="Curves, mean and range of the seeds", xlabel="step", ylabel=study.metrics[0].removeprefix("best_"))
+    axes.set(title="Curves, mean and range of the seeds", xlabel="step", ylabel=study.tune_on.removeprefix("best_"))
     axes.grid(alpha=0.3)
 
 

@@ -554,6 +554,12 @@ def test_a_single_seed_has_a_dot_and_no_interval(folder: Path) -> None:
     assert forest.get_xlabel().endswith("A, one seed")
 
 
+def test_the_curves_are_named_after_the_metric_that_they_show(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}}, seeds=[0], metrics=["test_loss"], tune_on="best_eval_loss")
+    curves = draw(study, [row("A", 0, 1.0, metrics={"test_loss": 1.0}, curve=[[1, 3.0], [2, 2.0]])]).axes[0]
+    assert curves.get_ylabel() == "eval_loss"
+
+
 def apart(labels: list[Text]) -> bool:
     boxes = [label.get_window_extent() for label in labels if label.get_text()]
     return not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
