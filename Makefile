@@ -5,7 +5,7 @@ VENV := .venv
 export DS_BUILD_OPS := 0
 INSTALLED := $(VENV)/.installed
 
-# The modules, and trained weights against plain PyTorch: what every set of versions has to pass (docs/VERSIONS.md).
+# The modules, and trained weights against plain PyTorch: what every set of versions has to pass (docs/versions.md).
 CORE := tests/unit tests/parity
 
 .PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo gpu lint clean

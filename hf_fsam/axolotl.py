@@ -1,6 +1,6 @@
 """`plugins: [hf_fsam.axolotl.FSAMPlugin]` in a configuration of Axolotl: its supervised training, split.
 
-docs/AXOLOTL.md tells how to use it. Axolotl's interface was read in 0.21.0.
+docs/axolotl.md tells how to use it. Axolotl's interface was read in 0.21.0.
 """
 
 from collections.abc import Iterator
@@ -50,12 +50,12 @@ def refusals(cfg: Any) -> Iterator[tuple[str, str]]:
         if getattr(cfg, name, None):
             yield (
                 f"{name}: true, whose trainer Axolotl lets no plugin extend",
-                "train it with TRL and FSAMMixin, as docs/EXTENDING.md shows",
+                "train it with TRL and FSAMMixin, as docs/extending.md shows",
             )
     if getattr(cfg, "rl", None) and not getattr(cfg, "trainer_cls", None):
         yield (
             f"rl: {getattr(cfg.rl, 'value', cfg.rl)} with a trainer of Axolotl's own",
-            "name one in trainer_cls that has FSAMMixin first, as docs/AXOLOTL.md shows",
+            "name one in trainer_cls that has FSAMMixin first, as docs/axolotl.md shows",
         )
 
 

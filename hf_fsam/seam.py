@@ -1,6 +1,6 @@
 """What of the split step a subclass may change: when it perturbs, along what, over which weights, and on which engine.
 
-Override a method beside your trainer's `compute_loss`; docs/EXTENDING.md has worked examples. Everything else of the
+Override a method beside your trainer's `compute_loss`; docs/extending.md has worked examples. Everything else of the
 step calls these and nothing private.
 """
 

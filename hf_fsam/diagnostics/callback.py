@@ -33,7 +33,7 @@ class FSAMDiagnosticsCallback(TrainerCallback):
 
     It needs an :class:`~hf_fsam.FSAMTrainer` in one process or under DDP, and works with any `fsam_variant`, `none`
     included. ε follows from `fsam_rho`, `fsam_precondition` and each batch's own gradient. The log gets these values as
-    means over the batches; docs/DIAGNOSTICS.md says how to read them:
+    means over the batches; docs/diagnostics.md says how to read them:
 
         fsam/logit_path            ‖J(θ)ᵀ(u(θ+ε) − u(θ))‖
         fsam/functional_path       ‖(J(θ+ε) − J(θ))ᵀu(θ)‖

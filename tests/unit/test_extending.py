@@ -1,4 +1,4 @@
-"""docs/EXTENDING.md: a variant and an engine of one's own, each in a few lines and without a private name."""
+"""docs/extending.md: a variant and an engine of one's own, each in a few lines and without a private name."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from tests import reference
 from tests.reference import Tensors
 from tests.toys import distance, gpt2, llama, make_trainer, same_bits, sentences, weights_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "EXTENDING.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 STEPS, RHO = 6, 0.1
 
 
