@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The modules, and trained weights against plain PyTorch: what every set of versions has to pass (docs/versions.md).
 CORE := tests/unit tests/parity
 
-.PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo gpu lint clean
+.PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo docs gpu lint clean
 
 install: $(INSTALLED)
 
@@ -64,6 +64,10 @@ test-axolotl:
 demo: install
 	$(VENV)/bin/python recipes/demo.py
 
+# The site, into site/. Strictly: a broken link or a reference to nothing fails.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 # What only a GPU can show. No installation comes first: a machine with a GPU has a torch of its own, and maybe no network.
 gpu:
 	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
@@ -74,4 +78,4 @@ lint: install
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-docker $(VENV)-axolotl outputs
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-docker $(VENV)-axolotl outputs site

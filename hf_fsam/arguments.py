@@ -128,13 +128,13 @@ class FSAMArguments:
 
 @dataclass
 class FSAMTrainingArguments(FSAMArguments, TrainingArguments):
-    """`transformers.TrainingArguments` with the fields of :class:`FSAMArguments`."""
+    """`transformers.TrainingArguments` with the fields of `FSAMArguments`."""
 
     __repr__ = TrainingArguments.__repr__  # which hides tokens
 
 
 def check(args: FSAMArguments) -> None:
-    """Raises the `ValueError` of :class:`FSAMArguments`.
+    """Raises the `ValueError` of `FSAMArguments`.
 
     The trainer calls it again during the training, since a hyperparameter search or a callback may set fields. A NumPy
     number, a tensor of one number, a fraction and text from YAML are replaced by the number of Python's own that they

@@ -34,8 +34,8 @@ class FSAMMixin(Seam):
         logit       J(θ)ᵀ u(θ+ε)
 
     Everything else is the parent's: its `compute_loss`, its `training_step`, loss scaling, gradient accumulation,
-    clipping, the optimizer. `args` without `fsam_*` fields are completed with the defaults of :class:`FSAMArguments`.
-    What a subclass may change of the step is in :class:`~hf_fsam.seam.Seam`.
+    clipping, the optimizer. `args` without `fsam_*` fields are completed with the defaults of `FSAMArguments`.
+    What a subclass may change of the step is in `Seam`.
 
     Attributes:
         fsam: all that the mixin keeps.
@@ -190,4 +190,4 @@ class FSAMMixin(Seam):
 
 
 class FSAMTrainer(FSAMMixin, Trainer):
-    """`transformers.Trainer` with the split step of :class:`FSAMMixin`; takes the same arguments."""
+    """`transformers.Trainer` with the split step of `FSAMMixin`; takes the same arguments."""

@@ -31,7 +31,7 @@ MEASURED = (
 class FSAMDiagnosticsCallback(TrainerCallback):
     """Logs, every so many optimizer steps, whether SAM's gradient comes from the logits' statistics or the function.
 
-    It needs an :class:`~hf_fsam.FSAMTrainer` in one process or under DDP, and works with any `fsam_variant`, `none`
+    It needs an `FSAMTrainer` in one process or under DDP, and works with any `fsam_variant`, `none`
     included. ε follows from `fsam_rho`, `fsam_precondition` and each batch's own gradient. The log gets these values as
     means over the batches; docs/diagnostics.md says how to read them:
 
@@ -90,7 +90,7 @@ class FSAMDiagnosticsCallback(TrainerCallback):
 
 
 def diagnose(probe: Probe, rho: float) -> dict[str, float]:
-    """Measures what :class:`FSAMDiagnosticsCallback` logs, averaged over the batches and processes.
+    """Measures what `FSAMDiagnosticsCallback` logs, averaged over the batches and processes.
 
     Values that some process could not measure are left out.
     """

@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import json
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -1020,3 +1021,23 @@ def test_every_message_has_a_row_or_names_its_test_elsewhere() -> None:
     found = [(where, text) for where, text in messages() if len(text.replace("{}", "")) > 10]
     assert len(found) > 80
     assert not [f"{where}: {text}" for where, text in found if not any(piece in text for piece in texts)]
+
+
+def named() -> Iterator[str]:
+    """The messages that are constants of a module, and raised by their names."""
+    rows = [*(row.text for row in ROWS_OF_MESSAGES), *ELSEWHERE]
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and any(row in template(node.value) for row in rows):
+                yield template(node.value)
+
+
+def test_every_message_is_explained_in_the_docs() -> None:
+    """By a piece of it, in the first column of a table of docs/troubleshooting.md."""
+    page = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    pieces = re.findall(r"^\| `(.+?)` \| ", page, flags=re.MULTILINE)
+    texts = [*named(), *(text for _, text in messages() if len(text.replace("{}", "")) > 10)]
+    assert not [text for text in texts if not any(piece in text for piece in pieces)]
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py"))
+    said = "\n".join(template(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr))
+    assert not [piece for piece in pieces if piece not in said]  # what the package no longer says

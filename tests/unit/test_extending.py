@@ -329,7 +329,8 @@ def test_an_engine_leaves_nothing_behind_an_exception(tmp_path: Path) -> None:
 
 def test_the_page_shows_this_code() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
-    blocks = [block.removeprefix("python\n") for block in PAGE.read_text(encoding="utf-8").split("```")[1::2]]
+    page = PAGE.read_text(encoding="utf-8")
+    _imports, *blocks = [block.removeprefix("python\n") for block in page.split("```")[1::2]]
     assert len(blocks) == 4
     for block in blocks:
         for part in block.strip().split("\n\n\n"):
