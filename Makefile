@@ -64,9 +64,9 @@ test-axolotl:
 demo: install
 	$(VENV)/bin/python recipes/demo.py
 
-# The site, into site/. Strictly: a broken link or a reference to nothing fails.
+# The site, into site/. Strictly: a broken link or a reference to nothing fails. (With --quiet nothing would.)
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # What only a GPU can show. No installation comes first: a machine with a GPU has a torch of its own, and maybe no network.
 gpu:
