@@ -53,8 +53,8 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 class PeakAllocated:
     """The same from the CPU's allocations, which torch's profiler writes down: `peak` is known afterwards.
 
-    While :class:`PeakMemory` watches, autograd adds up gradients out of place (torch 2.13), and a step can take more than
-    it does otherwise. This sees what happens without a watcher, but nothing of what other devices allocate.
+    While :class:`PeakMemory` watches, autograd adds gradients up out of place (torch 2.13), and a step can take more
+    than it does otherwise. This sees what happens without a watcher, but nothing of what other devices allocate.
     """
 
     def __enter__(self) -> "PeakAllocated":

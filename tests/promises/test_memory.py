@@ -78,7 +78,7 @@ def test_the_cotangent_costs_one_tensor_of_the_size_of_the_logits(tmp_path: Path
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="counts what the CPU allocates")
 def test_gradients_of_tied_embeddings_are_added_in_place(tmp_path: Path) -> None:
-    """Nearly all weights are one table: θ+ε, the head's gradient and the embeddings' are three copies, their sum none."""
+    """Nearly all weights are one table: θ+ε, the head's gradient and the embeddings' are three copies, the sum none."""
     model = llama(hidden_size=128, vocab_size=20_000, tie_word_embeddings=True)
     trainer = make_trainer(tmp_path, model, max_steps=3, per_device_train_batch_size=ROWS, optim="sgd")
     with PeakAllocated() as memory:
