@@ -73,7 +73,8 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The sdist and, made from it, the wheel. A few tests then run in the unpacked sdist, which shows that nothing is missing.
+# The sdist and, made from it, the wheel. Their page may have no link to a file beside it. A few tests then run in the
+# unpacked sdist, which shows that nothing is missing.
 dist: install
 	rm -rf dist
 	$(PYTHON) -m venv $(VENV)-dist
@@ -82,6 +83,7 @@ dist: install
 	$(VENV)-dist/bin/twine check --strict dist/*
 	rm -rf $(VENV)-dist/sdist && mkdir $(VENV)-dist/sdist
 	tar --extract --file dist/*.tar.gz --directory $(VENV)-dist/sdist --strip-components 1
+	! grep --line-number --perl-regexp '(\]\(|src="|href=")(?!https?:|#)' $(VENV)-dist/sdist/PKG-INFO
 	cd $(VENV)-dist/sdist && $(CURDIR)/$(VENV)/bin/python -m pytest tests/promises/test_layout.py tests/unit/test_arguments.py
 
 clean:

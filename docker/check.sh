@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 outputs="$(mktemp -d)"
-trap 'docker rm --force hf-fsam-check > /dev/null; rm -rf "$outputs"' EXIT
+trap 'docker rm --force hf-fsam-check > /dev/null || true; rm -rf "$outputs"' EXIT
 
 docker build -t hf-fsam .
 docker run --detach --name hf-fsam-check --user "$(id -u):$(id -g)" --ipc=host -v "$outputs:/app/outputs" \
@@ -18,5 +18,5 @@ until docker logs hf-fsam-check 2>&1 | grep "'loss'" > /dev/null; do
   fi
   sleep 1
 done
-docker stop --time 120 hf-fsam-check
+docker stop -t 120 hf-fsam-check
 ls "$outputs"/pretrain_tiny/checkpoint-*/trainer_state.json # the Trainer writes it last
