@@ -1,52 +1,46 @@
-# The recipes on NVIDIA GPUs, one or several:
-#   docker build -t hf-fsam .
-#   mkdir -p outputs
-#   docker run --rm --gpus all --ipc=host -v "$PWD/outputs:/app/outputs" -v hf-fsam-cache:/cache \
-#     hf-fsam recipes/configs/pretrain_tiny.yaml --max_steps 20
+# The recipes on NVIDIA GPUs, one or several, on one node or several: docs/docker.md.
+# torch's wheels bring the CUDA libraries, so the base is a plain Ubuntu.
 # What changes most often comes last, so that an edit of the sources costs no reinstallation.
-FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
+FROM ubuntu:24.04@sha256:224a1869083a311ef3f13648a154ba79832fbef6364d31493642ca03082da254
 
-# ---- System: Python, certificates for the hub, the compiler and headers that Triton (torch_compile) builds with ----
+# ---- System: Python, certificates for the hub, the compiler and headers that Triton (torch_compile) builds with, and a
+# small init. No versions: Ubuntu's archive has only the newest of each. ----
+# hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3-dev python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3-dev python3-venv tini \
     && rm -rf /var/lib/apt/lists/*
 
-# A mounted folder keeps its owner on the host, so the user takes the usual first id: Ubuntu's own user has it. Another
-# one: --build-arg UID="$(id -u)".
-ARG UID=1000
-RUN if id ubuntu > /dev/null 2>&1; then userdel --remove ubuntu; fi \
-    && useradd --no-log-init --create-home --uid "$UID" fsam \
-    && mkdir -p /app/outputs /cache \
-    && chown fsam: /app/outputs /cache
-
-# HF_HOME: downloads, prepared data and tokenizers. DS_BUILD_OPS: DeepSpeed without its own CUDA kernels, which would
-# need nvcc; ZeRO does without them.
+# DS_BUILD_OPS: DeepSpeed without its own CUDA kernels, which would need nvcc; ZeRO does without them.
 ENV PATH=/opt/venv/bin:$PATH \
-    HF_HOME=/cache \
     DS_BUILD_OPS=0 \
     PYTHONUNBUFFERED=1
 
-# ---- Packages: torch, by far the largest, in a layer of its own ----
+# ---- Packages: every one by its version ----
 ARG CONSTRAINTS=docker/constraints-gpu.txt
 COPY ${CONSTRAINTS} /opt/constraints.txt
 RUN python3 -m venv /opt/venv \
-    && pip install --no-cache-dir -c /opt/constraints.txt torch
-
-COPY pyproject.toml /src/
-RUN python -c "import tomllib; project = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; \
-        extras = project['optional-dependencies']; \
-        print(*project['dependencies'], *extras['recipes'], *extras['deepspeed'], sep='\n')" > /src/requirements.txt \
-    && pip install --no-cache-dir -c /opt/constraints.txt -r /src/requirements.txt
+    && pip install --no-cache-dir -r /opt/constraints.txt
 
 # ---- Sources ----
-COPY README.md LICENSE /src/
+COPY pyproject.toml README.md LICENSE /src/
 COPY hf_fsam /src/hf_fsam
-RUN pip install --no-cache-dir --no-deps -c /opt/constraints.txt /src \
+RUN pip install --no-cache-dir --no-deps /src \
+    && pip check \
     && rm -r /src
 
 WORKDIR /app
 COPY docker/entrypoint.py docker/
 COPY recipes recipes
 
-USER fsam
-ENTRYPOINT ["python", "/app/docker/entrypoint.py"]
+# ---- The user: any id will do (docker run --user), with or without a name in /etc/passwd ----
+# HF_HOME: downloads, prepared data and tokenizers. TORCH_ELASTIC_SHUTDOWN_TIMEOUT: torchrun waits so many seconds for the
+# checkpoints of its processes when the container is stopped, instead of 30.
+RUN install -d -m 1777 /app/outputs /cache /home/fsam
+ENV HOME=/home/fsam \
+    USER=fsam \
+    HF_HOME=/cache \
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
+USER 1000
+
+# tini is process 1 and hands SIGTERM on; Linux keeps it from a process 1 that does not handle it.
+ENTRYPOINT ["tini", "--", "python", "/app/docker/entrypoint.py"]

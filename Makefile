@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The modules, and trained weights against plain PyTorch: what every set of versions has to pass (docs/versions.md).
 CORE := tests/unit tests/parity
 
-.PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo docs gpu lint clean
+.PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo docs gpu lint dist clean
 
 install: $(INSTALLED)
 
@@ -77,5 +77,18 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The sdist and, made from it, the wheel. Their page may have no link to a file beside it. A few tests then run in the
+# unpacked sdist, which shows that nothing is missing.
+dist: install
+	rm -rf dist
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet build twine
+	$(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/twine check --strict dist/*
+	rm -rf $(VENV)-dist/sdist && mkdir $(VENV)-dist/sdist
+	tar --extract --file dist/*.tar.gz --directory $(VENV)-dist/sdist --strip-components 1
+	! grep --line-number --perl-regexp '(\]\(|src="|href=")(?!https?:|#)' $(VENV)-dist/sdist/PKG-INFO
+	cd $(VENV)-dist/sdist && $(CURDIR)/$(VENV)/bin/python -m pytest tests/promises/test_layout.py tests/unit/test_arguments.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-docker $(VENV)-axolotl outputs site
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-docker $(VENV)-axolotl $(VENV)-dist dist outputs site

@@ -1,4 +1,4 @@
-"""The entry point of the image: runs the recipe that a configuration is for, on every visible GPU."""
+"""The entry point of the image: runs a command, or the recipe that a configuration is for, on every visible GPU."""
 
 import os
 import shlex
@@ -13,10 +13,11 @@ TELLTALES = {"pretrain.py": ("architecture", "model_config"), "finetune.py": ("m
 
 USAGE = """\
 usage: docker run --rm --gpus all --ipc=host -v "$PWD/outputs:/app/outputs" IMAGE CONFIG.yaml [--name value ...]
+       docker run ... IMAGE COMMAND [argument ...]
 
-Everything after the configuration is passed to its recipe; `CONFIG.yaml --help` lists the arguments. With several GPUs
-there is one process for each. Results appear in outputs/, and `-v hf-fsam-cache:/cache` keeps downloads and prepared
-data.
+A configuration starts its recipe, with everything after it; `CONFIG.yaml --help` lists the arguments. With several GPUs
+there is one process for each. Anything else is a command, as `hf-fsam compare recipes/studies/core.yaml`. Results
+appear in outputs/, and `-v hf-fsam-cache:/cache` keeps downloads and prepared data. More is in docs/docker.md.
 """
 
 
@@ -40,16 +41,24 @@ def recipe_of(config: Path) -> str:
     if len(fitting) != 1:
         choices = "; ".join(f"{' or '.join(telltales)} for {script}" for script, telltales in TELLTALES.items())
         raise ValueError(
-            f"{config} does not tell which recipe it is for. Let it name one of: {choices}; method: {' or '.join(TRL)}."
+            f"{config} does not tell which recipe it is for. Let it name one of: {choices}; "
+            f"method: {' or '.join(TRL)}. "
+            f"A study is started by `hf-fsam compare {config}`."
         )
     return fitting[0]
 
 
-def command(argv: list[str], gpus: int) -> list[str]:
+def is_config(word: str) -> bool:
+    return Path(word).suffix in (".yaml", ".yml")
+
+
+def recipe_command(argv: list[str], gpus: int) -> list[str]:
     """The command line to execute for `argv = [CONFIG.yaml, ...]`."""
     script = str(RECIPES / recipe_of(Path(argv[0])))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    return [sys.executable, *launcher, script, *argv]
+    several = gpus > 1 or os.environ.keys() & {"NNODES", "PROCESSES"}
+    launcher = str(RECIPES / "launch" / "torchrun.sh") if several else sys.executable
+    # On SIGTERM, which `docker stop` sends, the Trainer saves a checkpoint. The user's own value comes later and wins.
+    return [launcher, script, argv[0], "--enable_jit_checkpoint=true", *argv[1:]]
 
 
 def usage() -> str:
@@ -62,19 +71,24 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    import torch  # here, since it takes seconds that the usage message does not need
+    line = argv
+    if is_config(argv[0]):
+        import torch  # here, since it takes seconds that nothing else needs
 
-    try:
-        line = command(argv, torch.cuda.device_count())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.exit(f"{error}\n\n{usage()}")
-    if os.path.isdir("outputs") and not os.access("outputs", os.W_OK):
-        sys.exit(
-            f"outputs/ cannot be written by user {os.getuid()}. Make the folder before the container is started, or "
-            'build the image with --build-arg UID="$(id -u)".'
-        )
+        try:
+            line = recipe_command(argv, torch.cuda.device_count())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            sys.exit(f"{error}\n\n{usage()}")
+        if os.path.isdir("outputs") and not os.access("outputs", os.W_OK):
+            sys.exit(
+                f"outputs/ cannot be written by user {os.getuid()}. Make the folder before the container is started, "
+                'and start it as the folder\'s owner: docker run --user "$(id -u):$(id -g)" ...'
+            )
     print("+", shlex.join(line), flush=True)
-    os.execv(line[0], line)  # replaces this process, so that Ctrl-C and the exit status are the training's
+    try:
+        os.execvp(line[0], line)  # replaces this process, so that signals and the exit status are the training's
+    except OSError as error:
+        sys.exit(f"{line[0]!r} is neither a configuration, which ends in .yaml, nor a command: {error}.\n\n{usage()}")
 
 
 if __name__ == "__main__":

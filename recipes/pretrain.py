@@ -14,6 +14,7 @@ from config import parse
 from data import (
     STREAM_SHUFFLE_BUFFER,
     DatasetArguments,
+    Splits,
     check_sequence_length,
     check_streaming,
     for_validation,
@@ -30,6 +31,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     default_data_collator,
     set_seed,
 )
@@ -65,6 +67,21 @@ class ModelArguments:
             raise ValueError(
                 f"vocab_size={self.vocab_size} is too small: 256 bytes and 2 special tokens need at least 258."
             )
+
+
+def build_tokenizer(model: ModelArguments, data: DatasetArguments, splits: Splits) -> PreTrainedTokenizerBase:
+    if model.tokenizer is not None:
+        return load_tokenizer(model.tokenizer)
+    return trained_tokenizer(splits, data, model.vocab_size)
+
+
+def config_for(tokenizer: PreTrainedTokenizerBase, model: ModelArguments, data: DatasetArguments) -> PretrainedConfig:
+    """The configuration of a model that reads what `tokenizer` makes. Tells the tokenizer how much it can read."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = build_config(model, len(tokenizer), data.sequence_length, **special)
+    check_sequence_length(data, config)
+    tokenizer.model_max_length = config.max_position_embeddings
+    return config
 
 
 def build_config(
@@ -116,20 +133,8 @@ def run(
     # ---- Data: the main process fills the caches, the others read them ----
     with training_args.main_process_first(desc="preparing the data"):
         splits = load_splits(data_args)
-        if model_args.tokenizer is not None:
-            tokenizer = load_tokenizer(model_args.tokenizer)
-        else:
-            tokenizer = trained_tokenizer(splits, data_args, model_args.vocab_size)
-        config = build_config(
-            model_args,
-            len(tokenizer),
-            data_args.sequence_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        check_sequence_length(data_args, config)
-        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer = build_tokenizer(model_args, data_args, splits)
+        config = config_for(tokenizer, model_args, data_args)
         train = packed(splits.train, tokenizer, data_args, "training")
         validation = for_validation(splits.validation, tokenizer, data_args)
     if data_args.streaming:

@@ -118,7 +118,13 @@ class _Head(torch.autograd.Function):
         refuse_create_graph()
         gradients = ctx.call.gradients(None if ctx.call.is_zero(cotangent) else cotangent)
         given = zip(gradients, ctx.shapes, ctx.needs_input_grad[1:], strict=True)
-        return (None, *(g.view(shape) if needed and g is not None else None for g, shape, needed in given))
+        return (None, *(_in_shape(g, shape) if needed and g is not None else None for g, shape, needed in given))
+
+
+def _in_shape(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """A view only where it is needed: autograd adds other gradients of the same weight, as of tied embeddings, in place
+    to a tensor that is none (torch 2.13)."""
+    return gradient if gradient.shape == shape else gradient.view(shape)
 
 
 class _GradientEdge(torch.autograd.Function):

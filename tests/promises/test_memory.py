@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.peak_memory import PeakMemory
+from benchmarks.peak_memory import PeakAllocated, PeakMemory
 from hf_fsam import perturbation
 from tests.toys import LENGTH, llama, make_trainer
 
@@ -74,3 +74,14 @@ def test_the_cotangent_costs_one_tensor_of_the_size_of_the_logits(tmp_path: Path
     logits = ROWS * LENGTH * 20_000 * 4
     weights = _size(llama(vocab_size=20_000))
     assert split - plain <= weights + 1.1 * logits
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="counts what the CPU allocates")
+def test_gradients_of_tied_embeddings_are_added_in_place(tmp_path: Path) -> None:
+    """Nearly all weights are one table: θ+ε, the head's gradient and the embeddings' are three copies, the sum none."""
+    model = llama(hidden_size=128, vocab_size=20_000, tie_word_embeddings=True)
+    trainer = make_trainer(tmp_path, model, max_steps=3, per_device_train_batch_size=ROWS, optim="sgd")
+    with PeakAllocated() as memory:
+        trainer.train()
+    logits = ROWS * LENGTH * 20_000 * 4
+    assert 2.5 * _size(model) < memory.peak < 3.1 * _size(model) + 2 * logits
