@@ -5,7 +5,6 @@ accelerate launch recipes/pretrain.py recipes/configs/c4_118m.yaml
 torchrun --nproc_per_node 8 recipes/pretrain.py recipes/configs/c4_118m.yaml --gradient_accumulation_steps 1
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +22,8 @@ from data import (
     trained_tokenizer,
 )
 from evaluation import LanguageModelMetrics, evaluate_by_batch, reduce_language_model
-from report import leave_group, print_summary, quiet, show_progress, write_report
+from models import model_folder
+from report import main, quiet, show_progress, write_report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.mistakes import first_line, refused_by_libraries
 
 
 @dataclass
@@ -71,10 +72,14 @@ def build_config(
     model: ModelArguments, vocab_size: int, sequence_length: int, **special_tokens: int
 ) -> PretrainedConfig:
     if model.model_config is not None:
+        folder = model_folder(model.model_config, "model_config")
         try:
-            return AutoConfig.from_pretrained(model.model_config, vocab_size=vocab_size, **special_tokens)
+            return AutoConfig.from_pretrained(folder, vocab_size=vocab_size, **special_tokens)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model_config={model.model_config!r} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"model_config={model.model_config!r} holds no model's configuration ({first_line(error)}). Give the "
+                "folder of one; or its name on the hub, and see that there is a network."
+            ) from error
     shared = {"vocab_size": vocab_size, "tie_word_embeddings": model.tie_embeddings, **special_tokens}
     if model.architecture == "gpt2":
         return GPT2Config(
@@ -117,7 +122,7 @@ def run(
     with training_args.main_process_first(desc="preparing the data"):
         splits = load_splits(data_args)
         if model_args.tokenizer is not None:
-            tokenizer = load_tokenizer(model_args.tokenizer)
+            tokenizer = load_tokenizer(model_args.tokenizer, "tokenizer")
         else:
             tokenizer = trained_tokenizer(splits, data_args, model_args.vocab_size)
         config = build_config(
@@ -139,16 +144,17 @@ def run(
     model = AutoModelForCausalLM.from_config(config)
     # The path where it will be saved. Without a name the model card calls it a fine-tuned version of None.
     model.config._name_or_path = training_args.output_dir
-    trainer = trainer_class(
-        model=model,
-        args=evaluate_by_batch(training_args),
-        train_dataset=train,  # blocks of (sequence_length,)
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        compute_metrics=LanguageModelMetrics(),
-        preprocess_logits_for_metrics=reduce_language_model,
-    )
+    with refused_by_libraries():
+        trainer = trainer_class(
+            model=model,
+            args=evaluate_by_batch(training_args),
+            train_dataset=train,  # blocks of (sequence_length,)
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            compute_metrics=LanguageModelMetrics(),
+            preprocess_logits_for_metrics=reduce_language_model,
+        )
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -177,10 +183,5 @@ def run(
     )
 
 
-def main() -> None:
-    print_summary(run(sys.argv[1:]))
-    leave_group()
-
-
 if __name__ == "__main__":
-    main()
+    main("pretrain.py", run)

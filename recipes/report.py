@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from models import RECIPES
 from transformers import ProgressCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
+from hf_fsam.mistakes import told_in_one_line
 from hf_fsam.studies.masking import masked
 
 PACKAGES = ("hf-fsam", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "deepspeed")
@@ -100,6 +104,13 @@ def size(weight: torch.nn.Parameter) -> int:
 def as_dict(arguments: Any) -> dict[str, Any]:
     """A dict of the arguments in which tokens and passwords are masked."""
     return masked(arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments))
+
+
+def main(script: str, run: Callable[[list[str]], dict[str, Any]]) -> None:
+    """A recipe's whole program: `run` with the command line, and what it found."""
+    with told_in_one_line(script, RECIPES):
+        print_summary(run(sys.argv[1:]))
+    leave_group()
 
 
 def print_summary(results: dict[str, Any]) -> None:

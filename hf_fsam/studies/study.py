@@ -372,15 +372,24 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def read_yaml(path: Path) -> Settings:
-    text = _existing(path, "The YAML file").read_text(encoding="utf-8")
+    return numbers(load_yaml(_existing(path, "The YAML file")))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file is no YAML, or no mapping. The message repeats nothing of it, since it may hold a password.
+    """
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.MarkedYAMLError as error:  # its own message repeats the line, which may hold a password
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Correct that line.") from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "it is no text in UTF-8"
+        line = f", in line {mark.line + 1}. Correct that line" if mark else ". Give a text file"
+        raise ValueError(f"{path} can't be read as YAML: {problem}{line}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
-    return numbers(values)
+    return values
 
 
 def numbers(value: Any) -> Any:

@@ -856,7 +856,7 @@ COMMANDS = [
     Row("} needs {".replace("}", "").replace("{", ""), **study({"arms": {}}, {"arms": {"A": None}})),
     Row("does not exist: give the path of a file", **study({"recipe": "nowhere.py"}, {"recipe": "recipe.py"})),
     Row("not `name: value` lines", written("- a list"), written("name: value")),
-    Row("Correct that line", written("a: b: c"), written("a: 'b: c'")),
+    Row("can't be read as YAML", written("a: b: c"), written("a: 'b: c'")),
     Row("`studies` is a list of YAML files", **study({"studies": ["a.yaml"]}, {})),
     Row(" is not a list of names", **study({"metrics": "eval_loss"}, {"metrics": ["eval_loss"]})),
     Row("not a mapping of settings to values", **study({"arms": {"A": "none"}}, {"arms": {"A": {"b": 1}}})),
