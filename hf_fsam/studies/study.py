@@ -46,6 +46,7 @@ import yaml
 import hf_fsam
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.cleanup import Cleanup
+from hf_fsam.mistakes import did_you_mean
 from hf_fsam.studies.masking import is_secret
 
 Settings = dict[str, Any]
@@ -177,7 +178,8 @@ class Study:
         given = {name: value for name, value in settings.items() if name.startswith("fsam_")}
         for name in given:
             if name not in known:
-                raise ValueError(f"{self.path}: {arm.name}: {name!r} is none of {', '.join(sorted(known))}.")
+                hint = did_you_mean(name, known)
+                raise ValueError(f"{self.path}: {arm.name}: {name!r} is none of {', '.join(sorted(known))}.{hint}")
         return arm.passes if arm.passes is not None else plain_passes(FSAMArguments(**given))
 
     def weight(self, arm: Arm, settings: Settings) -> float:
@@ -224,7 +226,8 @@ def load_studies(
     known |= {"seeds", "tuning_seeds", "tune_on", "arms"}
     for name in raw:
         if name not in known:
-            raise ValueError(f"{path}: {name!r} is not a key of a study; these are: {', '.join(sorted(known))}.")
+            hint = did_you_mean(name, known)
+            raise ValueError(f"{path}: {name!r} is not a key of a study; these are: {', '.join(sorted(known))}.{hint}")
     if not raw.get("arms"):
         raise ValueError(f"{path}: the study needs the key 'arms'.")
     for name, kind, what in (
@@ -268,7 +271,8 @@ def load_studies(
     )
     for what, name in [("baseline", study.baseline), *((f"{arm.name}: like", arm.like) for arm in arms.values())]:
         if name is not None and name not in arms:
-            raise ValueError(f"{path}: {what}: {name!r} is not an arm; there are {', '.join(map(repr, arms))}.")
+            hint = did_you_mean(name, arms)
+            raise ValueError(f"{path}: {what}: {name!r} is not an arm; there are {', '.join(map(repr, arms))}.{hint}")
     for what in ("seeds", "tuning_seeds"):
         values = getattr(study, what)
         if not (isinstance(values, list) and all(isinstance(seed, int) for seed in values)):
@@ -310,7 +314,10 @@ def _extended(path: Path) -> Settings:
     chosen, arms = raw.get("arms"), other.get("arms") or {}
     if isinstance(chosen, list):
         if unknown := [arm for arm in chosen if arm not in arms]:
-            raise ValueError(f"{path}: arms: {unknown[0]!r} is not in {name}, which has {', '.join(map(repr, arms))}.")
+            hint = did_you_mean(unknown[0], arms)
+            raise ValueError(
+                f"{path}: arms: {unknown[0]!r} is not in {name}, which has {', '.join(map(repr, arms))}.{hint}"
+            )
         raw["arms"] = {arm: arms[arm] for arm in chosen}
     return {**other, **raw}
 
@@ -367,7 +374,8 @@ def training_length(settings: Settings) -> float:
 
 def _existing(path: Path, what: str) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"{what}: {path} does not exist: give the path of a file.")
+        hint = did_you_mean(path.name, (each.name for each in path.parent.glob("*")))
+        raise FileNotFoundError(f"{what}: {path} does not exist: give the path of a file.{hint}")
     return path.resolve()
 
 

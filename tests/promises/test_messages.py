@@ -127,6 +127,7 @@ ARGUMENTS = [
         trains(lambda: adapted(gpt2()), fsam_boundary="lm_head"),
     ),
     Row("one tensor is computed from", own(_Headless, fsam_boundary="body, top"), own(_Headless, fsam_boundary="top")),
+    Row("on ways past the boundary", trains(fsam_boundary="model.embed_tokens"), trains(fsam_boundary="lm_head")),
     Row(
         "on a way past the boundary",
         own(partial(_Headless, past=True), fsam_boundary="top"),
