@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import report
 from config import parse
-from data import DatasetArguments, check_rows, load_splits, load_tokenizer
+from data import DatasetArguments, check_rows, load_splits, load_tokenizer, on_hub
 from datasets import Dataset
 from finetune import ModelArguments, load_config, load_model
 from models import model_folder
@@ -103,7 +104,11 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
         metrics=metrics,
         started=started,
         extra={"corpus_sha256": splits.sha256},
-        card={"model_name": training_args.output_dir, "dataset_name": data_args.dataset, "tags": ["functional-sam"]},
+        card={
+            "model_name": Path(training_args.output_dir).name,
+            "dataset_name": data_args.dataset if on_hub(data_args.dataset) else None,
+        },
+        task="text-generation",
     )
 
 

@@ -117,6 +117,11 @@ class Splits:
     key: str  # identifies the training text in the tokenizer cache
 
 
+def on_hub(dataset: str) -> bool:
+    """Whether the data set is one of the hub's, as far as its name tells."""
+    return dataset not in EMBEDDED and not is_path(dataset)
+
+
 # ---- Load and split ----
 
 

@@ -349,6 +349,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     metrics = trainer.evaluate()
 
     # ---- Report ----
+    card_task = "text-generation" if data_args.task == "causal_lm" else "text-classification"
     return write_report(
         trainer,
         arguments={"model": model_args, "data": data_args, "training": training_args},
@@ -359,12 +360,8 @@ def run(argv: list[str]) -> dict[str, Any]:
             "domains": before_and_after(trainer.state.log_history),
             "labels": list(task.model_options.get("label2id", [])),
         },
-        card={
-            "tasks": "text-generation" if data_args.task == "causal_lm" else "text-classification",
-            "dataset": data_args.dataset,
-            "dataset_tags": data_args.dataset,
-            "tags": ["functional-sam"],
-        },
+        card={"tasks": card_task, "dataset": data_args.dataset, "dataset_tags": data_args.dataset},
+        task=card_task,
     )
 
 

@@ -142,8 +142,6 @@ def run(
 
     # ---- Model and training ----
     model = AutoModelForCausalLM.from_config(config)
-    # The path where it will be saved. Without a name the model card calls it a fine-tuned version of None.
-    model.config._name_or_path = training_args.output_dir
     with refused_by_libraries():
         trainer = trainer_class(
             model=model,
@@ -174,12 +172,8 @@ def run(
             "tokens_per_step": tokens_per_step,
             "tokens_seen": tokens_per_step * trainer.state.global_step,
         },
-        card={
-            "tasks": "text-generation",
-            "dataset": data_args.dataset,
-            "dataset_tags": data_args.dataset,
-            "tags": ["functional-sam"],
-        },
+        card={"tasks": "text-generation", "dataset": data_args.dataset, "dataset_tags": data_args.dataset},
+        task="text-generation",
     )
 
 

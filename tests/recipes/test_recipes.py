@@ -34,6 +34,7 @@ import pretrain
 import sft
 from data import DatasetArguments
 from datasets import Dataset
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(config.CONFIGS.glob("*.yaml"))
@@ -343,9 +344,29 @@ def test_a_run_leaves_curves_and_a_card(pretrained: Run, lora: Run, classifier: 
         assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
         card = (run.folder / "README.md").read_text()
         assert "2502.02407" in card
-    card = (pretrained.folder / "README.md").read_text()
-    assert "functional-sam" in card
-    assert "trained from scratch" in card
+    card = ModelCard.load(pretrained.folder / "README.md")
+    assert "This model was trained from scratch on the stdlib dataset." in card.text
+    assert (card.data.base_model, card.data.datasets, card.data.license) == (None, None, None)
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["loss"] == pytest.approx(pretrained.results["metrics"]["eval_loss"])
+    assert set(results) == {"loss", "perplexity", "next_token_accuracy"}
+
+
+def true_card(run: Run, base: Run) -> None:
+    """What every fine-tuning's card says."""
+    card = ModelCard.load(run.folder / "README.md")
+    assert f"This model is a fine-tuned version of `{Path(*base.folder.parts[-2:])}`" in card.text
+    assert "functional-sam" in card.data.tags
+    assert not any(tag.startswith("base_model:") for tag in card.data.tags)
+    assert card.data.eval_results
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    for false in ("None", "from scratch", "licence", str(base.folder)):
+        assert false not in str(card)
+
+
+def test_the_card_of_a_fine_tuning_names_what_it_began_with(lora: Run, classifier: Run, pretrained: Run) -> None:
+    true_card(lora, pretrained)
+    true_card(classifier, pretrained)
 
 
 def test_the_same_settings_give_the_same_weights_from_the_cache(pretrained: Run, cache: str, tmp_path: Path) -> None:
@@ -571,8 +592,8 @@ def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pyte
     assert table[0]["cost (AdamW = 1)"] == 1
     out = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text().strip() in out
-    assert str(tmp_path / "curves.png") in out
-    assert (tmp_path / "curves.png").exists()
+    assert str(tmp_path / "difference.png") in out
+    assert (tmp_path / "difference.png").exists()
     assert "{'loss'" not in out
 
 
@@ -636,7 +657,7 @@ def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretra
     logged = next(entry for entry in history if "loss" in entry)
     assert logged["fsam/radius"] == pytest.approx(0.03, rel=1e-3)
     assert "fsam/functional_sharpness" in logged
-    assert "2502.02407" in (run.folder / "README.md").read_text()
+    true_card(run, pretrained)
     assert "secret" not in (run.folder / "results.json").read_text()
     AutoModelForCausalLM.from_pretrained(run.folder)
 
