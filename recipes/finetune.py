@@ -121,6 +121,12 @@ class FinetuneDataArguments(DatasetArguments):
         return super().columns()
 
 
+SETTINGS = (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments)
+OF_TEXT = [
+    f"eval_{name}_{metric}" for name in ("new", "old") for metric in ("loss", "perplexity", "next_token_accuracy")
+]
+METRICS = ("eval_loss", "eval_accuracy", "eval_f1", *OF_TEXT)
+
 # ---- Model ----
 
 
@@ -318,9 +324,7 @@ def before_and_after(history: list[dict[str, float]]) -> dict[str, dict[str, flo
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse(
-        (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments), argv, "finetune.py"
-    )
+    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py")
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     quiet(training_args)
     set_seed(training_args.seed)

@@ -68,6 +68,10 @@ class ModelArguments:
             )
 
 
+SETTINGS = (ModelArguments, DatasetArguments, FSAMTrainingArguments)
+METRICS = ("eval_loss", "eval_perplexity", "eval_next_token_accuracy")
+
+
 def build_config(
     model: ModelArguments, vocab_size: int, sequence_length: int, **special_tokens: int
 ) -> PretrainedConfig:

@@ -25,6 +25,9 @@ and warmup; `recipe` is another script; `passes` is the cost of a step, where th
 `extends: other.yaml` takes all keys of another study beside the file, and changes those that follow it; `settings` are
 added to the other's. Then `arms` can be a list, which keeps those of the other's arms alone.
 
+A recipe that has a variable SETTINGS, the dataclasses of its settings, and METRICS, the names of its metrics, has the
+names in the file checked before its first run.
+
 In place of `recipe` there can be `script: train.py`, or `script: -m trl.scripts.sft`, for a script that was written
 without hf_fsam. It is run by `hf-fsam run`, with every setting as an argument, `--name value`.
 """
