@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from hf_fsam.mistakes import did_you_mean
+
 Variant = Literal["none", "sam", "functional", "logit"]
 AscentScope = Literal["micro_batch", "optimizer_step", "rank"]
 AscentDirection = Literal["gradient", "momentum"]
@@ -169,7 +171,10 @@ def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if isinstance(value, str) and value in choices:
             return choices[choices.index(value)]  # Python's own text in place of NumPy's or an enumeration's
-        raise ValueError(f"{name}={_shown(value)} is unknown: choose one of {', '.join(map(repr, choices))}.")
+        raise ValueError(
+            f"{name}={_shown(value)} is unknown: choose one of {', '.join(map(repr, choices))}."
+            f"{did_you_mean(value, choices) if isinstance(value, str) else ''}"
+        )
 
     return check
 

@@ -136,12 +136,25 @@ def weights_past_boundary(loss: Tensor, clean: CleanPass, names: Mapping[Any, st
 
     Their gradient on that way (a router's balancing loss, say) is not split: both factors are taken at θ+ε.
     """
-    leaves = (getattr(node, "variable", None) for node in autograd_nodes(loss.grad_fn, stop=clean.nodes))
-    return sorted({names[leaf] for leaf in leaves if leaf is not None and leaf in names})
+    return _weights(autograd_nodes(loss.grad_fn, stop=clean.nodes), names)
+
+
+def weights_behind_boundary(clean: CleanPass, names: Mapping[Any, str]) -> list[str]:
+    """Names of the weights that reach the loss on a way that crosses the boundary."""
+    return _weights(_inside(clean), names)
 
 
 def crosses_twice(clean: CleanPass) -> bool:
     """Whether something that crossed the boundary was computed from something else that did. The cotangent of the
     latter would then have a part of the network's Jacobian in it."""
-    inside = (parent for node in clean.nodes if node is not None for parent in parents(node))
-    return not clean.nodes.isdisjoint(autograd_nodes(*inside))
+    return not clean.nodes.isdisjoint(_inside(clean))
+
+
+def _inside(clean: CleanPass) -> Iterator[Any]:
+    """The nodes that what crossed the boundary was computed by."""
+    return autograd_nodes(*(parent for node in clean.nodes if node is not None for parent in parents(node)))
+
+
+def _weights(nodes: Iterator[Any], names: Mapping[Any, str]) -> list[str]:
+    leaves = (getattr(node, "variable", None) for node in nodes)
+    return sorted({names[leaf] for leaf in leaves if leaf is not None and leaf in names})

@@ -3,6 +3,7 @@
 import sys
 
 import hf_fsam
+from hf_fsam.mistakes import did_you_mean
 
 COMMANDS = ("run", "rho", "compare")
 
@@ -30,7 +31,8 @@ def main() -> None:
         sys.exit(0)
     if name not in COMMANDS:
         print(USAGE, file=sys.stderr)
-        print(f"hf-fsam: there is no command {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        hint = did_you_mean(name, COMMANDS)
+        print(f"hf-fsam: there is no command {name!r}; choose one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         sys.exit(2)
     if name == "run":
         from hf_fsam.run import main as command

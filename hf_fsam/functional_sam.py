@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_fsam import batches
 from hf_fsam.arguments import check
-from hf_fsam.boundary import Boundary, crosses_twice, weights_past_boundary
+from hf_fsam.boundary import Boundary, crosses_twice, weights_behind_boundary, weights_past_boundary
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.counters import Counters
 from hf_fsam.engines import Engine
@@ -256,7 +256,7 @@ class FunctionalSAM:
         """Once for each model, warn of weights whose way to the loss does not cross the boundary.
 
         Raises:
-            ValueError: a way crosses it twice.
+            ValueError: a way crosses it twice, or most weights have none that crosses it.
         """
         model = self.trainer.model
         if not self.splits or self._checked_model is model:
@@ -270,10 +270,23 @@ class FunctionalSAM:
         self._checked_model = model
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         past = weights_past_boundary(loss, clean, names)
+        behind = weights_behind_boundary(clean, names)
+        around = sorted(set(past) - set(behind))
+        if behind and len(around) > len(behind):
+            raise ValueError(
+                f"fsam_boundary: {len(around)} weights ({_few(around)}) reach the loss on ways past the boundary "
+                f"{self.boundary.name!r} alone, and only {len(behind)} through it, so that most of the model would "
+                f"train with plain SAM. Name the module that makes the logits, or leave fsam_boundary out to have it "
+                f"found. {IDENTITY}."
+            )
         if past and (clean.crossings or not clean.records):
             logger.warning(
-                f"The loss depends on {len(past)} weights ({', '.join(past[:3])}{', ...' * (len(past) > 3)}) on a way "
-                f"past the boundary {self.boundary.name!r}. Along that way the step is plain SAM. For a term of the "
-                "loss by itself (a balancing loss, an L2 penalty) or a bias behind the head there is nothing to do. "
+                f"The loss depends on {len(past)} weights ({_few(past)}) on a way past the boundary "
+                f"{self.boundary.name!r}. Along that way the step is plain SAM. For a term of the loss by itself (a "
+                "balancing loss, an L2 penalty) or a bias behind the head there is nothing to do. "
                 f"{IDENTITY}."
             )
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)

@@ -84,26 +84,33 @@ class LoggedMeans:
 
 
 class FSAMSettings(TrainerCallback, ExportableState):
-    """Writes the `fsam_*` fields into `trainer_state.json`, and warns where a resumed run has others."""
+    """Writes the `fsam_*` fields into `trainer_state.json`, and warns where a resumed run has others.
+
+    Attributes:
+        settings: of the last step.
+        first: of the start of the training. A schedule of ρ begins there again in a resumed run, before it goes on.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+        self.settings = self.first = settings
 
     def state(self) -> dict[str, Any]:
-        return {"args": self.settings, "attributes": {}}
+        return {"args": self.settings, "attributes": {"first": self.first}}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.settings = settings_of(args)  # a callback may have changed them, as a schedule of ρ does
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.settings = settings_of(args)
+        self.settings = self.first = settings_of(args)
         # The Trainer saves these settings only where the state has a place for them, which it lacks if a plain Trainer
         # saved the checkpoint.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        for name, value in saved["args"].items():
-            if state.global_step and self.settings.get(name, value) != value:
+        first = saved["attributes"].get("first", saved["args"])
+        for name, value in first.items():
+            now = self.settings.get(name, value)
+            if state.global_step and now not in (value, saved["args"].get(name)):
                 logger.warning(
-                    f"The checkpoint was trained with {name}={value!r}, this run goes on with {self.settings[name]!r}. "
+                    f"The checkpoint was trained with {name}={value!r} at its start, this run starts with {now!r}. "
                     f"Set it to {value!r} to go on as before."
                 )
 

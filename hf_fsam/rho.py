@@ -6,9 +6,12 @@
 
 The script runs as it is, as under `hf-fsam run`, with its own model, data, precision and Trainer, but the first
 `--after` optimizer steps are plain ones: they bring the weights to where a training has them, and the optimizer to a
-second moment that can precondition. Then a few batches are measured at every ρ of a range: by how much the loss rises
-along ε, how large the two paths of SAM's gradient are, and how much of ρ is lost when θ+ε is rounded to the weights'
-format. That ends the script. Nothing is evaluated or saved.
+second moment that can precondition. A script that trains for fewer steps is measured where it ends. What is found
+depends on where the weights are, so look again with another `--after` before you rely on it.
+
+Then a few batches are measured at every ρ of a range: by how much the loss rises along ε, how large the two paths of
+SAM's gradient are, and how much of ρ is lost when θ+ε is rounded to the weights' format. That ends the script. Nothing
+is evaluated or saved.
 """
 
 import sys
@@ -58,8 +61,8 @@ def suggest(found: dict[float, Paths]) -> tuple[float | None, str]:
     rho = min(visible)
     paths = found[rho]
     reason = (
-        f"the smallest ρ at which Functional-SAM changes the gradient by {FUNCTIONAL:.0%} of its norm; SAM would "
-        f"change another {ratio(paths.logit, paths.gradient):.0%} through the logits."
+        f"This is the smallest ρ at which Functional-SAM changes the gradient by {FUNCTIONAL:.0%} of its norm; SAM "
+        f"would change another {ratio(paths.logit, paths.gradient):.0%} through the logits."
     )
     if paths.loss_change > LINEAR * paths.linear_loss_change:
         reason += (
@@ -69,17 +72,33 @@ def suggest(found: dict[float, Paths]) -> tuple[float | None, str]:
     return rho, reason
 
 
+def verdict(rho: float, paths: Paths) -> str:
+    """What follows from the measurement at the suggested ρ, in one sentence."""
+    times = ratio(paths.logit, paths.functional)
+    candidate = (
+        "Functional-SAM is the candidate"
+        if times > 1
+        else "SAM changes the function more than the logits, so that fsam_variant=sam may serve as well"
+    )
+    return (
+        f"The logit path is {times:.1f} times the functional one at ρ = {rho:.2g}: {candidate}; begin tuning at "
+        f"fsam_rho={rho:.2g}."
+    )
+
+
 def table(found: dict[float, Paths]) -> str:
-    lines = ["       ρ      rise on a plane functional path logit path  ρ kept to nearest"]
+    lines: list[tuple[str, ...]] = [
+        ("ρ", "rise", "on a plane", "functional path", "logit path", "ρ kept", "to nearest")
+    ]
     for rho, paths in found.items():
         functional, logit = ratio(paths.functional, paths.gradient), ratio(paths.logit, paths.gradient)
-        lines.append(
-            f"{rho:8.4f} {paths.loss_change:9.4f} {paths.linear_loss_change:10.4f} {functional:15.3f} {logit:10.3f} "
-            f"{paths.stochastic_share:7.2f} {paths.nearest_share:10.2f}"
-        )
+        changes = (f"{each:.4f}" for each in (rho, paths.loss_change, paths.linear_loss_change))
+        shares = (f"{each:.2f}" for each in (paths.stochastic_share, paths.nearest_share))
+        lines.append((*changes, f"{functional:.3f}", f"{logit:.3f}", *shares))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         [
-            *lines,
+            *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines),
             "rise: ℓ(θ+ε) − ℓ(θ) in nats; on a plane: its linear part ⟨g, ε⟩. The two paths are in units of ‖g‖.",
             "ρ kept: the share of ρ along ε that is left when θ+ε is rounded to the weights' format as this package",
             "rounds it; to nearest: the same for rounding to the nearest number, as weight.add_(ε) does.",
@@ -94,23 +113,28 @@ def plot(found: dict[float, Paths], suggested: float | None, path: Path) -> None
     from matplotlib import pyplot as plt
 
     radii, each = list(found), list(found.values())
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    axes[0].plot(radii, [paths.loss_change for paths in each], "o-", label="ℓ(θ+ε) − ℓ(θ)")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    figure.suptitle("What a perturbation of radius ρ does")
+    axes[0].plot(radii, [paths.loss_change for paths in each], "o-", color="C0", label="ℓ(θ+ε) − ℓ(θ)")
     axes[0].plot(radii, [paths.linear_loss_change for paths in each], "--", color="0.5", label="its linear part")
-    axes[0].set_ylabel("rise of the loss, nats")
+    axes[0].set(title="Rise of the loss", ylabel="nats")
     axes[0].set_yscale("symlog", linthresh=1e-4)
-    axes[1].plot(radii, [ratio(paths.functional, paths.gradient) for paths in each], "o-", label="functional path")
-    axes[1].plot(radii, [ratio(paths.logit, paths.gradient) for paths in each], "o-", label="logit path")
-    axes[1].set(yscale="log", ylabel="change of the gradient / ‖g‖")
-    axes[2].plot(radii, [paths.stochastic_share for paths in each], "o-", label="stochastic rounding (this package)")
-    axes[2].plot(radii, [paths.nearest_share for paths in each], "o-", label="rounding to nearest")
-    axes[2].set(ylabel="share of ρ left along ε", ylim=(0, 1.1))
+    axes[1].plot(
+        radii, [ratio(paths.functional, paths.gradient) for paths in each], "s-", color="C2", label="functional path"
+    )
+    axes[1].plot(radii, [ratio(paths.logit, paths.gradient) for paths in each], "s-", color="C1", label="logit path")
+    axes[1].set(title="Change of the gradient", yscale="log", ylabel="share of ‖g‖")
+    axes[2].plot(radii, [paths.stochastic_share for paths in each], "^-", color="C4", label="rounded stochastically")
+    axes[2].plot(radii, [paths.nearest_share for paths in each], "v--", color="C5", label="rounded to nearest")
+    axes[2].set(title="What rounding leaves of ρ", ylabel="share along ε", ylim=(0, 1.1))
     for axis in axes:
-        if suggested is not None:
-            axis.axvline(suggested, color="C3", alpha=0.5, label=f"suggested: {suggested:.2g}")
         axis.set(xscale="log", xlabel="ρ")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+    lines = [line for axis in axes for line in axis.get_lines()]
+    if suggested is not None:
+        marks = [axis.axvline(suggested, color="C3", alpha=0.5, label=f"suggested: {suggested:.2g}") for axis in axes]
+        lines.append(marks[0])
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -120,7 +144,7 @@ class _Measured(SystemExit):
 
 
 class _Finder(TrainerCallback):
-    """Trains plainly for `after` steps, then measures, reports and ends the script."""
+    """Trains plainly for `after` steps or to the end, then measures, reports and ends the script."""
 
     def __init__(self, trainer: FSAMMixin, after: int, batches: int, out: Path) -> None:
         self.trainer, self.after, self.batches, self.out = trainer, after, batches, out
@@ -129,26 +153,26 @@ class _Finder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fsam_precondition:
             check_keeps_second_moment(self.trainer.optimizer)
-        if state.max_steps < self.after:
-            raise ValueError(
-                f"--after {self.after}: the script trains for {state.max_steps} steps only. Give a smaller --after, or "
-                "have the script train for longer."
-            )
         self.probe = Probe(self.trainer.fsam, self.batches)
         self.trainer.fsam.probes.append(self.probe)
         args.fsam_variant = "none"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = control.should_evaluate = False
-        if self.probe is None or state.global_step < self.after:
+        ends = control.should_training_stop
+        if self.probe is None or (state.global_step < self.after and not ends):
             return
         found = measure(self.probe)
         if state.is_world_process_zero:
             suggested, reason = suggest(found)
+            where = ", where the training ends" if ends else ""
             print(f"\n{table(found)}\n")
-            print(f"no suggestion: {reason}" if suggested is None else f"suggested: fsam_rho={suggested:.2g}, {reason}")
+            print(
+                f"no suggestion: {reason}" if suggested is None else f"{verdict(suggested, found[suggested])} {reason}"
+            )
+            print(f"measured after {state.global_step} plain steps{where}; it may differ at another --after")
             plot(found, suggested, self.out)
-            print(f"plot: {self.out}")
+            print(f"plot: {self.out.resolve()}")
         raise _Measured(0)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -182,8 +206,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.rho") -> 
             except _Measured:
                 return
     sys.exit(
-        f"{script.name} ended without training with a Trainer of transformers for {args.after} steps: nothing was "
-        "measured. Give a script that trains for as long, or a smaller --after."
+        f"{script.name} ended without a step of a Trainer of transformers: nothing was measured. Give a script that "
+        "trains with one."
     )
 
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from hf_fsam import model_card
 from hf_fsam.arguments import FSAMArguments
 from hf_fsam.diagnostics.callback import FSAMDiagnosticsCallback
 from hf_fsam.functional_sam import FunctionalSAM
@@ -181,12 +181,8 @@ class FSAMMixin(Seam):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir or ".") / "README.md"
-            card = ModelCard.load(path)
-            settings = "\n".join(f"- {name}: {value}" for name, value in settings_of(self.args).items())
-            card.text += (
-                f"\n\n### Functional-SAM\n\n[arXiv 2502.02407](https://arxiv.org/abs/2502.02407)\n\n{settings}\n"
-            )
-            card.save(path)
+            tagged = self.fsam.active and self.args.fsam_variant == "functional"
+            model_card.complete(path, self.model, settings_of(self.args), tagged)
 
 
 class FSAMTrainer(FSAMMixin, Trainer):

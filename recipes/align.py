@@ -1,15 +1,20 @@
 """What sft.py and dpo.py share. TRL prepares the data and defines the loss; this module loads, trains and reports."""
 
-import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import report
 from config import parse
-from data import DatasetArguments, load_splits, load_tokenizer
+from data import DatasetArguments, check_rows, load_splits, load_tokenizer, on_hub
+from datasets import Dataset
 from finetune import ModelArguments, load_config, load_model
-from report import leave_group, print_summary, quiet, show_progress, write_report
+from models import model_folder
+from report import quiet, show_progress, write_report
 from transformers import AutoModelForCausalLM, set_seed
+
+from hf_fsam.mistakes import refused_by_libraries
 
 
 @dataclass
@@ -32,6 +37,21 @@ class AlignDataArguments(DatasetArguments):
         return {}
 
 
+def check_columns(documents: Dataset, name: str, choices: list[tuple[str, ...]]) -> None:
+    """
+    Raises:
+        ValueError: the data set has all columns of none of the choices, or a row lacks one.
+    """
+    chosen = next((columns for columns in choices if set(columns) <= set(documents.column_names)), None)
+    if chosen is None:
+        needed = ", or ".join(" and ".join(map(repr, columns)) for columns in choices)
+        raise ValueError(
+            f"dataset={name!r} has the columns {', '.join(map(repr, documents.column_names))}. TRL needs {needed}: "
+            "rename them."
+        )
+    check_rows(documents, name, list(chosen), text=False)
+
+
 def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
@@ -42,23 +62,37 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
     set_seed(training_args.seed)
 
     # ---- Data ----
+    model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     with training_args.main_process_first(desc="preparing the data"):
         splits = load_splits(data_args)
+    choices = [("chosen", "rejected")]
+    if data_args.method == "sft":
+        choices = [
+            ("messages",),
+            ("conversations",),
+            ("prompt", "completion"),
+            ("input_ids",),
+            (training_args.dataset_text_field,),
+        ]
+    for documents in (splits.train, splits.validation):
+        check_columns(documents, data_args.dataset, choices)
     validation = splits.validation
     if data_args.validation_blocks is not None:
         validation = validation.select(range(min(data_args.validation_blocks, len(validation))))
 
     # ---- Model and training ----
     training_args.eval_on_start = True  # to know how good the model was before
-    trainer = trainer_class(
-        model=load_model(model_args, AutoModelForCausalLM, tokenizer.pad_token_id),
-        args=training_args,
-        train_dataset=splits.train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-    )
+    model = load_model(model_args, AutoModelForCausalLM, tokenizer.pad_token_id)
+    with refused_by_libraries():
+        trainer = trainer_class(
+            model=model,
+            args=training_args,
+            train_dataset=splits.train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -70,10 +104,13 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
         metrics=metrics,
         started=started,
         extra={"corpus_sha256": splits.sha256},
-        card={"model_name": training_args.output_dir, "dataset_name": data_args.dataset, "tags": ["functional-sam"]},
+        card={
+            "model_name": Path(training_args.output_dir).name,
+            "dataset_name": data_args.dataset if on_hub(data_args.dataset) else None,
+        },
+        task="text-generation",
     )
 
 
 def main(script: str, trainer_class: Any, config_class: Any) -> None:
-    print_summary(run(sys.argv[1:], script, trainer_class, config_class))
-    leave_group()
+    report.main(script, lambda argv: run(argv, script, trainer_class, config_class))

@@ -1,23 +1,28 @@
 """A recipe's settings come from one YAML file and from the command line, through the same `HfArgumentParser`."""
 
 import json
-from difflib import get_close_matches
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
+from transformers.utils import is_liger_kernel_available
 
+from hf_fsam.mistakes import did_you_mean, refused_by_libraries
 from hf_fsam.studies.masking import masked
+from hf_fsam.studies.study import load_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
+SCRIPTS = ("pretrain.py", "finetune.py", "sft.py", "dpo.py")
 
 
 class RecipeParser(HfArgumentParser):
     """An `HfArgumentParser` that raises an error where argparse prints two hundred Trainer arguments and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. `python recipes/{self.prog} --help` lists every argument with its type.")
+        value, *choices = re.findall(r"'(.*?)'", message) or [""]
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{message}.{hint} `python recipes/{self.prog} --help` lists every argument with its type.")
 
 
 def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[Any, ...]:
@@ -38,25 +43,29 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[
     # The values of the file become command line arguments in front of the user's. So types and choices are checked in
     # one way (YAML reads 1e-3 as a string), and one rule says which value wins.
     arguments = yaml_to_argv(Path(argv[0]), parser) + argv[1:]
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+    with refused_by_libraries():
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
     if unknown:
         raise ValueError(unknown_argument(unknown[0], parser, "on the command line"))
+    if any(getattr(args, "use_liger_kernel", False) for args in parsed) and not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel=True needs a package that is not installed: pip install liger-kernel, for a GPU. Or "
+            "leave it out: with fsam_fused_head, the default, a language model makes no logits in training either."
+        )
     return tuple(parsed)
 
 
 def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
     """`{fsam_rho: 0.05, text_columns: [a, b]}` → `["--fsam_rho=0.05", "--text_columns", "a", "b"]`."""
     if not path.is_file():
-        raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:  # its own message repeats the line, which may hold a password
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Correct that line.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
+        hint = did_you_mean(path.name, (each.name for each in path.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.{hint}")
+    values = load_yaml(path)
+    script = script_for(values)
+    if parser.prog in SCRIPTS and script not in (None, parser.prog):
+        raise ValueError(f"{path} is for another script than {parser.prog}: python recipes/{script} {path}")
     actions = {action.dest: action for action in parser._actions}
     arguments = []
     for name, value in values.items():
@@ -77,8 +86,17 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
     return arguments
 
 
+def script_for(values: dict[str, Any]) -> str | None:
+    """The recipe that a configuration is for, by keys that those of the other recipes don't have. None: it has none."""
+    if "method" in values:
+        return f"{values['method']}.py"
+    if "model_name_or_path" in values:
+        return "finetune.py"
+    return "pretrain.py" if {"architecture", "model_config"} & values.keys() else None
+
+
 def unknown_argument(name: str, parser: HfArgumentParser, where: str) -> str:
     bare = name.split("=")[0].lstrip("-").replace("-", "_")
-    close = get_close_matches(bare, {action.dest for action in parser._actions}, n=3)
-    cure = f"Did you mean {' or '.join(close)}?" if close else f"`{parser.prog} --help` lists the arguments."
-    return f"{bare!r} {where} is not an argument of {parser.prog}. {cure}"
+    hint = did_you_mean(bare, sorted({action.dest for action in parser._actions}))
+    cure = hint or f" `{parser.prog} --help` lists the arguments."
+    return f"{bare!r} {where} is not an argument of {parser.prog}.{cure}"

@@ -14,8 +14,12 @@ import corpus
 import tokenizers
 from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub.constants import HF_HOME
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from models import is_path, model_folder, not_there
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_fsam.mistakes import did_you_mean, first_line
 
 Batched = Callable[[dict[str, list]], dict[str, list]]
 
@@ -100,6 +104,10 @@ class DatasetArguments:
         """The columns that the data set must have, each by the argument that names it."""
         return {"text_column": self.text_column}
 
+    def text_columns(self) -> list[str]:
+        """Those of them that hold text."""
+        return [column for argument, column in self.columns().items() if argument != "label_column"]
+
 
 @dataclass
 class Splits:
@@ -107,6 +115,11 @@ class Splits:
     validation: Dataset | IterableDataset
     sha256: str | None  # of the whole embedded corpus; None for another data set
     key: str  # identifies the training text in the tokenizer cache
+
+
+def on_hub(dataset: str) -> bool:
+    """Whether the data set is one of the hub's, as far as its name tells."""
+    return dataset not in EMBEDDED and not is_path(dataset)
 
 
 # ---- Load and split ----
@@ -131,6 +144,7 @@ def load_splits(data: DatasetArguments) -> Splits:
             if column not in first:
                 raise ValueError(
                     f"{argument}={column!r} is not a column of {data.dataset!r}, which has {', '.join(first)}."
+                    f"{did_you_mean(column, first)}"
                 )
     return splits
 
@@ -167,14 +181,17 @@ def generate(rows: tuple[dict[str, str], ...]) -> Iterator[dict[str, str]]:
 
 def load_stored(data: DatasetArguments) -> Splits:
     parts = load_parts(data)
-    if data.train_split not in parts:
-        raise ValueError(f"train_split={data.train_split!r} is not in {data.dataset!r}, which has {', '.join(parts)}.")
-    train = parts[data.train_split]
-    if data.validation_split is not None and data.validation_split not in parts:
-        raise ValueError(
-            f"validation_split={data.validation_split!r} is not in {data.dataset!r}, which has {', '.join(parts)}."
-        )
-    validation = parts.get(data.validation_split or "validation")
+    for argument in ("train_split", "validation_split"):
+        name = getattr(data, argument)
+        if name is not None and name not in parts:
+            raise ValueError(
+                f"{argument}={name!r} is not in {data.dataset!r}, which has {', '.join(parts)}."
+                f"{did_you_mean(name, parts)}"
+            )
+    train, validation = parts[data.train_split], parts.get(data.validation_split or "validation")
+    for documents in (train, validation):
+        if isinstance(documents, Dataset):  # where a stream has rows without text, they are left out
+            check_rows(documents, data.dataset, data.text_columns())
     key = "-".join(map(str, (data.dataset, data.dataset_config, data.train_split, data.text_column)))
     if data.streaming:
         if validation is None:
@@ -199,6 +216,8 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"dataset={data.dataset!r} ends in {path.suffix!r}: give one of {', '.join(BUILDERS)}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"dataset={data.dataset!r} is an empty file: give one with rows.")
         source, options["data_files"] = BUILDERS[path.suffix], str(path)
         if source == "text":
             options["sample_by"] = "paragraph"
@@ -206,27 +225,69 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
         source = str(path)  # `datasets` finds out format and splits by the names of the files
         if any(BUILDERS.get(file.suffix) == "text" for file in path.rglob("*")):
             options["sample_by"] = "document"
-    elif path.suffix in BUILDERS or path.is_absolute() or data.dataset.startswith((".", "~")):
-        raise FileNotFoundError(f"dataset={data.dataset!r} does not exist: no such file or folder.")
+    elif path.suffix in BUILDERS or is_path(data.dataset):
+        raise FileNotFoundError(f"{not_there('dataset', data.dataset)} Give a file or folder that does.")
     else:
         source = data.dataset
     try:
         return dict(load_dataset(source, data.dataset_config, **options))
-    except Exception as error:  # no network, an unknown name, a malformed or empty file, and more
+    except Exception as error:  # no network, an unknown name, a malformed file, and more
+        if path.exists():
+            raise ValueError(f"dataset={data.dataset!r} can't be read: {what_is_broken(path, error)}.") from error
         raise ValueError(
-            f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded: "
-            f"{type(error).__name__}: {error}. Without a network use one of {', '.join(EMBEDDED)}, or a path."
+            f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded from the hub "
+            f"({first_line(error)}).{did_you_mean(data.dataset, EMBEDDED)} Without a network use one of "
+            f"{', '.join(EMBEDDED)}, or a path."
         ) from error
+
+
+def what_is_broken(path: Path, error: BaseException) -> str:
+    """The line of the file, as far as it can be told, and what is wrong there."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
+        if file.suffix == ".jsonl":
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        json.loads(line.strip() or "{}")
+                    except ValueError as mistake:
+                        return f"line {number} of {file.name} is no JSON ({first_line(mistake)}). Correct that line"
+    while error.__cause__ is not None:  # `datasets` wraps it in errors that say less
+        error = error.__cause__
+    return f"{first_line(error)}. Correct the file"
+
+
+def check_rows(documents: Dataset, name: str, columns: list[str], text: bool = True) -> None:
+    """
+    text: the columns have to hold text.
+
+    Raises:
+        ValueError: a row lacks one of the columns, or a column holds something else.
+    """
+    for column in columns:
+        if column not in documents.column_names:
+            continue  # which load_splits tells
+        if documents.data.column(column).null_count:
+            row = next(index for index, value in enumerate(documents[column], start=1) if value is None)
+            raise ValueError(
+                f"dataset={name!r}, row {row}: there is no {column!r}. Give every row one, or take that row out."
+            )
+        dtype = getattr(documents.features[column], "dtype", "list")
+        if text and dtype not in ("string", "large_string"):
+            raise ValueError(f"dataset={name!r}: the column {column!r} holds {dtype}, not text. Name another column.")
 
 
 # ---- Tokenizer ----
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, argument: str = "model_name_or_path") -> PreTrainedTokenizerBase:
+    folder = model_folder(name_or_path, argument)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"There is no tokenizer at {name_or_path!r}: {error}") from error
+        raise ValueError(
+            f"{argument}={name_or_path!r} holds no tokenizer ({first_line(error)}). Give the folder of one; or its "
+            "name on the hub, and see that there is a network."
+        ) from error
     if tokenizer.pad_token is None:  # as in GPT-2; any token serves, since padding is masked wherever it is used
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -251,7 +312,7 @@ def trained_tokenizer(splits: Splits, data: DatasetArguments, vocab_size: int) -
 
 
 def train_bpe(documents: Dataset | IterableDataset, text_column: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
+    bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -262,7 +323,7 @@ def train_bpe(documents: Dataset | IterableDataset, text_column: str, vocab_size
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that every text can be encoded
     )
     length = min(len(documents), TOKENIZER_DOCUMENTS) if isinstance(documents, Dataset) else None
-    texts = (row[text_column] for row in islice(documents, TOKENIZER_DOCUMENTS))
+    texts = (row[text_column] or "" for row in islice(documents, TOKENIZER_DOCUMENTS))
     bpe.train_from_iterator(texts, trainer, length=length)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False

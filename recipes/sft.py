@@ -4,6 +4,11 @@ python recipes/sft.py recipes/configs/sft_docstrings.yaml
 accelerate launch recipes/sft.py recipes/configs/sft_capybara.yaml
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from models import check_model
+
+    check_model("sft.py")
+
 from dataclasses import dataclass
 
 import align

@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fsam.mistakes import did_you_mean
+
 # The heads of transformers' models for sequence and token classification, multiple choice, question answering, image
 # classification, segmentation and speech recognition by CTC, whose `lm_head` is no output embedding (read in
 # transformers 5.23, 900 classes), in the order in which one wins where a model has two: XLNet's `logits_proj` stands
@@ -64,7 +66,8 @@ def find_boundary(model: nn.Module, names: str | None) -> dict[str, nn.Module]:
             if not name or name not in known:  # the model itself is called ''
                 raise ValueError(
                     f"fsam_boundary={name!r} is no module of {type(base).__name__}: choose one that makes the logits, "
-                    f"or leave it out to have the head found. Candidates: {_candidates(model)}. {IDENTITY}."
+                    f"or leave it out to have the head found.{did_you_mean(name, known)} Candidates: "
+                    f"{_candidates(model)}. {IDENTITY}."
                 )
         return {name: known[name] for name in wanted}
     head = base[-1] if isinstance(base, nn.Sequential) and len(base) else _head(_inside(base))

@@ -30,6 +30,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from hf_fsam.mistakes import told_in_one_line
 from hf_fsam.studies.masking import is_secret, masked_command, without_secrets
 from hf_fsam.studies.plots import plot
 from hf_fsam.studies.report import write_report
@@ -43,10 +44,19 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.studies.c
     argv = sys.argv[1:] if argv is None else argv
     args, overrides = parse(argv, prog)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runner ends the runs, too
+    command = without_secrets(f"{prog} {shlex.join(masked_command(argv))}", overrides)
     try:
-        studies = list(load_studies(args.study, overrides, args.seeds, args.baseline))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{prog}: {error}")
+        with told_in_one_line(prog):
+            run_studies(args, overrides, command)
+    except KeyboardInterrupt:
+        kept = args.out / "runs.jsonl"
+        told = f"interrupted. {kept} keeps the runs that have ended; the same command goes on from there."
+        print(f"\n{prog}: {told}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def run_studies(args: argparse.Namespace, overrides: Settings, command: str) -> None:
+    studies = list(load_studies(args.study, overrides, args.seeds, args.baseline))
     with tqdm(total=sum(study.total_weight() for study in studies), bar_format=BAR, smoothing=0) as bar:
 
         def advance(weight: float, ran: bool) -> None:
@@ -58,7 +68,6 @@ def main(argv: list[str] | None = None, prog: str = "python -m hf_fsam.studies.c
             bar.set_description(study.name)
             with Runner(study, args.out, args.launch, args.parallel, args.keep, advance) as runner:
                 rows = run_study(study, runner)
-            command = without_secrets(f"{prog} {shlex.join(masked_command(argv))}", overrides)
             report = write_report(study, rows, args.out / f"{study.name}.md", command)
             plot(study, rows, args.out / f"{study.name}.png")
             bar.write(f"\n{report}\n", file=sys.stdout)
@@ -147,7 +156,10 @@ def parse(argv: list[str], prog: str) -> tuple[argparse.Namespace, Settings]:
         if not (value or rest):
             parser.error(f"{name!r} has no value: give `{name} value`.")
         text, name = value[0] if value else rest.pop(0), name.removeprefix("--")
-        overrides[name] = text if is_secret(name) else numbers(yaml.safe_load(text))
+        try:
+            overrides[name] = text if is_secret(name) else numbers(yaml.safe_load(text))
+        except yaml.YAMLError:
+            parser.error(f"--{name}: its value can't be read as YAML: put it in quotes, or close its brackets.")
     return args, overrides
 
 

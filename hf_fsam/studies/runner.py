@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,10 +21,15 @@ from typing import Any
 
 import torch
 
+from hf_fsam.studies.declared import check_names
 from hf_fsam.studies.masking import masked, without_secrets
 from hf_fsam.studies.study import Arm, Settings, Study, canonical, fingerprint
 
 Row = dict[str, Any]
+
+# Has Linux send SIGTERM to a run when the study that began it is gone, even by SIGKILL (1: PR_SET_PDEATHSIG).
+_DIES = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
+ENDS_WITH_PARENT = [sys.executable, "-c", _DIES] if sys.platform == "linux" else []
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Runner:
         for slot in range(parallel):
             self._slots.put(slot)
         self._writing = threading.Lock()
-        self._stopped = False
+        self._stopped = self._checked = False
         self._processes: set[subprocess.Popen] = set()
 
     def __enter__(self) -> "Runner":
@@ -92,6 +98,9 @@ class Runner:
         """Returns the rows of `tasks`, in their order. The first failure ends all runs."""
         tasks = list(tasks)
         distinct = {self.key(task): task for task in tasks}  # arms and studies may share a run
+        if not self._checked and any(map(self._is_missing, distinct)):
+            check_names(self.study)
+            self._checked = True
         with ThreadPoolExecutor(self.parallel) as pool:
             futures = [pool.submit(self._run_once, key, task) for key, task in distinct.items()]
             try:
@@ -125,10 +134,12 @@ class Runner:
         ]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
+    def _is_missing(self, key: str) -> bool:
+        return not set(self.study.measured) <= self.rows.get(key, {"metrics": {}})["metrics"].keys()
+
     def _run_once(self, key: str, task: Task) -> tuple[float, bool]:
         """Runs the task unless its row is there. Returns its weight and whether it ran now."""
-        known = self.rows.get(key, {"metrics": {}})
-        run = not set(self.study.measured) <= known["metrics"].keys()
+        run = self._is_missing(key)
         if run and not self._stopped:
             slot = self._slots.get()
             try:
@@ -198,7 +209,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         with output.open("a", encoding="utf-8") as stream:
             process = subprocess.Popen(
-                command,
+                [*ENDS_WITH_PARENT, *command],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=environment,

@@ -25,6 +25,9 @@ and warmup; `recipe` is another script; `passes` is the cost of a step, where th
 `extends: other.yaml` takes all keys of another study beside the file, and changes those that follow it; `settings` are
 added to the other's. Then `arms` can be a list, which keeps those of the other's arms alone.
 
+A recipe that has a variable SETTINGS, the dataclasses of its settings, and METRICS, the names of its metrics, has the
+names in the file checked before its first run.
+
 In place of `recipe` there can be `script: train.py`, or `script: -m trl.scripts.sft`, for a script that was written
 without hf_fsam. It is run by `hf-fsam run`, with every setting as an argument, `--name value`.
 """
@@ -46,6 +49,7 @@ import yaml
 import hf_fsam
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.cleanup import Cleanup
+from hf_fsam.mistakes import did_you_mean
 from hf_fsam.studies.masking import is_secret
 
 Settings = dict[str, Any]
@@ -177,7 +181,8 @@ class Study:
         given = {name: value for name, value in settings.items() if name.startswith("fsam_")}
         for name in given:
             if name not in known:
-                raise ValueError(f"{self.path}: {arm.name}: {name!r} is none of {', '.join(sorted(known))}.")
+                hint = did_you_mean(name, known)
+                raise ValueError(f"{self.path}: {arm.name}: {name!r} is none of {', '.join(sorted(known))}.{hint}")
         return arm.passes if arm.passes is not None else plain_passes(FSAMArguments(**given))
 
     def weight(self, arm: Arm, settings: Settings) -> float:
@@ -224,7 +229,8 @@ def load_studies(
     known |= {"seeds", "tuning_seeds", "tune_on", "arms"}
     for name in raw:
         if name not in known:
-            raise ValueError(f"{path}: {name!r} is not a key of a study; these are: {', '.join(sorted(known))}.")
+            hint = did_you_mean(name, known)
+            raise ValueError(f"{path}: {name!r} is not a key of a study; these are: {', '.join(sorted(known))}.{hint}")
     if not raw.get("arms"):
         raise ValueError(f"{path}: the study needs the key 'arms'.")
     for name, kind, what in (
@@ -268,7 +274,8 @@ def load_studies(
     )
     for what, name in [("baseline", study.baseline), *((f"{arm.name}: like", arm.like) for arm in arms.values())]:
         if name is not None and name not in arms:
-            raise ValueError(f"{path}: {what}: {name!r} is not an arm; there are {', '.join(map(repr, arms))}.")
+            hint = did_you_mean(name, arms)
+            raise ValueError(f"{path}: {what}: {name!r} is not an arm; there are {', '.join(map(repr, arms))}.{hint}")
     for what in ("seeds", "tuning_seeds"):
         values = getattr(study, what)
         if not (isinstance(values, list) and all(isinstance(seed, int) for seed in values)):
@@ -310,7 +317,10 @@ def _extended(path: Path) -> Settings:
     chosen, arms = raw.get("arms"), other.get("arms") or {}
     if isinstance(chosen, list):
         if unknown := [arm for arm in chosen if arm not in arms]:
-            raise ValueError(f"{path}: arms: {unknown[0]!r} is not in {name}, which has {', '.join(map(repr, arms))}.")
+            hint = did_you_mean(unknown[0], arms)
+            raise ValueError(
+                f"{path}: arms: {unknown[0]!r} is not in {name}, which has {', '.join(map(repr, arms))}.{hint}"
+            )
         raw["arms"] = {arm: arms[arm] for arm in chosen}
     return {**other, **raw}
 
@@ -367,20 +377,30 @@ def training_length(settings: Settings) -> float:
 
 def _existing(path: Path, what: str) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"{what}: {path} does not exist: give the path of a file.")
+        hint = did_you_mean(path.name, (each.name for each in path.parent.glob("*")))
+        raise FileNotFoundError(f"{what}: {path} does not exist: give the path of a file.{hint}")
     return path.resolve()
 
 
 def read_yaml(path: Path) -> Settings:
-    text = _existing(path, "The YAML file").read_text(encoding="utf-8")
+    return numbers(load_yaml(_existing(path, "The YAML file")))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file is no YAML, or no mapping. The message repeats nothing of it, since it may hold a password.
+    """
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.MarkedYAMLError as error:  # its own message repeats the line, which may hold a password
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path} can't be read as YAML: {error.problem}, in line {line}. Correct that line.") from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "it is no text in UTF-8"
+        line = f", in line {mark.line + 1}. Correct that line" if mark else ". Give a text file"
+        raise ValueError(f"{path} can't be read as YAML: {problem}{line}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` lines.")
-    return numbers(values)
+    return values
 
 
 def numbers(value: Any) -> Any:

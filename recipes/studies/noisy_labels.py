@@ -48,12 +48,14 @@ import report
 from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import check_sequence_length, load_splits, load_tokenizer
-from finetune import FinetuneDataArguments, label_names, load_config, model_folder
+from finetune import FinetuneDataArguments, label_names, load_config
 from losses import generalized_cross_entropy
+from models import RECIPES, model_folder
 from momentum_sign import MomentumSignArguments, MomentumSignMixin
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
+from hf_fsam.mistakes import told_in_one_line
 
 STOPS = ("clean", "noisy")  # the validation labels that choose an epoch
 
@@ -498,5 +500,6 @@ def run(
 
 
 if __name__ == "__main__":
-    for name, value in run(sys.argv[1:])["metrics"].items():
-        print(f"{name:32} {value:.4f}")
+    with told_in_one_line("noisy_labels.py", RECIPES):
+        for name, value in run(sys.argv[1:])["metrics"].items():
+            print(f"{name:32} {value:.4f}")

@@ -46,8 +46,10 @@ from config import parse
 from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer
 from finetune import load_config
 from losses import generalized_cross_entropy
+from models import RECIPES
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from hf_fsam.mistakes import told_in_one_line
 
 STOPS = ("clean", "noisy")  # the validation pairs that choose an epoch
 
@@ -355,5 +357,6 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for name, value in run(sys.argv[1:])["metrics"].items():
-        print(f"{name:32} {value:.4f}")
+    with told_in_one_line("noisy_pairs.py", RECIPES):
+        for name, value in run(sys.argv[1:])["metrics"].items():
+            print(f"{name:32} {value:.4f}")

@@ -248,8 +248,13 @@ def test_a_stream_gives_its_first_documents_to_validation(
         ({"dataset": "./absent.jsonl"}, FileNotFoundError, "dataset='./absent.jsonl' does not exist"),
         ({"dataset": "absent.txt"}, FileNotFoundError, "dataset='absent.txt' does not exist"),
         ({"dataset": "nobody/nothing"}, ValueError, "dataset='nobody/nothing'.*cannot be loaded.*Without a network"),
-        ({"dataset": "{folder}/empty.jsonl"}, ValueError, "empty.jsonl"),
-        ({"dataset": "{folder}/empty.txt"}, ValueError, "empty.txt"),
+        ({"dataset": "outputs/nothing"}, FileNotFoundError, "dataset='outputs/nothing' does not exist"),
+        ({"dataset": "{folder}/empty.jsonl"}, ValueError, "empty.jsonl' is an empty file"),
+        ({"dataset": "{folder}/empty.txt"}, ValueError, "empty.txt' is an empty file"),
+        ({"dataset": "{folder}/broken.jsonl"}, ValueError, r"line 2 of broken\.jsonl is no JSON .* Correct that line"),
+        ({"dataset": "{folder}/broken.csv"}, ValueError, "Expected 2 fields in line 3, saw 4. Correct the file"),
+        ({"dataset": "{folder}/gap.jsonl"}, ValueError, "gap.jsonl', row 2: there is no 'text'. Give every row one"),
+        ({"dataset": "{folder}/numbers.jsonl"}, ValueError, "the column 'text' holds int64, not text"),
         ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), of which some are needed for validation"),
         ({"dataset": "{folder}/odd.bin"}, ValueError, "ends in '.bin': give one of .txt"),
         ({"dataset": "{folder}/texts.jsonl", "text_column": "txt"}, ValueError, "text_column='txt'.*has text, other"),
@@ -262,7 +267,17 @@ def test_data_that_cannot_be_used_is_refused_by_name(
     settings: dict, error: type[Exception], message: str, tmp_path: Path, cache: str
 ) -> None:
     write(tmp_path, "jsonl", paragraphs(5))
-    for name, content in (("empty.jsonl", ""), ("empty.txt", ""), ("one.jsonl", '{"text": "a"}'), ("odd.bin", "a")):
+    files = {
+        "empty.jsonl": "",
+        "empty.txt": "",
+        "one.jsonl": '{"text": "a"}',
+        "odd.bin": "a",
+        "broken.jsonl": '{"text": "a"}\n{"text": \n{"text": "b"}\n',
+        "broken.csv": "text,label\na,b\na,b,c,d\n",
+        "gap.jsonl": '{"text": "a"}\n{"other": 1}\n{"text": "b"}\n',
+        "numbers.jsonl": '{"text": 1}\n{"text": 2}\n',
+    }
+    for name, content in files.items():
         (tmp_path / name).write_text(content)
     settings = {
         name: str(value).format(folder=tmp_path) if name == "dataset" else value for name, value in settings.items()

@@ -17,7 +17,7 @@ from transformers import MambaConfig, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 
-import finetune
+import models
 import noisy_pairs
 from data import train_bpe
 from noisy_pairs import Drawn, Pair, PairsDataArguments
@@ -247,7 +247,7 @@ def test_a_missing_model_is_refused_with_the_command_that_makes_it(
     config = yaml.safe_load((ROOT / "recipes" / "studies" / "configs" / "noisy_pairs.yaml").read_text())
     with pytest.raises(FileNotFoundError) as raised:
         run(files, tmp_path, model_name_or_path=config["model_name_or_path"])
-    command = finetune.MADE_BY[config["model_name_or_path"]]
+    command = models.MADE_BY[config["model_name_or_path"]]
     assert command in str(raised.value)
     assert command in (ROOT / "recipes" / "studies" / "noisy_pairs.yaml").read_text()
 

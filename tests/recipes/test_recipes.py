@@ -29,9 +29,12 @@ import config
 import demo
 import dpo
 import finetune
+import models
 import pretrain
 import sft
 from data import DatasetArguments
+from datasets import Dataset
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(config.CONFIGS.glob("*.yaml"))
@@ -89,8 +92,8 @@ def test_yaml_wins_over_defaults_and_the_command_line_over_yaml(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("rat: 1", [], "'rat' in .*settings.yaml is not an argument of recipe.py. Did you mean rate"),
-        ("", ["--cuont=1"], "'cuont' on the command line is not an argument.*Did you mean count"),
+        ("rat: 1", [], "'rat' in .*settings.yaml is not an argument of recipe.py. Did you mean 'rate'"),
+        ("", ["--cuont=1"], "'cuont' on the command line is not an argument.*Did you mean 'count'"),
         ("", ["stray"], "'stray' on the command line"),
         ("", ["--coun=1"], "'coun' on the command line"),  # no guessing from a prefix
         ("rate: fast", [], "--rate: invalid float value: 'fast'"),
@@ -129,6 +132,75 @@ def test_every_configuration_parses(path: Path) -> None:
     assert training.fsam_rho == 0.07
     assert training.report_to == []
     assert Path(training.output_dir) == Path("outputs") / path.stem
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "other"),
+    [
+        ("pretrain.py", "finetune_topics", "finetune.py"),
+        ("pretrain.py", "sft_docstrings", "sft.py"),
+        ("finetune.py", "pretrain_tiny", "pretrain.py"),
+        ("dpo.py", "sft_docstrings", "sft.py"),
+    ],
+)
+def test_a_configuration_of_another_recipe_is_refused(script: str, name: str, other: str) -> None:
+    path = str(config.CONFIGS / f"{name}.yaml")
+    with pytest.raises(ValueError, match=f"is for another script than {script}: python recipes/{other} .*{name}.yaml"):
+        config.parse((Settings,), [path], script)
+
+
+def test_every_configuration_tells_its_recipe() -> None:
+    told = {path.stem: config.script_for(yaml.safe_load(path.read_text())) for path in CONFIGS}
+    assert told.pop("study") == "pretrain.py"
+    for name, script in told.items():
+        assert f"recipes/{script} recipes/configs/{name}.yaml" in (config.CONFIGS / f"{name}.yaml").read_text()
+
+
+# ---- Models ----
+
+
+def test_what_can_be_a_path_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    paths = ["outputs/x", "./x", "~/x", "/x", "a/b/c", "here", "here/model", "here/absent", "../x/y"]
+    assert [name for name in paths if not models.is_path(name)] == []
+    assert [name for name in ("gpt2", "google-bert/bert-base-uncased", "elsewhere/model") if models.is_path(name)] == []
+    with pytest.raises(FileNotFoundError, match=r"'here/modle' does not exist\. Did you mean 'model'"):
+        models.model_folder("here/modle")
+    with pytest.raises(FileNotFoundError, match=r"'here/other' .* since there is a folder 'here': start elsewhere"):
+        models.model_folder("here/other")
+    assert models.model_folder("here/model") == "here/model"
+
+
+def test_the_models_that_configurations_start_from_are_those_that_others_make() -> None:
+    made = {yaml.safe_load(path.read_text())["output_dir"]: path.name for path in CONFIGS}
+    for path in CONFIGS:
+        name = yaml.safe_load(path.read_text()).get("model_name_or_path", "")
+        if name.startswith("outputs/"):
+            assert models.MADE_BY[name].endswith(f"recipes/configs/{made[name]}")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "cure"),
+    [
+        ("dpo.py", "dpo_docstrings", "python recipes/sft.py recipes/configs/sft_docstrings.yaml"),
+        ("sft.py", "sft_docstrings", "python recipes/pretrain.py recipes/configs/pretrain_tiny.yaml"),
+        ("finetune.py", "finetune_topics", "python recipes/pretrain.py recipes/configs/pretrain_tiny.yaml"),
+    ],
+)
+def test_a_missing_model_is_told_in_one_line_at_once(script: str, name: str, cure: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch takes seconds to import')")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / script), str(config.CONFIGS / f"{name}.yaml")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert done.stderr.strip().endswith(f"does not exist. This makes it: {cure}")
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "demo.py", "sft.py", "dpo.py"])
@@ -272,9 +344,29 @@ def test_a_run_leaves_curves_and_a_card(pretrained: Run, lora: Run, classifier: 
         assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
         card = (run.folder / "README.md").read_text()
         assert "2502.02407" in card
-    card = (pretrained.folder / "README.md").read_text()
-    assert "functional-sam" in card
-    assert "trained from scratch" in card
+    card = ModelCard.load(pretrained.folder / "README.md")
+    assert "This model was trained from scratch on the stdlib dataset." in card.text
+    assert (card.data.base_model, card.data.datasets, card.data.license) == (None, None, None)
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["loss"] == pytest.approx(pretrained.results["metrics"]["eval_loss"])
+    assert set(results) == {"loss", "perplexity", "next_token_accuracy"}
+
+
+def true_card(run: Run, base: Run) -> None:
+    """What every fine-tuning's card says."""
+    card = ModelCard.load(run.folder / "README.md")
+    assert f"This model is a fine-tuned version of `{Path(*base.folder.parts[-2:])}`" in card.text
+    assert "functional-sam" in card.data.tags
+    assert not any(tag.startswith("base_model:") for tag in card.data.tags)
+    assert card.data.eval_results
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    for false in ("None", "from scratch", "licence", str(base.folder)):
+        assert false not in str(card)
+
+
+def test_the_card_of_a_fine_tuning_names_what_it_began_with(lora: Run, classifier: Run, pretrained: Run) -> None:
+    true_card(lora, pretrained)
+    true_card(classifier, pretrained)
 
 
 def test_the_same_settings_give_the_same_weights_from_the_cache(pretrained: Run, cache: str, tmp_path: Path) -> None:
@@ -427,7 +519,12 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
 @pytest.mark.parametrize(
     ("recipe", "settings", "error", "message"),
     [
-        ("finetune_topics", {"model_name_or_path": "./absent"}, FileNotFoundError, "'./absent' does not exist.*makes"),
+        (
+            "finetune_topics",
+            {"model_name_or_path": "./absent"},
+            FileNotFoundError,
+            "'./absent' does not exist. Give the folder",
+        ),
         ("finetune_topics", {"model_name_or_path": "nobody/no"}, ValueError, "model_name_or_path='nobody/no' holds no"),
         ("finetune_topics", {"sequence_length": 65}, ValueError, "sequence_length=65 .* maximum of 64"),
         ("finetune_packages", {"sequence_length": 65}, ValueError, "sequence_length=65 .* maximum of 64"),
@@ -463,14 +560,17 @@ def test_the_default_model_is_the_one_that_pretraining_leaves(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"python recipes/pretrain\.py recipes/configs/pretrain_tiny\.yaml"):
         finetune.run([str(config.CONFIGS / "finetune_topics.yaml")])
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"python recipes/pretrain\.py recipes/configs/pretrain_tiny\.yaml"):
+        finetune.run(["empty.yaml"])
 
 
 def test_a_model_configuration_with_too_few_positions_is_refused(tmp_path: Path, cache: str, pretrained: Run) -> None:
     with pytest.raises(ValueError, match=r"sequence_length=65 .* maximum of 64"):
         run_pretrain(tmp_path, cache, model_config=pretrained.folder, sequence_length=65)
-    with pytest.raises(ValueError, match=r"model_config='\./absent' cannot be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"model_config='\./absent' does not exist"):
         run_pretrain(tmp_path, cache, model_config="./absent")
-    with pytest.raises(ValueError, match=r"tokenizer at '\./absent'"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer='\./absent' does not exist"):
         run_pretrain(tmp_path, cache, tokenizer="./absent")
 
 
@@ -492,8 +592,8 @@ def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pyte
     assert table[0]["cost (AdamW = 1)"] == 1
     out = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text().strip() in out
-    assert str(tmp_path / "curves.png") in out
-    assert (tmp_path / "curves.png").exists()
+    assert str(tmp_path / "difference.png") in out
+    assert (tmp_path / "difference.png").exists()
     assert "{'loss'" not in out
 
 
@@ -557,7 +657,7 @@ def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretra
     logged = next(entry for entry in history if "loss" in entry)
     assert logged["fsam/radius"] == pytest.approx(0.03, rel=1e-3)
     assert "fsam/functional_sharpness" in logged
-    assert "2502.02407" in (run.folder / "README.md").read_text()
+    true_card(run, pretrained)
     assert "secret" not in (run.folder / "results.json").read_text()
     AutoModelForCausalLM.from_pretrained(run.folder)
 
@@ -570,3 +670,14 @@ def test_trl_recipes_refuse_arguments_that_they_would_ignore(tmp_path: Path, cac
     ):
         with pytest.raises(ValueError, match=message):
             run_aligned("sft", tmp_path, cache, pretrained, **wrong)
+
+
+def test_columns_that_trl_can_not_use_are_refused() -> None:
+    questions = Dataset.from_dict({"question": ["a"], "answer": ["b"]})
+    choices = [("messages",), ("prompt", "completion")]
+    needed = "has the columns 'question', 'answer'. TRL needs 'messages', or 'prompt' and 'completion': rename them"
+    with pytest.raises(ValueError, match=needed):
+        align.check_columns(questions, "mine", choices)
+    gap = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]})
+    with pytest.raises(ValueError, match="dataset='mine', row 2: there is no 'completion'"):
+        align.check_columns(gap, "mine", choices)

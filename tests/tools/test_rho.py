@@ -132,6 +132,26 @@ def test_a_script_runs_up_to_the_measurement(tmp_path: Path) -> None:
     assert rises == sorted(rises)  # along the gradient the loss rises
 
 
+def test_a_script_that_is_shorter_is_measured_where_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rho.main(["--batches", "1", "--out", str(tmp_path / "rho.png"), str(script(tmp_path))])
+    out = capsys.readouterr().out
+    assert "measured after 6 plain steps, where the training ends" in out
+    assert f"plot: {tmp_path / 'rho.png'}" in out
+
+
+def test_the_verdict_compares_the_paths_and_columns_stand_under_their_headers() -> None:
+    found = {0.1: replace(FLAT, functional=0.1, logit=0.29, loss_change=12.5)}
+    assert rho.verdict(0.1, found[0.1]) == (
+        "The logit path is 2.9 times the functional one at ρ = 0.1: Functional-SAM is the candidate; begin tuning at "
+        "fsam_rho=0.1."
+    )
+    assert "0.5 times" in (less := rho.verdict(0.1, replace(FLAT, functional=0.1, logit=0.05)))
+    assert "fsam_variant=sam may serve as well" in less
+    header, line = rho.table(found).splitlines()[:2]
+    assert len(header) == len(line)
+    assert line.index("12.5000") + len("12.5000") == header.index("rise") + len("rise")
+
+
 def test_the_output_folder_and_trackers_of_the_script_are_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +180,6 @@ def test_the_output_folder_and_trackers_of_the_script_are_not_touched(
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ("", ["--after", "7"], "--after 7: the script trains for 6 steps only"),
         ("optim='sgd', fsam_precondition=True", [], "SGD keeps none"),
     ],
 )

@@ -449,6 +449,18 @@ def test_weights_that_reach_the_loss_past_the_boundary_are_warned_of_once(
     assert "2 weights (body.bias, body.weight" in told[0]
 
 
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_a_boundary_that_most_weights_pass_by_is_refused(tmp_path: Path, direction: str) -> None:
+    """Not where they reach the loss through it, too, as those below a router with a balancing loss do."""
+    settings = {"fsam_boundary": "model.layers.0", "fsam_ascent_direction": direction}
+    with pytest.raises(
+        ValueError, match=r"\d+ weights \(lm_head.weight, .* past the boundary 'model\.layers\.0' alone"
+    ):
+        make_trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match=r"'lm_haed' is no module.*Did you mean 'lm_head'"):
+        make_trainer(tmp_path, fsam_boundary="lm_haed")
+
+
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_no_weight_of_a_language_model_reaches_the_loss_past_its_head(tmp_path: Path, model, caplog) -> None:
     logging.enable_propagation()

@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -389,7 +390,26 @@ def test_resuming_with_another_rho_is_logged(tmp_path: Path, caplog: pytest.LogC
     make_trainer(tmp_path, fsam_rho=0.1, save_strategy="steps", save_steps=3).train()
     caplog.clear()
     make_trainer(tmp_path, fsam_rho=0.2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "trained with fsam_rho=0.1, this run goes on with 0.2" in caplog.text
+    assert "trained with fsam_rho=0.1 at its start, this run starts with 0.2. Set it to 0.1" in caplog.text
+
+
+def test_resuming_under_a_schedule_of_rho_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    class Falls(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.fsam_rho = 0.1 * (1 - state.global_step / state.max_steps)
+
+    def scheduled(rho: float = 0.1) -> FSAMTrainer:
+        settings = {"fsam_rho": rho, "save_strategy": "steps", "save_steps": 3}
+        return make_trainer(tmp_path, trainer={"callbacks": [Falls()]}, **settings)
+
+    logging.enable_propagation()
+    scheduled().train()
+    scheduled().train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "The checkpoint was trained with" not in caplog.text
+    scheduled(0.4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "trained with fsam_rho=0.1 at its start, this run starts with 0.4" in caplog.text
 
 
 @pytest.mark.parametrize("fused", [True, False])
