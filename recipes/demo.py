@@ -1,7 +1,9 @@
-"""AdamW and Functional-SAM on the same batches: one table, one plot. Minutes on two CPU cores, no download.
+"""Little text, read ten times: a setting where Functional-SAM is meant to help, and a greater weight decay, too.
 
-python recipes/demo.py                    # or `make demo`
-python recipes/demo.py --max_steps 100    # takes every argument of pretrain.py, for both arms
+python recipes/demo.py                    # or `make demo`: minutes on two CPU cores, no download
+python recipes/demo.py --max_steps 100    # takes every argument of pretrain.py, for all arms
+
+It prints what this seed gives. Study 2 has five seeds of the same (docs/EVIDENCE.md).
 """
 
 import argparse
@@ -17,17 +19,24 @@ from report import curve, draw
 
 from hf_fsam.mistakes import told_in_one_line
 
-CONFIG = CONFIGS / "pretrain_tiny.yaml"
-ARMS = {"AdamW": "none", "Functional-SAM": "functional"}  # the second with the defaults of hf_fsam
+CONFIG = CONFIGS / "study.yaml"
+SETTING = {"corpus_max_bytes": 200_000, "vocab_size": 1024, "validation_fraction": 0.2, "learning_rate": 4e-3}
+ARMS: dict[str, dict[str, Any]] = {
+    "AdamW": {"fsam_variant": "none"},
+    "AdamW, weight decay 1": {"fsam_variant": "none", "weight_decay": 1},
+    "Functional-SAM": {"fsam_rho": 0.1},
+    "Functional-SAM, weight decay 1": {"fsam_rho": 0.1, "weight_decay": 1},
+}
 
 
 def run_arms(output_dir: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Each arm's results.json. Both arms have the seed of the configuration, so the same first weights and batches."""
+    """Each arm's results.json. All arms have the seed of the configuration, so the same first weights and batches."""
     results = {}
-    for number, (name, variant) in enumerate(ARMS.items(), start=1):
+    for number, (name, settings) in enumerate(ARMS.items(), start=1):
         print(f"{number}/{len(ARMS)} {name}", flush=True)
-        own = ["--fsam_variant", variant, "--output_dir", str(output_dir / name.lower())]
-        results[name] = pretrain.run([str(CONFIG), *overrides, *own])
+        folder = output_dir / name.lower().replace(",", "").replace(" ", "-")
+        own = [f"--{key}={value}" for key, value in {**SETTING, **settings, "output_dir": folder}.items()]
+        results[name] = pretrain.run([str(CONFIG), *own, *overrides])
     return results
 
 
@@ -80,7 +89,10 @@ def main(argv: list[str]) -> None:
     plot = own.output_dir / "difference.png"
     plot_difference(results, plot)
     first = results["AdamW"]
-    print(f"\n{first['parameters']:,} parameters, {first['steps']} steps of {first['tokens_per_step']} tokens each")
+    print(
+        f"\n{first['parameters']:,} parameters, {first['steps']} steps of {first['tokens_per_step']} tokens each."
+        "\nLittle text, read many times: here Functional-SAM is meant to help."
+    )
     print(f"\n{table}\n\nThe difference over the training: {plot}")
 
 

@@ -578,15 +578,22 @@ def test_a_model_configuration_with_too_few_positions_is_refused(tmp_path: Path,
 
 
 def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.main(["--output_dir", str(tmp_path), *arguments({**TINY, "cache_dir": cache, "logging_steps": 1})])
-    variants = {"adamw": "none", "functional-sam": "functional"}
-    written = {arm: json.loads((tmp_path / arm / "results.json").read_text()) for arm in variants}
-    for arm, variant in variants.items():
-        assert written[arm]["arguments"]["training"]["fsam_variant"] == variant
+    tiny = {**TINY, "cache_dir": cache, "logging_steps": 1}
+    demo.main(["--output_dir", str(tmp_path), *arguments(tiny)])
+    arms = {
+        "adamw": ("none", 0.1),
+        "adamw-weight-decay-1": ("none", 1),
+        "functional-sam": ("functional", 0.1),
+        "functional-sam-weight-decay-1": ("functional", 1),
+    }
+    written = {arm: json.loads((tmp_path / arm / "results.json").read_text()) for arm in arms}
+    for arm, (variant, decay) in arms.items():
+        training = written[arm]["arguments"]["training"]
+        assert (training["fsam_variant"], training["weight_decay"]) == (variant, decay)
     first = [result["history"][0]["loss"] for result in written.values()]
-    assert first[0] == pytest.approx(first[1], rel=1e-6)  # the loss at the same weights on the same batch
+    assert first == pytest.approx([first[0]] * 4, rel=1e-6)  # the loss at the same weights on the same batch
     table = json.loads((tmp_path / "table.json").read_text())
-    assert [row["optimizer"] for row in table] == ["AdamW", "Functional-SAM"]
+    assert [row["optimizer"] for row in table] == list(demo.ARMS)
     for row, result in zip(table, written.values(), strict=True):
         assert row["validation loss"] == pytest.approx(result["metrics"]["eval_loss"], abs=1e-4)
     assert table[0]["cost (AdamW = 1)"] == 1
