@@ -207,7 +207,6 @@ def run(argv: list[str]) -> dict[str, Any]:
     tokenizer = pretrain.build_tokenizer(model_args, data, splits)
     tokenizer.add_special_tokens({"mask_token": MASK})
     model = AutoModelForCausalLM.from_config(pretrain.config_for(tokenizer, model_args, data))
-    model.config._name_or_path = args.output_dir
     if model_args.dropout:
         add_dropout(model, model_args.dropout)
     blocks = load_blocks(splits, tokenizer, data)
@@ -234,7 +233,8 @@ def run(argv: list[str]) -> dict[str, Any]:
             "vocabulary": len(tokenizer),
             "blocks": {name: len(each) for name, each in blocks.items()},
         },
-        card={"tasks": "text-generation", "dataset": data.dataset, "tags": ["functional-sam"]},
+        card={"tasks": "text-generation", "dataset": data.dataset, "dataset_tags": data.dataset},
+        task="text-generation",
     )
 
 

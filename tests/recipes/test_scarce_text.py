@@ -271,6 +271,9 @@ def test_results_have_the_test_losses_and_the_model_is_the_stopped_one(tmp_path:
     assert metrics["eval_loss"] == curve[6]
     assert results["blocks"]["validation"] == results["blocks"]["test"] == 8
     assert results["steps"] == 6
+    card = (tmp_path / "README.md").read_text()
+    assert "This model was trained from scratch on the stdlib dataset." in card
+    assert "functional-sam" not in card  # fsam_variant is none
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     data = DatasetArguments(corpus_max_bytes=600000, validation_fraction=0.8, validation_blocks=8)
