@@ -37,6 +37,10 @@ class AlignDataArguments(DatasetArguments):
         return {}
 
 
+SETTINGS = (ModelArguments, AlignDataArguments)  # and TRL's
+METRICS = tuple(f"eval_{name}" for name in ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"))
+
+
 def check_columns(documents: Dataset, name: str, choices: list[tuple[str, ...]]) -> None:
     """
     Raises:
@@ -55,7 +59,7 @@ def check_columns(documents: Dataset, name: str, choices: list[tuple[str, ...]])
 def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse((ModelArguments, AlignDataArguments, config_class), argv, script)
+    model_args, data_args, training_args = parse((*SETTINGS, config_class), argv, script)
     if script != f"{data_args.method}.py":
         raise ValueError(f"method={data_args.method!r} is for {data_args.method}.py, not {script}.")
     quiet(training_args)

@@ -22,6 +22,10 @@ class FSAMDPOConfig(FSAMArguments, DPOConfig):
     pass
 
 
+SETTINGS = (*align.SETTINGS, FSAMDPOConfig)
+METRICS = (*align.METRICS, "eval_rewards/*", "eval_logps/*", "eval_logits/*")
+
+
 class FSAMDPOTrainer(FSAMMixin, DPOTrainer):
     pass
 

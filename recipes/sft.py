@@ -22,6 +22,10 @@ class FSAMSFTConfig(FSAMArguments, SFTConfig):
     pass
 
 
+SETTINGS = (*align.SETTINGS, FSAMSFTConfig)
+METRICS = align.METRICS
+
+
 class FSAMSFTTrainer(FSAMMixin, SFTTrainer):
     pass
 

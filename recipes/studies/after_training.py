@@ -46,6 +46,7 @@ from averaging import AveragingArguments, AveragingMixin
 from config import CONFIGS, parse
 from data import DatasetArguments, for_validation, load_splits
 from late import LateArguments, LateTrainer
+from report import main
 
 Domains = dict[str, dict[str, float]]  # {old, new} → {loss_before, loss_after, change}
 
@@ -73,6 +74,14 @@ class AfterArguments(AveragingArguments, LateArguments):
         super().__post_init__()
 
 
+SETTINGS = (pretrain.ModelArguments, DatasetArguments, AfterArguments)
+METRICS = (
+    *pretrain.METRICS,
+    *("int8_rise", "int4_rise", "noise_rise", "forgotten", "new_loss"),
+    *("forgotten_*", "new_loss_*", "old_loss_at_equal"),  # * is a rate, or at_equal
+)
+
+
 class AfterTrainer(AveragingMixin, LateTrainer):
     pass
 
@@ -80,7 +89,7 @@ class AfterTrainer(AveragingMixin, LateTrainer):
 def run(argv: list[str]) -> dict[str, Any]:
     quantized = quantizations()  # before the training, so that a missing torchao is found at once
     results = pretrain.run(argv, AfterTrainer, AfterArguments)
-    _, data, args = parse((pretrain.ModelArguments, DatasetArguments, AfterArguments), argv, Path(__file__).name)
+    _, data, args = parse(SETTINGS, argv, Path(__file__).name)
     folder = Path(args.output_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)
     blocks = for_validation(load_splits(data).validation, AutoTokenizer.from_pretrained(folder), data)
@@ -184,4 +193,4 @@ def loss_of(model: Any, blocks: Dataset, batch: int = 16) -> float:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    main("after_training.py", run)

@@ -7,6 +7,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pretrain
+from data import DatasetArguments
+from report import main
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
@@ -23,6 +25,10 @@ class LateArguments(FSAMTrainingArguments):
         super().__post_init__()
 
 
+SETTINGS = (pretrain.ModelArguments, DatasetArguments, LateArguments)
+METRICS = pretrain.METRICS
+
+
 class LateTrainer(FSAMTrainer):
     """Perturbs in the last share `perturb_last` of the training alone."""
 
@@ -36,4 +42,4 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    main("late.py", run)

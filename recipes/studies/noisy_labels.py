@@ -50,12 +50,11 @@ from config import parse
 from data import check_sequence_length, load_splits, load_tokenizer
 from finetune import FinetuneDataArguments, label_names, load_config
 from losses import generalized_cross_entropy
-from models import RECIPES, model_folder
+from models import model_folder
 from momentum_sign import MomentumSignArguments, MomentumSignMixin
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
-from hf_fsam.mistakes import told_in_one_line
 
 STOPS = ("clean", "noisy")  # the validation labels that choose an epoch
 
@@ -145,6 +144,17 @@ class NoisyTrainingArguments(MomentumSignArguments, AveragingArguments, FSAMTrai
             raise ValueError("prune_folds=1 leaves nothing to train on: give 2 or more, or 0 for no pruning.")
         super().__post_init__()
 
+
+SETTINGS = (ModelArguments, NoisyDataArguments, NoisyTrainingArguments)
+METRICS = (
+    *(
+        f"{name}{stop}"
+        for stop in ("", "_stopped_clean", "_stopped_noisy")
+        for name in ("test_accuracy", "test_loss", "test_scaled_loss", "step")
+    ),
+    *("best_clean_accuracy", "best_noisy_accuracy", "memorized", "pruned"),
+    *("eval_loss", "eval_clean_accuracy", "eval_noisy_accuracy", "eval_clean_loss", "eval_noisy_loss"),
+)
 
 # ---- Data ----
 
@@ -430,15 +440,10 @@ def tested(trainer: NoisyLabelsTrainer, test: Dataset) -> dict[str, float]:
     return metrics
 
 
-def run(
-    argv: list[str],
-    trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTrainer,
-    arguments_class: type[NoisyTrainingArguments] = NoisyTrainingArguments,
-) -> dict[str, Any]:
+def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTrainer) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    kinds = (ModelArguments, NoisyDataArguments, arguments_class)
-    model_args, data, args = parse(kinds, argv, Path(__file__).name)
+    model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
     args.eval_strategy, args.remove_unused_columns = IntervalStrategy.EPOCH, False
     folder = model_folder(model_args.model_name_or_path)
@@ -490,16 +495,18 @@ def run(
         "train_seconds": seconds + report.training_seconds(history),
         "corpus_sha256": splits.sha256,
         "labels": names,
+        "arguments": {
+            name: report.as_dict(each) for name, each in {"model": model_args, "data": data, "training": args}.items()
+        },
         "versions": report.versions(),
         "machine": report.machine(args),
         "history": history,
     }
     if trainer.is_world_process_zero():
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2, default=str)
+        Path(args.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
     return results
 
 
 if __name__ == "__main__":
-    with told_in_one_line("noisy_labels.py", RECIPES):
-        for name, value in run(sys.argv[1:])["metrics"].items():
-            print(f"{name:32} {value:.4f}")
+    report.main("noisy_labels.py", run)

@@ -46,10 +46,8 @@ from config import parse
 from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer
 from finetune import load_config
 from losses import generalized_cross_entropy
-from models import RECIPES
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
-from hf_fsam.mistakes import told_in_one_line
 
 STOPS = ("clean", "noisy")  # the validation pairs that choose an epoch
 
@@ -121,6 +119,12 @@ class PairsTrainingArguments(AveragingArguments, FSAMTrainingArguments):
             raise ValueError(f"generalized_q={self.generalized_q} is not a number from 0 to 1.")
         super().__post_init__()
 
+
+SETTINGS = (ModelArguments, PairsDataArguments, PairsTrainingArguments)
+METRICS = (
+    *("test_loss", "test_loss_stopped_clean", "test_loss_stopped_noisy", "step_stopped_clean", "step_stopped_noisy"),
+    *("best_clean_loss", "best_noisy_loss", "eval_clean_loss", "eval_noisy_loss", "memorized"),
+)
 
 # ---- Data ----
 
@@ -303,8 +307,7 @@ def per_token(prediction: EvalPrediction) -> dict[str, float]:
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    kinds = (ModelArguments, PairsDataArguments, PairsTrainingArguments)
-    model_args, data, args = parse(kinds, argv, Path(__file__).name)
+    model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
     args.eval_strategy = IntervalStrategy.EPOCH
     config = load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared
@@ -347,16 +350,18 @@ def run(argv: list[str]) -> dict[str, Any]:
         "wall_seconds": time.perf_counter() - started,
         "train_seconds": report.training_seconds(history),
         "corpus_sha256": splits.sha256,
+        "arguments": {
+            name: report.as_dict(each) for name, each in {"model": model_args, "data": data, "training": args}.items()
+        },
         "versions": report.versions(),
         "machine": report.machine(args),
         "history": history,
     }
     if trainer.is_world_process_zero():
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2, default=str)
+        Path(args.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
     return results
 
 
 if __name__ == "__main__":
-    with told_in_one_line("noisy_pairs.py", RECIPES):
-        for name, value in run(sys.argv[1:])["metrics"].items():
-            print(f"{name:32} {value:.4f}")
+    report.main("noisy_pairs.py", run)

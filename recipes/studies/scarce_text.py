@@ -38,7 +38,7 @@ import pretrain
 from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import DatasetArguments, Splits, load_splits, packed
-from report import quiet, show_progress, write_report
+from report import main, quiet, show_progress, write_report
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
@@ -82,6 +82,9 @@ class ScarceTrainingArguments(AveragingArguments, FSAMTrainingArguments):
             raise ValueError(f"masked_weight={self.masked_weight} is not above 0 and at most 1.")
         super().__post_init__()
 
+
+SETTINGS = (ScarceModelArguments, DatasetArguments, ScarceTrainingArguments)
+METRICS = (*pretrain.METRICS, "test_loss_stopped", "test_loss", "step_stopped")
 
 # ---- Data ----
 
@@ -199,8 +202,7 @@ class ScarceTrainer(AveragingMixin, FSAMTrainer):
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    kinds = (ScarceModelArguments, DatasetArguments, ScarceTrainingArguments)
-    model_args, data, args = parse(kinds, argv, Path(__file__).name)
+    model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     quiet(args)
     set_seed(args.seed)
     splits = load_splits(data)
@@ -239,4 +241,4 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    main("scarce_text.py", run)

@@ -257,6 +257,8 @@ def test_a_run_reports_its_end_and_its_best_epochs(tmp_path: Path, model: str, t
     metrics = results["metrics"]
     evaluations = [entry for entry in results["history"] if "eval_clean_accuracy" in entry]
     assert len(evaluations) == 5
+    assert set(metrics) <= set(noisy_labels.METRICS)
+    assert results["arguments"]["training"]["seed"] == results["seed"]
     for kind in noisy_labels.STOPS:
         accuracies = [entry[f"eval_{kind}_accuracy"] for entry in evaluations]
         assert metrics[f"best_{kind}_accuracy"] == max(accuracies)

@@ -213,6 +213,8 @@ def test_a_run_leaves_its_losses(files: Files, tmp_path: Path, settings: dict[st
     metrics, history = written["metrics"], written["history"]
     assert written["steps"] == results["steps"] == 6
     assert written["train_seconds"] > 0
+    assert written["arguments"]["training"]["seed"] == written["seed"]
+    assert set(metrics) <= set(noisy_pairs.METRICS)
     assert metrics["memorized"] > 0
     for kind in noisy_pairs.STOPS:
         losses = {entry["step"]: entry[f"eval_{kind}_loss"] for entry in history if f"eval_{kind}_loss" in entry}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -664,6 +665,9 @@ def test_trl_recipes_run_offline(method: str, tmp_path: Path, cache: str, pretra
     logged = next(entry for entry in history if "loss" in entry)
     assert logged["fsam/radius"] == pytest.approx(0.03, rel=1e-3)
     assert "fsam/functional_sharpness" in logged
+    declared = (*{"sft": sft, "dpo": dpo}[method].METRICS, "eval_runtime", "eval_*_per_second")
+    evaluated = {name for entry in history for name in entry if name.startswith("eval_")}
+    assert {name for name in evaluated if not any(fnmatchcase(name, each) for each in declared)} == set()
     true_card(run, pretrained)
     assert "secret" not in (run.folder / "results.json").read_text()
     AutoModelForCausalLM.from_pretrained(run.folder)

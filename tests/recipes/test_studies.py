@@ -195,6 +195,7 @@ def test_after_training_adds_its_metrics_to_the_results(tmp_path: Path, monkeypa
     argv = [str(ROOT / "recipes" / "configs" / "study.yaml"), "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
     results = after_training.run([*argv, *(str(part) for name in short for part in (f"--{name}", short[name]))])
     metrics = results["metrics"]
+    assert {"int8_rise", "noise_rise", "forgotten", "new_loss", "old_loss_at_equal"} <= set(after_training.METRICS)
     assert metrics["int8_rise"] == pytest.approx(0, abs=1e-6)  # nothing was changed
     assert metrics["int4_rise"] != 0
     assert metrics["noise_rise"] != 0

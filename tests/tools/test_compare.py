@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from hf_fsam import FSAMTrainingArguments
 from hf_fsam.arguments import FSAMArguments, plain_passes
 from hf_fsam.studies.compare import main, run_study
+from hf_fsam.studies.declared import check_metrics, check_settings
 from hf_fsam.studies.masking import masked, masked_command
 from hf_fsam.studies.plots import draw, rho_curve
 from hf_fsam.studies.report import Difference, cost, setting, table
@@ -37,6 +39,7 @@ COMPARE = [sys.executable, "-m", "hf_fsam", "compare"]
 # A recipe that takes no time. Its loss is a parabola in the learning rate and in ρ, with noise that follows the seed.
 RECIPE = """
 import json, sys, time
+from dataclasses import fields
 from pathlib import Path
 settings = json.loads(Path(sys.argv[1]).read_text())
 folder = Path(settings["output_dir"])
@@ -886,6 +889,8 @@ def test_every_study_of_the_repository_is_accepted_by_its_recipe(
                 assert spec.loader is not None
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
+                check_settings(study, script, [each.name for kind in module.SETTINGS for each in fields(kind)])
+                check_metrics(study, script, module.METRICS)
                 if hasattr(module, "quantizations"):  # they need torchao, the parser does not
                     monkeypatch.setattr(module, "quantizations", dict)
                 for settings in candidates:
