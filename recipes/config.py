@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from hf_fsam.mistakes import did_you_mean, refused_by_libraries
@@ -25,8 +26,11 @@ class RecipeParser(HfArgumentParser):
         raise ValueError(f"{message}.{hint} `python recipes/{self.prog} --help` lists every argument with its type.")
 
 
-def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[Any, ...]:
+def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: Sequence[str] = ()) -> tuple[Any, ...]:
     """Returns one instance per dataclass, from `argv = [CONFIG.yaml, --name, value, ...]`. Later values win.
+
+    Args:
+        metrics: the names by which the recipe can tell the best model.
 
     Raises:
         FileNotFoundError: the YAML file does not exist.
@@ -54,7 +58,25 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str) -> tuple[
             "use_liger_kernel=True needs a package that is not installed: pip install liger-kernel, for a GPU. Or "
             "leave it out: with fsam_fused_head, the default, a language model makes no logits in training either."
         )
+    for args in parsed:
+        if isinstance(args, TrainingArguments) and args.load_best_model_at_end:
+            check_best_model(args, metrics)
     return tuple(parsed)
+
+
+def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:
+    """The Trainer would find out at its first evaluation, or never."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            "load_best_model_at_end=True needs evaluations to tell the best, and there are none with "
+            "eval_strategy='no': set eval_strategy and save_strategy to 'steps' or 'epoch', or leave it out."
+        )
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    if metrics and name not in metrics:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is none of the metrics, which are "
+            f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"
+        )
 
 
 def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
@@ -89,7 +111,8 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
 def script_for(values: dict[str, Any]) -> str | None:
     """The recipe that a configuration is for, by keys that those of the other recipes don't have. None: it has none."""
     if "method" in values:
-        return f"{values['method']}.py"
+        script = f"{values['method']}.py"
+        return script if script in SCRIPTS else None
     if "model_name_or_path" in values:
         return "finetune.py"
     return "pretrain.py" if {"architecture", "model_config"} & values.keys() else None

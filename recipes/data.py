@@ -229,6 +229,11 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
         raise FileNotFoundError(f"{not_there('dataset', data.dataset)} Give a file or folder that does.")
     else:
         source = data.dataset
+        meant = did_you_mean(source, EMBEDDED) if "/" not in source else ""
+        if meant:
+            raise ValueError(
+                f"dataset={source!r} is no data set of the recipes.{meant} For one of the hub give owner/name."
+            )
     try:
         return dict(load_dataset(source, data.dataset_config, **options))
     except Exception as error:  # no network, an unknown name, a malformed file, and more
@@ -236,8 +241,7 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
             raise ValueError(f"dataset={data.dataset!r} can't be read: {what_is_broken(path, error)}.") from error
         raise ValueError(
             f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded from the hub "
-            f"({first_line(error)}).{did_you_mean(data.dataset, EMBEDDED)} Without a network use one of "
-            f"{', '.join(EMBEDDED)}, or a path."
+            f"({first_line(error)}). Without a network use one of {', '.join(EMBEDDED)}, or a path."
         ) from error
 
 

@@ -324,7 +324,9 @@ def before_and_after(history: list[dict[str, float]]) -> dict[str, dict[str, flo
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py")
+    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py", METRICS)
+    if data_args.task == "causal_lm" and training_args.metric_for_best_model == "loss":  # the default
+        training_args.metric_for_best_model = "new_loss"
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     quiet(training_args)
     set_seed(training_args.seed)

@@ -133,7 +133,7 @@ def run(
     """Trains as `argv` says and returns what results.json holds. `recipes/studies` trains with classes of its own."""
     started = time.perf_counter()
     model_args, data_args, training_args = parse(
-        (ModelArguments, DatasetArguments, arguments_class), argv, "pretrain.py"
+        (ModelArguments, DatasetArguments, arguments_class), argv, "pretrain.py", METRICS
     )
     quiet(training_args)
     check_streaming(data_args, training_args.max_steps)

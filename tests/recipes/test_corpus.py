@@ -247,6 +247,7 @@ def test_a_stream_gives_its_first_documents_to_validation(
     [
         ({"dataset": "./absent.jsonl"}, FileNotFoundError, "dataset='./absent.jsonl' does not exist"),
         ({"dataset": "absent.txt"}, FileNotFoundError, "dataset='absent.txt' does not exist"),
+        ({"dataset": "stdlib-topicks"}, ValueError, "is no data set of the recipes. Did you mean 'stdlib-topics' or"),
         ({"dataset": "nobody/nothing"}, ValueError, "dataset='nobody/nothing'.*cannot be loaded.*Without a network"),
         ({"dataset": "outputs/nothing"}, FileNotFoundError, "dataset='outputs/nothing' does not exist"),
         ({"dataset": "{folder}/empty.jsonl"}, ValueError, "empty.jsonl' is an empty file"),

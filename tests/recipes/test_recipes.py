@@ -424,7 +424,12 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     settings = {"max_steps": 2, "eval_strategy": "no", "validation_blocks": 8}
     dora = run_finetune("finetune_topics", tmp_path / "dora", cache, pretrained, adapter="dora", **settings)
     assert json.loads((dora.folder / "adapter_config.json").read_text())["use_dora"] is True
-    full = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, adapter="none", **settings)
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    best |= {"load_best_model_at_end": True, "adapter": "none"}
+    full = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, **settings | best)
+    state = json.loads((full.folder / "checkpoint-2" / "trainer_state.json").read_text())
+    evaluated = {entry["step"]: entry["eval_new_loss"] for entry in state["log_history"] if "eval_new_loss" in entry}
+    assert state["best_metric"] == min(evaluated[1], evaluated[2])
     assert full.results["trainable_parameters"] == full.results["parameters"]
     AutoModelForCausalLM.from_pretrained(full.folder)
 
@@ -538,6 +543,18 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
         ("finetune_packages", {"dataset": "stdlib"}, ValueError, "label_column='label' is not a column of 'stdlib'"),
         ("finetune_topics", {"format": "alpaca"}, ValueError, "format='alpaca', instruction='instruction' is not a"),
         ("finetune_topics", {"fsam_rho": -1}, ValueError, "fsam_rho=-1.0"),
+        (
+            "finetune_topics",
+            {"load_best_model_at_end": True, "eval_strategy": "no"},
+            ValueError,
+            "load_best_model_at_end=True needs evaluations",
+        ),
+        (
+            "finetune_topics",
+            {"load_best_model_at_end": True, "save_steps": 3, "save_strategy": "steps", "metric_for_best_model": "los"},
+            ValueError,
+            "metric_for_best_model='los' is none of the metrics.* Did you mean 'eval_loss'",
+        ),
     ],
 )
 def test_what_fine_tuning_cannot_use_is_refused_by_name_before_training(
