@@ -5,11 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-import yaml
-
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# Keys that the configurations of one recipe have and those of the other can't have: the model to make or to start from.
-TELLTALES = {"pretrain.py": ("architecture", "model_config"), "finetune.py": ("model_name_or_path",)}
+sys.path.insert(0, str(RECIPES))
 
 USAGE = """\
 usage: docker run --rm --gpus all --ipc=host -v "$PWD/outputs:/app/outputs" IMAGE CONFIG.yaml [--name value ...]
@@ -21,31 +18,27 @@ appear in outputs/, and `-v hf-fsam-cache:/cache` keeps downloads and prepared d
 """
 
 
-TRL = ("sft", "dpo")  # `method: sft`
-
-
 def recipe_of(config: Path) -> str:
     """The script that `config` is for.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not the configuration of exactly one recipe.
+        ValueError: it is no YAML file of settings, or has none by which a recipe is known.
     """
+    from config import script_for  # here, since it takes seconds that nothing else needs
+
+    from hf_fsam.studies.study import load_yaml
+
     if not config.is_file():
         raise FileNotFoundError(f"The configuration {str(config)!r} does not exist.")
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    names = settings if isinstance(settings, dict) else {}
-    if names.get("method") in TRL:
-        return f"{names['method']}.py"
-    fitting = [script for script, telltales in TELLTALES.items() if any(name in names for name in telltales)]
-    if len(fitting) != 1:
-        choices = "; ".join(f"{' or '.join(telltales)} for {script}" for script, telltales in TELLTALES.items())
+    script = script_for(load_yaml(config))
+    if script is None:
         raise ValueError(
-            f"{config} does not tell which recipe it is for. Let it name one of: {choices}; "
-            f"method: {' or '.join(TRL)}. "
-            f"A study is started by `hf-fsam compare {config}`."
+            f"{config} does not tell which recipe it is for. Let it name one of: architecture or model_config for "
+            "pretrain.py; model_name_or_path for finetune.py; method: sft or dpo. A study is started by "
+            f"`hf-fsam compare {config}`."
         )
-    return fitting[0]
+    return script
 
 
 def is_config(word: str) -> bool:
@@ -73,11 +66,11 @@ def main(argv: list[str]) -> None:
         return
     line = argv
     if is_config(argv[0]):
-        import torch  # here, since it takes seconds that nothing else needs
+        import torch
 
         try:
             line = recipe_command(argv, torch.cuda.device_count())
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"{error}\n\n{usage()}")
         if os.path.isdir("outputs") and not os.access("outputs", os.W_OK):
             sys.exit(
