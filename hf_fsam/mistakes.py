@@ -44,7 +44,7 @@ def refused_by_libraries() -> Iterator[None]:
     """Inside, libraries check the user's settings. What they refuse becomes a ValueError of this package."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:  # the last of a tracker that is not installed
         file = _raised_in(error)
         if file is None or file.is_relative_to(_PACKAGE):
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_liger_kernel_available
 
 from hf_fsam.mistakes import did_you_mean, refused_by_libraries
@@ -23,7 +24,7 @@ class RecipeParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         value, *choices = re.findall(r"'(.*?)'", message) or [""]
         hint = did_you_mean(value, choices)
-        raise ValueError(f"{message}.{hint} `python recipes/{self.prog} --help` lists every argument with its type.")
+        raise ValueError(f"{message}.{hint} `{self.prog} --help` lists every argument with its type.")
 
 
 def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: Sequence[str] = ()) -> tuple[Any, ...]:
@@ -47,10 +48,13 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: 
     # The values of the file become command line arguments in front of the user's. So types and choices are checked in
     # one way (YAML reads 1e-3 as a string), and one rule says which value wins.
     arguments = yaml_to_argv(Path(argv[0]), parser) + argv[1:]
-    with refused_by_libraries():
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
+    try:
+        with refused_by_libraries():
+            *parsed, unknown = parser.parse_args_into_dataclasses(
+                arguments, return_remaining_strings=True, look_for_args_file=False
+            )
+    except FileNotFoundError as error:  # of a JSON file that an argument names
+        raise FileNotFoundError(f"{error.filename!r} does not exist: give the path of a file that does.") from error
     if unknown:
         raise ValueError(unknown_argument(unknown[0], parser, "on the command line"))
     if any(getattr(args, "use_liger_kernel", False) for args in parsed) and not is_liger_kernel_available():
@@ -59,9 +63,27 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: 
             "leave it out: with fsam_fused_head, the default, a language model makes no logits in training either."
         )
     for args in parsed:
-        if isinstance(args, TrainingArguments) and args.load_best_model_at_end:
-            check_best_model(args, metrics)
+        if isinstance(args, TrainingArguments):
+            check_folders(args)
+            if args.load_best_model_at_end:
+                check_best_model(args, metrics)
     return tuple(parsed)
+
+
+def check_folders(args: TrainingArguments) -> None:
+    """Finds out before the data is prepared. `resume_from_checkpoint: true` becomes the newest one in output_dir."""
+    folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
+    if folder.is_file():
+        raise ValueError(f"output_dir={args.output_dir!r} is a file: give a folder.")
+    if checkpoint is None:
+        return
+    if checkpoint.lower() == "true":
+        args.resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if args.resume_from_checkpoint is None or not Path(args.resume_from_checkpoint).is_dir():
+        found = ", ".join(sorted(map(str, folder.glob("checkpoint-*")))) or "none"
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={checkpoint!r}: there is no such checkpoint. In output_dir there are: {found}."
+        )
 
 
 def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:
@@ -85,6 +107,8 @@ def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
         hint = did_you_mean(path.name, (each.name for each in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"The configuration {str(path)!r} does not exist: give the path of a YAML file.{hint}")
     values = load_yaml(path)
+    if values.keys() & {"arms", "studies"}:
+        raise ValueError(f"{path} is a study: hf-fsam compare {path}")
     script = script_for(values)
     if parser.prog in SCRIPTS and script not in (None, parser.prog):
         raise ValueError(f"{path} is for another script than {parser.prog}: python recipes/{script} {path}")

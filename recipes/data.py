@@ -229,7 +229,8 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
         raise FileNotFoundError(f"{not_there('dataset', data.dataset)} Give a file or folder that does.")
     else:
         source = data.dataset
-        meant = did_you_mean(source, EMBEDDED) if "/" not in source else ""
+        here = [each.name for each in Path().iterdir()] if path.suffix else []
+        meant = did_you_mean(source, [*EMBEDDED, *here]) if "/" not in source else ""
         if meant:
             raise ValueError(
                 f"dataset={source!r} is no data set of the recipes.{meant} For one of the hub give owner/name."

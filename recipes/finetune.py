@@ -162,7 +162,8 @@ def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: A
         target_modules=args.adapter_targets,
         use_dora=args.adapter == "dora",
     )
-    return get_peft_model(model, adapter)
+    with refused_by_libraries():
+        return get_peft_model(model, adapter)
 
 
 # ---- Instructions ----

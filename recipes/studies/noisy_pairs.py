@@ -46,6 +46,7 @@ from config import parse
 from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer
 from finetune import load_config
 from losses import generalized_cross_entropy
+from models import model_folder
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
@@ -310,6 +311,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
     args.eval_strategy = IntervalStrategy.EPOCH
+    model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared
     check_sequence_length(data, config)
     tokenizer = load_tokenizer(model_args.model_name_or_path)

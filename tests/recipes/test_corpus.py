@@ -247,6 +247,7 @@ def test_a_stream_gives_its_first_documents_to_validation(
     [
         ({"dataset": "./absent.jsonl"}, FileNotFoundError, "dataset='./absent.jsonl' does not exist"),
         ({"dataset": "absent.txt"}, FileNotFoundError, "dataset='absent.txt' does not exist"),
+        ({"dataset": "texts.jsn"}, ValueError, r"is no data set of the recipes. Did you mean 'texts.jsonl'"),
         ({"dataset": "stdlib-topicks"}, ValueError, "is no data set of the recipes. Did you mean 'stdlib-topics' or"),
         ({"dataset": "nobody/nothing"}, ValueError, "dataset='nobody/nothing'.*cannot be loaded.*Without a network"),
         ({"dataset": "outputs/nothing"}, FileNotFoundError, "dataset='outputs/nothing' does not exist"),
@@ -265,8 +266,14 @@ def test_a_stream_gives_its_first_documents_to_validation(
     ],
 )
 def test_data_that_cannot_be_used_is_refused_by_name(
-    settings: dict, error: type[Exception], message: str, tmp_path: Path, cache: str
+    settings: dict,
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    cache: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     write(tmp_path, "jsonl", paragraphs(5))
     files = {
         "empty.jsonl": "",

@@ -103,6 +103,7 @@ def test_yaml_wins_over_defaults_and_the_command_line_over_yaml(tmp_path: Path) 
         ("flag: perhaps", [], "--flag.*perhaps"),
         ("count: [1, 2]", [], r"count=\[1, 2\] in .* is a list, but count takes one value"),
         ("- 1", [], "holds list"),
+        ("studies: [core.yaml]", [], "settings.yaml is a study: hf-fsam compare"),
     ],
 )
 def test_settings_are_refused_by_name(tmp_path: Path, text: str, line: list[str], message: str) -> None:
@@ -110,11 +111,18 @@ def test_settings_are_refused_by_name(tmp_path: Path, text: str, line: list[str]
         parse(tmp_path, text, *line)
 
 
-def test_a_missing_configuration_is_refused() -> None:
+def test_files_and_folders_that_cannot_be_used_are_refused() -> None:
+    tiny = str(config.CONFIGS / "pretrain_tiny.yaml")
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         pretrain.run(["absent.yaml"])
     with pytest.raises(ValueError, match=r"first argument.*pretrain_tiny\.yaml"):
         pretrain.run(["--fsam_rho", "0.1"])
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint='true': there is no such checkpoint"):
+        pretrain.run([tiny, "--output_dir", "outputs/absent", "--resume_from_checkpoint", "true"])
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        pretrain.run([tiny, "--output_dir", __file__])
+    with pytest.raises(FileNotFoundError, match=r"'absent\.json' does not exist: give the path"):
+        pretrain.run([tiny, "--fsdp", "true", "--fsdp_config", "absent.json"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -430,6 +438,9 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     state = json.loads((full.folder / "checkpoint-2" / "trainer_state.json").read_text())
     evaluated = {entry["step"]: entry["eval_new_loss"] for entry in state["log_history"] if "eval_new_loss" in entry}
     assert state["best_metric"] == min(evaluated[1], evaluated[2])
+    line = [str(config.CONFIGS / "finetune_topics.yaml"), "--output_dir", str(full.folder)]
+    resumed = config.parse(finetune.SETTINGS, [*line, "--resume_from_checkpoint", "true"], "finetune.py")[-1]
+    assert resumed.resume_from_checkpoint == str(full.folder / "checkpoint-2")
     assert full.results["trainable_parameters"] == full.results["parameters"]
     AutoModelForCausalLM.from_pretrained(full.folder)
 

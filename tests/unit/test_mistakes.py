@@ -38,8 +38,9 @@ def test_all_else_keeps_its_traceback(tmp_path: Path) -> None:
 
 
 def test_what_libraries_refuse_of_the_settings_becomes_ours() -> None:
-    with pytest.raises(SystemExit), told_in_one_line("recipe.py"), refused_by_libraries():
-        raise ImportError("--report_to tensorboard needs a package:\n  pip install tensorboard")
+    for kind in (ImportError, RuntimeError):
+        with pytest.raises(SystemExit), told_in_one_line("recipe.py"), refused_by_libraries():
+            raise kind("--report_to tensorboard needs a package:\n  pip install tensorboard")
     with pytest.raises(ValueError, match="invalid literal"), told_in_one_line("recipe.py"), refused_by_libraries():
         is_wrong()
 
