@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import (
     DatasetArguments,
@@ -121,7 +122,16 @@ class FinetuneDataArguments(DatasetArguments):
         return super().columns()
 
 
-SETTINGS = (ModelArguments, FinetuneDataArguments, FSAMTrainingArguments)
+@dataclass
+class FinetuneTrainingArguments(AveragingArguments, FSAMTrainingArguments):
+    pass
+
+
+class FinetuneTrainer(AveragingMixin, FSAMTrainer):
+    pass
+
+
+SETTINGS = (ModelArguments, FinetuneDataArguments, FinetuneTrainingArguments)
 OF_TEXT = [
     f"eval_{name}_{metric}" for name in ("new", "old") for metric in ("loss", "perplexity", "next_token_accuracy")
 ]
@@ -345,7 +355,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     training_args.eval_on_start = True  # what the model could do before
     model = load_model(model_args, task.auto, tokenizer.pad_token_id, **task.model_options)
     with refused_by_libraries():
-        trainer = FSAMTrainer(
+        trainer = FinetuneTrainer(
             model=model,
             args=evaluate_by_batch(training_args),
             processing_class=tokenizer,

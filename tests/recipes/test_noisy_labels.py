@@ -309,7 +309,7 @@ def test_a_users_own_table_gets_its_answer_by_one_command(tmp_path: Path, model:
     command += ["--num_train_epochs", "1", "--sequence_length", "8", "--out", str(tmp_path), "--use_cpu", "true"]
     subprocess.run([sys.executable, "-m", "hf_fsam", *command, "--seeds", "0", "1", "--parallel", "2"], check=True)
     table = (tmp_path / "my_labels.md").read_text()
-    assert all(f"| {arm}" in table for arm in ("AdamW", "label smoothing", "Functional-SAM"))
+    assert all(f"| {arm}" in table for arm in ("AdamW", "average of the weights", "Functional-SAM"))
 
 
 @pytest.mark.slow
@@ -324,4 +324,5 @@ def test_the_model_of_the_extra_is_fine_tuned_by_its_configuration(tmp_path: Pat
     )
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["labels"] == CLASSES
+    assert results["arguments"]["training"]["weight_average"] == "ema"
     assert results["parameters"] > 2e7

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -33,6 +34,7 @@ import finetune
 import models
 import pretrain
 import sft
+from averaging import AveragingMixin
 from data import DatasetArguments
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -465,6 +467,32 @@ def test_an_adapter_with_labels_is_loaded_with_their_number(tmp_path: Path, cach
     head = next(value for name, value in saved.items() if "score" in name)  # (classes, hidden)
     assert head.shape[0] == len(labels) == 6
     assert torch.equal(model.base_model.model.score.modules_to_save["default"].weight, head)
+
+
+def test_a_fine_tuning_saves_the_average_of_its_weights(tmp_path: Path, cache: str, pretrained: Run) -> None:
+    def saved(name: str, **settings: Any) -> dict[str, torch.Tensor]:
+        settings |= {"max_steps": 3, "eval_strategy": "no", "warmup_steps": 0, "learning_rate": 1e-2}
+        run = run_finetune("finetune_packages", tmp_path / name, cache, pretrained, **settings)
+        return load_file(run.folder / "model.safetensors")
+
+    plain = saved("plain")
+    last, average = (saved(f"ema{decay}", weight_average="ema", average_decay=decay) for decay in (0.0, 0.5))
+    assert all(torch.equal(last[name], plain[name]) for name in plain)
+    assert not any(torch.equal(average[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_an_average_of_sharded_weights_is_refused(engine: str) -> None:
+    class Sharding:
+        def __init__(self) -> None:
+            self.args = SimpleNamespace(weight_average="ema")
+            self.is_deepspeed_enabled = self.is_fsdp_enabled = False
+            setattr(self, engine, True)
+
+    class Averaging(AveragingMixin, Sharding): ...
+
+    with pytest.raises(ValueError, match="weight_average='ema' needs whole weights"):
+        Averaging()
 
 
 # ---- Other data ----

@@ -37,10 +37,19 @@ class AveragingArguments:
 
 
 class AveragingMixin:
-    """Put it before a Trainer class; its arguments have the fields of :class:`AveragingArguments`."""
+    """Put it before a Trainer class; its arguments have the fields of :class:`AveragingArguments`.
+
+    Raises:
+        ValueError: an average is asked for where no process has whole weights.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.weight_average != "none" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"weight_average={self.args.weight_average!r} needs whole weights, and DeepSpeed and FSDP may shard "
+                "them: leave it out, or train with one process or torchrun's DDP."
+            )
         self.average: list[Tensor] | None = None
         self.averaged_steps = 0
         if self.args.weight_average != "none":
