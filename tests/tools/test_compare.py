@@ -1,5 +1,6 @@
 """`hf-fsam compare`: which runs it makes, that it repeats none, and what it reports."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -216,7 +217,9 @@ def test_runs_end_with_a_study_that_is_killed(folder: Path) -> None:
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(folder: Path) -> None:
     write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
     command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0)
+    # A shell starts its background jobs with the signal ignored, and these tests may be in one.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not called(folder) and time.monotonic() < deadline:
         time.sleep(0.02)
