@@ -136,7 +136,7 @@ def test_every_configuration_parses(path: Path) -> None:
         own = {"sft": sft.FSAMSFTConfig, "dpo": dpo.FSAMDPOConfig}[settings["method"]]
         types = (finetune.ModelArguments, align.AlignDataArguments, own)
     elif "model_name_or_path" in settings:
-        types = (finetune.ModelArguments, finetune.FinetuneDataArguments, FSAMTrainingArguments)
+        types = (finetune.ModelArguments, finetune.FinetuneDataArguments, finetune.FinetuneTrainingArguments)
     else:
         types = (pretrain.ModelArguments, DatasetArguments, FSAMTrainingArguments)
     training = config.parse(types, line, "recipe.py")[-1]
