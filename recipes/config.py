@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+import torch
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_liger_kernel_available
 
-from hf_fsam.mistakes import did_you_mean, refused_by_libraries
+from hf_fsam.mistakes import did_you_mean, first_line, refused_by_libraries
 from hf_fsam.studies.masking import masked
 from hf_fsam.studies.study import load_yaml
 
@@ -65,6 +67,8 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: 
     for args in parsed:
         if isinstance(args, TrainingArguments):
             check_folders(args)
+            check_trackers(args)
+            check_schedule(args)
             if args.load_best_model_at_end:
                 check_best_model(args, metrics)
     return tuple(parsed)
@@ -84,6 +88,31 @@ def check_folders(args: TrainingArguments) -> None:
         raise FileNotFoundError(
             f"resume_from_checkpoint={checkpoint!r}: there is no such checkpoint. In output_dir there are: {found}."
         )
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """The Trainer would find out when the data is prepared."""
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ValueError(f"report_to={args.report_to!r}: {first_line(error)}.") from error
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """The Trainer would find out when the data is prepared, and name neither of the arguments."""
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
+            num_warmup_steps=0,
+            num_training_steps=2,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} does not suit "
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r}: {first_line(error)}."
+        ) from error
 
 
 def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:

@@ -123,6 +123,12 @@ def test_files_and_folders_that_cannot_be_used_are_refused() -> None:
         pretrain.run([tiny, "--output_dir", "outputs/absent", "--resume_from_checkpoint", "true"])
     with pytest.raises(ValueError, match="is a file: give a folder"):
         pretrain.run([tiny, "--output_dir", __file__])
+    with pytest.raises(ValueError, match=r"report_to=\['wandbb'\]: wandbb is not supported, only .*wandb"):
+        pretrain.run([tiny, "--report_to", "wandbb"])
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler_kwargs=\{'num_cycle': 2\} does not suit lr_scheduler_type='cosine'"
+    ):
+        pretrain.run([tiny, "--lr_scheduler_kwargs", '{"num_cycle": 2}'])
     with pytest.raises(FileNotFoundError, match=r"'absent\.json' does not exist: give the path"):
         pretrain.run([tiny, "--fsdp", "true", "--fsdp_config", "absent.json"])
 
