@@ -2,6 +2,8 @@
 
     python benchmarks/step_cost.py                                # a tiny Llama on the CPU, or a 0.1B one on a GPU
     python benchmarks/step_cost.py --model PATH --length 1024     # your own checkpoint
+    # The exact split and cheaper ones, on eight blocks:
+    python benchmarks/step_cost.py --layers 8 --arms functional momentum "a quarter of the blocks"
     # A Llama of 1.2B under DeepSpeed, against plain DeepSpeed (with as many arms as fit on the device together):
     torchrun --nproc_per_node 1 benchmarks/step_cost.py --deepspeed recipes/launch/zero3.json --dtype bfloat16 \\
       --hidden 2048 --layers 16 --length 1024 --arms functional --out benchmarks/results/zero3_gpu
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.last_blocks import LastBlocksTrainer
 from benchmarks.peak_memory import PeakMemory
+from benchmarks.products import counted_products
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 PLAIN = "plain Trainer"
@@ -43,6 +48,14 @@ ARMS: dict[str, dict] = {
     "functional, preconditioned": {"fsam_variant": "functional", "fsam_precondition": True},
     "logit (diagnosis)": {"fsam_variant": "logit", "fsam_precondition": False},
 }
+# Measured where they are named.
+CHEAPER: dict[str, dict] = {"momentum": {"fsam_variant": "functional", "fsam_ascent_direction": "momentum"}}
+# In benchmarks/last_blocks.py alone: the share of the blocks that ε moves, and whether it lies along the momentum.
+LAST_BLOCKS: dict[str, tuple[float, bool]] = {
+    f"{part} of the blocks{', momentum' if along_momentum else ''}": (share, along_momentum)
+    for part, share in (("half", 1 / 2), ("a quarter", 1 / 4), ("an eighth", 1 / 8))
+    for along_momentum in (False, True)
+}
 GPU = torch.get_device_module() if torch.accelerator.is_available() else None  # torch.cuda, or another accelerator's
 
 
@@ -52,7 +65,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     make_model = model_maker(args)
     rows = [{"input_ids": (ids := torch.randint(args.vocabulary, (args.length,))), "labels": ids}] * args.batch
-    names = [name for name in ARMS if name == PLAIN or args.arms is None or name in args.arms]
+    chosen = ARMS if args.arms is None else args.arms
+    names = [PLAIN, *(name for name in (*ARMS, *CHEAPER, *LAST_BLOCKS) if name in chosen and name != PLAIN)]
     arms = {name: Arm(name, make_model, rows, args) for name in names}
     for arm in arms.values():  # the first steps allocate memory, and the optimizer's second moment
         for _ in range(2):
@@ -65,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for arm in arms.values():
         arm.release()
     for name in names:  # by itself, so that one arm's memory is not another's
-        arms[name].peak = Arm(name, make_model, rows, args).peak_memory()
+        arms[name].peak, arms[name].products = Arm(name, make_model, rows, args).memory_and_products()
         gc.collect()
     return report(arms, make_model, args)
 
@@ -75,12 +89,18 @@ class Arm:
 
     def __init__(self, name: str, make_model: Callable[[], nn.Module], rows: list[dict], args: argparse.Namespace):
         self.seconds: list[float] = []
-        self.peak = 0
+        self.peak = self.products = 0
         self.folder = tempfile.TemporaryDirectory()
         if args.deepspeed:
             AcceleratorState._reset_state()  # each arm has a DeepSpeed engine of its own
-        self.trainer = FSAMTrainer(
-            model=make_model(),
+        model = make_model()
+        trainer = FSAMTrainer
+        if name in LAST_BLOCKS:
+            share, along_momentum = LAST_BLOCKS[name]
+            blocks = max(1, round(share * model.config.num_hidden_layers))
+            trainer = partial(LastBlocksTrainer, blocks=blocks, rho=0.03, along_momentum=along_momentum)
+        self.trainer = trainer(
+            model=model,
             args=FSAMTrainingArguments(
                 output_dir=self.folder.name,
                 report_to="none",
@@ -89,7 +109,7 @@ class Arm:
                 deepspeed=args.deepspeed,
                 per_device_train_batch_size=args.batch,
                 max_steps=10**6,
-                **ARMS[name],
+                **(ARMS | CHEAPER).get(name, ARMS[PLAIN]),
             ),
             train_dataset=rows,
         )
@@ -114,9 +134,10 @@ class Arm:
         synchronize()
         return time.perf_counter() - start
 
-    def peak_memory(self) -> int:
-        """The peak in bytes of the second and the third step, without the weights and the optimizer's state. Under
-        DeepSpeed the size of that state is not known, so it is counted there."""
+    def memory_and_products(self) -> tuple[int, int]:
+        """The peak in bytes of the second and the third step, without the weights and the optimizer's state, and the
+        floating point operations of the matrix products of the fourth. Under DeepSpeed the size of that state is not
+        known, so it is counted there."""
         with PeakMemory() if GPU is None else nullcontext() as memory:
             before = GPU.memory_allocated() if GPU else 0
             self.step()  # creates the optimizer's state, and what a step keeps for the next one
@@ -127,7 +148,10 @@ class Arm:
             self.step(), self.step()
         peak = GPU.max_memory_allocated() - before if GPU else memory.peak
         state = () if self.trainer.is_deepspeed_enabled else self.trainer.optimizer.state.values()
-        return peak - sum(x.nbytes for each in state for x in each.values() if isinstance(x, torch.Tensor))
+        peak -= sum(x.nbytes for each in state for x in each.values() if isinstance(x, torch.Tensor))
+        with counted_products() as counted:
+            self.step()
+        return peak, counted.get_total_flops()
 
     def release(self) -> None:
         del self.trainer, self.model, self.batch
@@ -151,6 +175,7 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
                 "seconds_median": statistics.median(arm.seconds),
                 "ratio_median": middle,
                 "ratio_quartiles": [low, high],
+                "products_ratio": arm.products / plain.products,
                 "peak_mib": arm.peak / 2**20,
                 "peak_beyond_plain_mib": (arm.peak - plain.peak) / 2**20,
             }
@@ -173,12 +198,13 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
         "command": " ".join(["python", "benchmarks/step_cost.py", *args.argv]),
     }
     table = [
-        "| arm | step, ms (median) | × plain (median, quartiles) | peak of a step, MiB | beyond plain, MiB |",
-        "|---|---|---|---|---|",
+        "| arm | step, ms (median) | × plain (median, quartiles) | matrix products × plain | peak of a step, MiB "
+        "| beyond plain, MiB |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {row['arm']} | {1e3 * row['seconds_median']:.1f} | {row['ratio_median']:.2f} "
-            f"({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f}) | {row['peak_mib']:.1f} "
-            f"| {row['peak_beyond_plain_mib']:.1f} |"
+            f"({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f}) | {row['products_ratio']:.3f} "
+            f"| {row['peak_mib']:.1f} | {row['peak_beyond_plain_mib']:.1f} |"
             for row in rows
         ),
     ]
@@ -236,7 +262,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512 if GPU else 128)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), help="variants to measure beside the plain Trainer (default: all)"
+        "--arms",
+        nargs="+",
+        choices=[*ARMS, *CHEAPER, *LAST_BLOCKS],
+        help="what to measure beside the plain Trainer (default: all variants)",
     )
     parser.add_argument("--deepspeed", help="DeepSpeed configuration, for a process that torchrun starts")
     parser.add_argument("--rounds", type=int, default=20)

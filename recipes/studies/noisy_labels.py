@@ -49,6 +49,7 @@ from averaging import AveragingArguments, AveragingMixin
 from config import parse
 from data import check_sequence_length, load_splits, load_tokenizer
 from finetune import FinetuneDataArguments, label_names, load_config
+from last_blocks import LastBlocksArguments, LastBlocksMixin
 from losses import generalized_cross_entropy
 from models import model_folder
 from momentum_sign import MomentumSignArguments, MomentumSignMixin
@@ -111,7 +112,7 @@ class NoisyDataArguments(FinetuneDataArguments):
 
 
 @dataclass
-class NoisyTrainingArguments(MomentumSignArguments, AveragingArguments, FSAMTrainingArguments):
+class NoisyTrainingArguments(MomentumSignArguments, LastBlocksArguments, AveragingArguments, FSAMTrainingArguments):
     loss: Literal["cross_entropy", "generalized"] = field(
         default="cross_entropy",
         metadata={"help": "generalized: (1 - p^q) / q of the label's probability p (arXiv 1805.07836)."},
@@ -315,7 +316,7 @@ class Epoch:
     logits: np.ndarray
 
 
-class NoisyLabelsTrainer(MomentumSignMixin, AveragingMixin, FSAMTrainer):
+class NoisyLabelsTrainer(MomentumSignMixin, LastBlocksMixin, AveragingMixin, FSAMTrainer):
     """Keeps the epochs that the validation texts' clean and noisy labels find best."""
 
     def __init__(self, *args: Any, validation: Dataset, **kwargs: Any) -> None:

@@ -279,6 +279,26 @@ def test_functional_sam_with_frozen_layers_has_another_gradient_and_the_same_dat
     assert functional["metrics"]["test_loss"] != none["metrics"]["test_loss"]
 
 
+def test_the_perturbation_of_the_last_blocks_leaves_out_the_others(tmp_path: Path, model: str, texts: str) -> None:
+    seen: dict[str, bool] = {}
+
+    class Kept(noisy_labels.NoisyLabelsTrainer):
+        def fsam_perturbs(self, name: str, weight: torch.nn.Parameter) -> bool:
+            seen[name] = super().fsam_perturbs(name, weight)
+            return seen[name]
+
+    whole = run(tmp_path, model, texts, num_train_epochs=1, fsam_variant="functional")
+    last = run(tmp_path, model, texts, num_train_epochs=1, fsam_variant="functional", fsam_layers_to_perturb=1)
+    noisy_labels.run([str(tmp_path / "run.json")], trainer_class=Kept)
+    assert last["metrics"]["test_loss"] != whole["metrics"]["test_loss"]
+    assert {name for name, perturbed in seen.items() if perturbed} == {
+        name for name in seen if ".layer.2." in name or name.startswith(("bert.pooler.", "classifier."))
+    }
+    assert {name.split(".")[1] for name, perturbed in seen.items() if not perturbed} == {"embeddings", "encoder"}
+    with pytest.raises(ValueError, match="fsam_layers_to_perturb=0 perturbs no block"):
+        run(tmp_path, model, texts, fsam_variant="functional", fsam_layers_to_perturb=0)
+
+
 def test_the_evaluated_logits_belong_to_their_rows(tmp_path: Path, model: str, texts: str) -> None:
     """The Trainer's own sampler would return them in another order where batches are grouped by length."""
 

@@ -1,0 +1,48 @@
+"""The perturbation of the last blocks alone, for an encoder that is built like BERT.
+
+    class MyTrainer(LastBlocksMixin, FSAMTrainer): ...
+
+ε is zero outside of the last k blocks and what comes behind them, and all weights are trained. A step costs what the
+split of all blocks does here. One that runs the other blocks once, as it could, is measured in
+benchmarks/last_blocks.py.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class LastBlocksArguments:
+    """Put it before FSAMTrainingArguments."""
+
+    fsam_layers_to_perturb: int | None = field(
+        default=None, metadata={"help": "Perturb so many of the last blocks and what is behind them. All by default."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.fsam_layers_to_perturb is not None and self.fsam_layers_to_perturb < 1:
+            raise ValueError(
+                f"fsam_layers_to_perturb={self.fsam_layers_to_perturb} perturbs no block: give 1 or more, or leave it "
+                "out."
+            )
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+
+
+class LastBlocksMixin:
+    """Put it before a class with `FSAMMixin`; its arguments have the field of :class:`LastBlocksArguments`."""
+
+    def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
+        last = self.args.fsam_layers_to_perturb
+        if not super().fsam_perturbs(name, weight):
+            return False
+        if last is None:
+            return True
+        block = re.search(r"encoder\.layer\.(\d+)\.", name)
+        if block:
+            return int(block[1]) >= len(self.model.base_model.encoder.layer) - last
+        return "embeddings." not in name
