@@ -60,7 +60,7 @@ def test_the_step_has_the_gradient_of_the_formulas(tmp_path: Path, along_momentu
 def test_the_first_blocks_run_once() -> None:
     """In matrix products a quarter of the blocks costs about 3 + 3/4 passes of the body where the plain step has 3, or
     3 + 1/4 along the momentum. The head, which is small here, has five products in place of three."""
-    sizes = "--layers 8 --vocabulary 64 --batch 2 --length 16 --rounds 1 --threads 1".split()
+    sizes = ["--layers", "8", "--vocabulary", "64", "--batch", "2", "--length", "16", "--rounds", "1", "--threads", "1"]
     result = main([*sizes, "--arms", "functional", "a quarter of the blocks", "a quarter of the blocks, momentum"])
     ratios = {arm["arm"]: arm["products_ratio"] for arm in result["arms"]}
     assert ratios["functional"] == pytest.approx(2, abs=0.02)
