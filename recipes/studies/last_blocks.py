@@ -18,15 +18,14 @@ from torch import nn
 class LastBlocksArguments:
     """Put it before FSAMTrainingArguments."""
 
-    fsam_layers_to_perturb: int | None = field(
+    layers_to_perturb: int | None = field(
         default=None, metadata={"help": "Perturb so many of the last blocks and what is behind them. All by default."}
     )
 
     def __post_init__(self) -> None:
-        if self.fsam_layers_to_perturb is not None and self.fsam_layers_to_perturb < 1:
+        if self.layers_to_perturb is not None and self.layers_to_perturb < 1:
             raise ValueError(
-                f"fsam_layers_to_perturb={self.fsam_layers_to_perturb} perturbs no block: give 1 or more, or leave it "
-                "out."
+                f"layers_to_perturb={self.layers_to_perturb} perturbs no block: give 1 or more, or leave it out."
             )
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
@@ -37,7 +36,7 @@ class LastBlocksMixin:
     """Put it before a class with `FSAMMixin`; its arguments have the field of :class:`LastBlocksArguments`."""
 
     def fsam_perturbs(self, name: str, weight: nn.Parameter) -> bool:
-        last = self.args.fsam_layers_to_perturb
+        last = self.args.layers_to_perturb
         if not super().fsam_perturbs(name, weight):
             return False
         if last is None:

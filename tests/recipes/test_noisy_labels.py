@@ -288,15 +288,15 @@ def test_the_perturbation_of_the_last_blocks_leaves_out_the_others(tmp_path: Pat
             return seen[name]
 
     whole = run(tmp_path, model, texts, num_train_epochs=1, fsam_variant="functional")
-    last = run(tmp_path, model, texts, num_train_epochs=1, fsam_variant="functional", fsam_layers_to_perturb=1)
+    last = run(tmp_path, model, texts, num_train_epochs=1, fsam_variant="functional", layers_to_perturb=1)
     noisy_labels.run([str(tmp_path / "run.json")], trainer_class=Kept)
     assert last["metrics"]["test_loss"] != whole["metrics"]["test_loss"]
     assert {name for name, perturbed in seen.items() if perturbed} == {
         name for name in seen if ".layer.2." in name or name.startswith(("bert.pooler.", "classifier."))
     }
     assert {name.split(".")[1] for name, perturbed in seen.items() if not perturbed} == {"embeddings", "encoder"}
-    with pytest.raises(ValueError, match="fsam_layers_to_perturb=0 perturbs no block"):
-        run(tmp_path, model, texts, fsam_variant="functional", fsam_layers_to_perturb=0)
+    with pytest.raises(ValueError, match="layers_to_perturb=0 perturbs no block"):
+        run(tmp_path, model, texts, fsam_variant="functional", layers_to_perturb=0)
 
 
 def test_the_evaluated_logits_belong_to_their_rows(tmp_path: Path, model: str, texts: str) -> None:
