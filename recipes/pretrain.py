@@ -129,11 +129,12 @@ def run(
     argv: list[str],
     trainer_class: type[FSAMTrainer] = FSAMTrainer,
     arguments_class: type[FSAMTrainingArguments] = FSAMTrainingArguments,
+    script: str = "pretrain.py",
 ) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds. `recipes/studies` trains with classes of its own."""
     started = time.perf_counter()
     model_args, data_args, training_args = parse(
-        (ModelArguments, DatasetArguments, arguments_class), argv, "pretrain.py", METRICS
+        (ModelArguments, DatasetArguments, arguments_class), argv, script, METRICS
     )
     quiet(training_args)
     check_streaming(data_args, training_args.max_steps)

@@ -88,7 +88,7 @@ class AfterTrainer(AveragingMixin, LateTrainer):
 
 def run(argv: list[str]) -> dict[str, Any]:
     quantized = quantizations()  # before the training, so that a missing torchao is found at once
-    results = pretrain.run(argv, AfterTrainer, AfterArguments)
+    results = pretrain.run(argv, AfterTrainer, AfterArguments, Path(__file__).name)
     _, data, args = parse(SETTINGS, argv, Path(__file__).name)
     folder = Path(args.output_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)

@@ -38,7 +38,7 @@ class LateTrainer(FSAMTrainer):
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    return pretrain.run(argv, LateTrainer, LateArguments)
+    return pretrain.run(argv, LateTrainer, LateArguments, "late.py")
 
 
 if __name__ == "__main__":
