@@ -30,19 +30,23 @@ class LastBlocksTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
-        stored = self.run(self.base.embed_tokens(inputs["input_ids"]), self.first, nn.Identity())  # (B, T, D)
-        with torch.set_grad_enabled(not self.along_momentum):
-            clean = self.run(stored.detach(), self.last, self.base.norm)
-        loss, u = self.cotangent(clean.detach(), inputs["labels"])
-        epsilon = self.momentum() if self.along_momentum else self.ascent_gradient(clean, u)
-        del clean
+        # Autocast is otherwise in the model's own forward. It is entered twice, because it keeps the weights that it
+        # has cast until it ends.
+        with self.accelerator.autocast():
+            stored = self.run(self.base.embed_tokens(inputs["input_ids"]), self.first, nn.Identity())  # (B, T, D)
+            with torch.set_grad_enabled(not self.along_momentum):
+                clean = self.run(stored.detach(), self.last, self.base.norm)
+            loss, u = self.cotangent(clean.detach(), inputs["labels"])
+            epsilon = self.momentum() if self.along_momentum else self.ascent_gradient(clean, u)
+            del clean
         scale = self.rho / torch.stack([direction.norm() for direction in epsilon]).norm().clamp_min(1e-12)
         theta = [weight.data for weight in self.moved]
         for weight, direction in zip(self.moved, epsilon, strict=True):
             weight.data = torch.add(weight.data, direction, alpha=float(scale))
         del epsilon
         cut = stored.detach().requires_grad_()
-        self.head_backward(self.run(cut, self.last, self.base.norm), u)
+        with self.accelerator.autocast():
+            self.head_backward(self.run(cut, self.last, self.base.norm), u)
         for weight, value in zip(self.moved, theta, strict=True):
             weight.data = value
         stored.backward(cut.grad)
@@ -79,6 +83,6 @@ class LastBlocksTrainer(Trainer):
     def head_backward(self, perturbed: Tensor, u: Tensor) -> None:
         """Back from u at the logits, which need not be computed for that."""
         shifted = perturbed[:, :-1]
-        gradient = u.flatten(0, 1).T @ shifted.detach().flatten(0, 1)
+        gradient = (u.flatten(0, 1).T @ shifted.detach().flatten(0, 1)).to(self.head.dtype)
         self.head.grad = gradient if self.head.grad is None else self.head.grad.add_(gradient)
         shifted.backward(u @ self.head.detach())

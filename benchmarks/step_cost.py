@@ -17,6 +17,7 @@ import gc
 import json
 import platform
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -195,7 +196,7 @@ def report(arms: dict[str, Arm], make_model: Callable[[], nn.Module], args: argp
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
-        "command": " ".join(["python", "benchmarks/step_cost.py", *args.argv]),
+        "command": shlex.join(["python", "benchmarks/step_cost.py", *args.argv]),
     }
     table = [
         "| arm | step, ms (median) | × plain (median, quartiles) | matrix products × plain | peak of a step, MiB "
@@ -274,7 +275,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", help="write the table to OUT.md and OUT.json")
     argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args(argv, argparse.Namespace(argv=argv))
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    if args.deepspeed and (found := LAST_BLOCKS.keys() & set(args.arms or ())):
+        parser.error(f"--arms {min(found)!r} runs without DeepSpeed alone: leave it out, or --deepspeed")
+    return args
 
 
 if __name__ == "__main__":

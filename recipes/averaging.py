@@ -87,7 +87,10 @@ class AveragingMixin:
     @torch.no_grad()
     def update_average(self) -> None:
         """ā ← ā + w·(θ − ā), with w = 1 − decay for ema, and at the start w = 1 / steps for both."""
-        if self.args.weight_average == "swa" and self.state.global_step < self.args.average_from * self.state.max_steps:
+        if (
+            self.args.weight_average == "swa"
+            and self.state.global_step <= self.args.average_from * self.state.max_steps
+        ):
             return
         self.averaged_steps += 1
         if self.average is None:

@@ -115,6 +115,15 @@ def check_schedule(args: TrainingArguments) -> None:
         ) from error
 
 
+def refuse_resuming(args: TrainingArguments) -> None:
+    """For the recipes that test the weights of the best evaluations, which no checkpoint holds."""
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: this recipe needs its whole training, because no "
+            "checkpoint holds the weights of its best evaluation. Leave it out."
+        )
+
+
 def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:
     """The Trainer would find out at its first evaluation, or never."""
     if args.eval_strategy == IntervalStrategy.NO:

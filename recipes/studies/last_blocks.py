@@ -43,5 +43,14 @@ class LastBlocksMixin:
             return True
         block = re.search(r"encoder\.layer\.(\d+)\.", name)
         if block:
-            return int(block[1]) >= len(self.model.base_model.encoder.layer) - last
+            return int(block[1]) >= self.blocks() - last
         return "embeddings." not in name
+
+    def blocks(self) -> int:
+        layers = getattr(getattr(self.model.base_model, "encoder", None), "layer", ())
+        if self.args.layers_to_perturb > len(layers):
+            raise ValueError(
+                f"layers_to_perturb={self.args.layers_to_perturb} needs a model with as many `encoder.layer`, and "
+                f"{type(self.model).__name__} has {len(layers)}: give fewer, or leave it out."
+            )
+        return len(layers)

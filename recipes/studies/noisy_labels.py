@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
-from config import parse
+from config import parse, refuse_resuming
 from data import check_sequence_length, load_splits, load_tokenizer
 from finetune import FinetuneDataArguments, label_names, load_config
 from last_blocks import LastBlocksArguments, LastBlocksMixin
@@ -202,6 +202,11 @@ def flips(rows: Dataset, classes: int, kind: str) -> list[list[int]]:
         return [[other for other in range(classes) if other != own] for own in range(classes)]
     words = TfidfVectorizer(sublinear_tf=True).fit_transform(rows["text"])
     labels = np.array(rows["clean"])
+    if missing := set(range(classes)) - set(labels.tolist()):
+        raise ValueError(
+            f"label_noise_kind='confused' needs training texts of every label, and there are none of {len(missing)}: "
+            "leave out the rows with these labels, or set label_noise_kind='symmetric'."
+        )
     centers = np.stack([np.asarray(words[labels == own].mean(axis=0)).ravel() for own in range(classes)])
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
     alike = centers @ centers.T
@@ -220,9 +225,10 @@ def encoded(rows: Dataset, data: NoisyDataArguments, names: list[str], tokenizer
     if not isinstance(rows.features[data.label_column], ClassLabel):
         index = {name: position for position, name in enumerate(names)}
         labels = [index[str(label)] for label in labels]
-    texts = rows[data.text_column]
-    ids = tokenizer(list(texts), truncation=True, max_length=data.sequence_length)["input_ids"]
-    return Dataset.from_dict({"text": texts, "clean": labels, "input_ids": ids, "length": list(map(len, ids))})
+    texts = [list(rows[column]) for column in (data.text_column, data.text_pair_column) if column is not None]
+    ids = tokenizer(*texts, truncation=True, max_length=data.sequence_length)["input_ids"]
+    words = [" ".join(row) for row in zip(*texts, strict=True)]
+    return Dataset.from_dict({"text": words, "clean": labels, "input_ids": ids, "length": list(map(len, ids))})
 
 
 # ---- Model ----
@@ -236,6 +242,9 @@ def load_model(args: ModelArguments, folder: str, names: list[str], pad_token_id
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = args.dropout
+    # Its loss is a mean although its forward takes **kwargs, by which the Trainer (transformers 5.23) would take it for
+    # one that is divided by the labels of all micro-batches, and would add up their means.
+    model.accepts_loss_kwargs = False
     return model
 
 
@@ -268,6 +277,14 @@ def below(model: PreTrainedModel, frozen_layers: int) -> PreTrainedModel:
         )
     base.encoder.layer = layers[:frozen_layers]
     return base.eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -446,6 +463,7 @@ def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTr
     started = time.perf_counter()
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
+    refuse_resuming(args)
     args.eval_strategy, args.remove_unused_columns = IntervalStrategy.EPOCH, False
     folder = model_folder(model_args.model_name_or_path)
     check_sequence_length(data, load_config(folder))
@@ -455,7 +473,7 @@ def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTr
     pool, test = (encoded(rows, data, names, tokenizer) for rows in (splits.train, splits.validation))
     if model_args.frozen_layers:
         lower = below(load_model(model_args, folder, names, tokenizer.pad_token_id), model_args.frozen_layers)
-        key = f"{folder} {model_args.frozen_layers}"
+        key = fingerprint(lower)
         pool, test = (add_states(rows, lower, key, data.cache_dir) for rows in (pool, test))
     drawn = draw(pool, test, data, len(names), args.seed)
 

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
-from config import parse
+from config import parse, refuse_resuming
 from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer
 from finetune import load_config
 from losses import generalized_cross_entropy
@@ -310,6 +310,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
+    refuse_resuming(args)
     args.eval_strategy = IntervalStrategy.EPOCH
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import pretrain
 from averaging import AveragingArguments, AveragingMixin
-from config import parse
+from config import parse, refuse_resuming
 from data import DatasetArguments, Splits, load_splits, packed
 from report import main, quiet, show_progress, write_report
 
@@ -98,6 +98,11 @@ def load_blocks(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Datase
     blocks = {"training": packed(splits.train, tokenizer, data, "training")}
     for start, name in enumerate(("validation", "test")):
         documents = splits.validation.select(range(start, len(splits.validation), 2))
+        if not len(documents):
+            raise ValueError(
+                f"There is no {name} document: raise validation_fraction={data.validation_fraction}, whose documents "
+                "are for validation and test."
+            )
         # Shuffled, so that a part of them comes from all documents.
         found = packed(documents, tokenizer, data, name).shuffle(seed=0)
         count = len(found) if data.validation_blocks is None else data.validation_blocks
@@ -204,6 +209,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     quiet(args)
+    refuse_resuming(args)
     set_seed(args.seed)
     splits = load_splits(data)
     tokenizer = pretrain.build_tokenizer(model_args, data, splits)

@@ -1,5 +1,6 @@
 """The recipe of noisy labels: what it draws and flips, the losses and averages it compares, and what it reports."""
 
+import copy
 import csv
 import json
 import math
@@ -118,6 +119,19 @@ def test_confused_labels_are_those_of_the_class_with_the_most_similar_texts() ->
     flips = {(clean, noisy) for clean, noisy in zip(rows["clean"], rows["noisy"], strict=True) if clean != noisy}
     assert {(1, 2), (2, 1)} <= flips
     assert len(flips) == 3
+
+
+def test_labels_are_confused_only_where_each_has_texts() -> None:
+    with pytest.raises(ValueError, match="needs training texts of every label, and there are none of 1"):
+        noisy_labels.flips(pool(), 4, "confused")
+
+
+def test_a_pair_of_texts_is_read_as_one(model: str) -> None:
+    rows = Dataset.from_dict({"text": ["cat", "red"], "other": ["dog", "dog red"], "label": ["animal", "color"]})
+    tokenizer = BertTokenizerFast.from_pretrained(model)
+    found = noisy_labels.encoded(rows, NoisyDataArguments(text_pair_column="other"), CLASSES, tokenizer)
+    assert found["input_ids"][:] == [tokenizer("cat", "dog")["input_ids"], tokenizer("red", "dog red")["input_ids"]]
+    assert found["text"][:] == ["cat dog", "red dog red"]
 
 
 def test_more_texts_than_there_are_is_an_error() -> None:
@@ -242,6 +256,32 @@ def test_dropout_is_set_everywhere(model: str) -> None:
     assert {each.p for each in loaded.modules() if isinstance(each, torch.nn.Dropout)} == {0.37}
 
 
+def test_accumulation_trains_on_the_mean_of_all(tmp_path: Path, model: str, texts: str) -> None:
+    """In plain PyTorch a mean over 20 rows is the mean of four means over 5."""
+    settings = {"num_train_epochs": 1, "logging_steps": 1, "max_grad_norm": 1e9, "dropout": 0.0}
+    split = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 4}
+    logs = [
+        [log for log in run(tmp_path / name, model, texts, **settings, **more)["history"] if "grad_norm" in log]
+        for name, more in (("whole", {}), ("split", split))
+    ]
+    for whole, parts in zip(*logs, strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_other_weights_have_another_fingerprint(model: str) -> None:
+    loaded = noisy_labels.load_model(ModelArguments(), model, CLASSES, 0)
+    before = noisy_labels.fingerprint(loaded)
+    assert noisy_labels.fingerprint(copy.deepcopy(loaded)) == before
+    loaded.classifier.bias.data[0] += 1
+    assert noisy_labels.fingerprint(loaded) != before
+
+
+def test_going_on_from_a_checkpoint_is_refused(tmp_path: Path, model: str, texts: str) -> None:
+    with pytest.raises(ValueError, match="this recipe needs its whole training"):
+        run(tmp_path, model, texts, resume_from_checkpoint=str(tmp_path))
+
+
 def test_a_package_is_named_with_its_cure() -> None:
     assert noisy_labels.model_folder("a/b") == "a/b"
     assert noisy_labels.model_folder("package:json").endswith("json/model")
@@ -272,7 +312,9 @@ def test_a_run_reports_its_end_and_its_best_epochs(tmp_path: Path, model: str, t
 def test_functional_sam_with_frozen_layers_has_another_gradient_and_the_same_data(
     tmp_path: Path, model: str, texts: str
 ) -> None:
-    plain = run(tmp_path / "a", model, texts, frozen_layers=1, num_train_epochs=1, fsam_rho=0.0)
+    plain = run(
+        tmp_path / "a", model, texts, frozen_layers=1, num_train_epochs=1, fsam_variant="functional", fsam_rho=0.0
+    )
     functional = run(tmp_path / "b", model, texts, frozen_layers=1, num_train_epochs=1, fsam_variant="functional")
     none = run(tmp_path / "c", model, texts, frozen_layers=1, num_train_epochs=1)
     assert plain["metrics"] == none["metrics"]
@@ -297,6 +339,8 @@ def test_the_perturbation_of_the_last_blocks_leaves_out_the_others(tmp_path: Pat
     assert {name.split(".")[1] for name, perturbed in seen.items() if not perturbed} == {"embeddings", "encoder"}
     with pytest.raises(ValueError, match="layers_to_perturb=0 perturbs no block"):
         run(tmp_path, model, texts, fsam_variant="functional", layers_to_perturb=0)
+    with pytest.raises(ValueError, match=r"layers_to_perturb=4 needs .* BertForSequenceClassification has 3"):
+        run(tmp_path, model, texts, fsam_variant="functional", layers_to_perturb=4)
 
 
 def test_the_evaluated_logits_belong_to_their_rows(tmp_path: Path, model: str, texts: str) -> None:

@@ -140,7 +140,7 @@ def test_averages_are_those_of_plain_torch(tmp_path: Path, average: str) -> None
     expected = []
     for steps in zip(*copies.weights, strict=True):
         if average == "swa":
-            expected.append(torch.stack(steps[4:]).mean(dim=0))  # steps 5 to 10
+            expected.append(torch.stack(steps[5:]).mean(dim=0))  # steps 6 to 10
             continue
         value = steps[0]
         for count, step in enumerate(steps[1:], start=2):
