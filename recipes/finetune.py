@@ -161,6 +161,10 @@ def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: A
     # Weights that are trained are kept in fp32 whatever the checkpoint has, as bf16 would round small updates away.
     dtype = "float32" if args.adapter == "none" else "auto"
     model = auto.from_pretrained(args.model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, **options)
+    if auto is AutoModelForSequenceClassification:
+        # Its loss is the mean over a micro-batch. The Trainer takes it for one over the whole batch, since the model's
+        # `forward` has **kwargs, and would not divide it by the number of micro-batches.
+        model.accepts_loss_kwargs = False
     if args.adapter == "none":
         return model
     adapter = LoraConfig(

@@ -436,6 +436,33 @@ def test_trained_weights_are_in_fp32_and_frozen_ones_in_the_type_of_the_checkpoi
     assert dtypes["lora"] == {(torch.bfloat16, False), (torch.float32, True)}
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(
+    tmp_path: Path, pretrained: Run, adapter: str
+) -> None:
+    rows = [{"input_ids": [row, 7, 9, row + 3], "attention_mask": [1] * 4, "labels": row % 2} for row in range(8)]
+    logged = []
+    for batch, count in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model_args = finetune.ModelArguments(str(pretrained.folder), adapter)
+        model = finetune.load_model(model_args, AutoModelForSequenceClassification, pad_token_id=1)
+        args = finetune.FinetuneTrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            fsam_variant="none",  # since Functional-SAM perturbs each micro-batch by itself
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=count,
+        )
+        trainer = finetune.FinetuneTrainer(model, args, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        logged.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
 def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) -> None:
     settings = {"max_steps": 2, "eval_strategy": "no", "validation_blocks": 8}
     dora = run_finetune("finetune_topics", tmp_path / "dora", cache, pretrained, adapter="dora", **settings)
