@@ -239,7 +239,15 @@ def label_names(splits: Splits, column: str) -> list[str]:
     found = {*splits.train.unique(column), *splits.validation.unique(column)}
     if found & {None, -1}:  # -1 is how the hub's test splits hide their labels
         raise ValueError(f"label_column={column!r} has rows without a label: choose another split, or leave them out.")
-    return list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
+    names = list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
+    if len(found) < 2:  # of a single class Transformers makes a regression
+        (only,) = found
+        shown = names[only] if isinstance(feature, ClassLabel) else only
+        raise ValueError(
+            f"label_column={column!r} holds {shown!r} in every row, and classification needs two classes or more: add "
+            "rows of another class, or name another column."
+        )
+    return names
 
 
 def encode_labelled(

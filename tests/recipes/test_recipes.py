@@ -35,8 +35,8 @@ import models
 import pretrain
 import sft
 from averaging import AveragingMixin
-from data import DatasetArguments
-from datasets import Dataset
+from data import DatasetArguments, Splits
+from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[2]
@@ -578,6 +578,17 @@ def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache:
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
     with pytest.raises(ValueError, match="label_column='lable' is not a column"):
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings, label_column="lable")
+
+
+@pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["ham", "spam"])])
+def test_a_label_that_is_the_same_in_every_row_is_refused(feature: Value | ClassLabel) -> None:
+    def splits(*labels: str) -> Splits:
+        rows = Dataset.from_dict({"kind": list(labels)}).cast_column("kind", feature)
+        return Splits(rows, rows, sha256=None, key="")
+
+    with pytest.raises(ValueError, match="label_column='kind' holds 'spam' in every row, .*: add rows of another"):
+        finetune.label_names(splits("spam", "spam"), "kind")
+    assert finetune.label_names(splits("spam", "ham"), "kind") == ["ham", "spam"]
 
 
 def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
