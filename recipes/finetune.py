@@ -158,8 +158,9 @@ def load_config(name_or_path: str) -> PretrainedConfig:
 
 
 def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: Any) -> PreTrainedModel | PeftModel:
-    # Weights that are trained are kept in fp32 whatever the checkpoint has, as bf16 would round small updates away.
-    dtype = "float32" if args.adapter == "none" else "auto"
+    # Weights that are trained are kept in fp32 whatever the checkpoint has, as bf16 would round small updates away. To
+    # these belongs a new classification head, and it needs inputs of its own type, so from layers in fp32.
+    dtype = "float32" if args.adapter == "none" or auto is AutoModelForSequenceClassification else "auto"
     model = auto.from_pretrained(args.model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, **options)
     if auto is AutoModelForSequenceClassification:
         # Its loss is the mean over a micro-batch. The Trainer takes it for one over the whole batch, since the model's

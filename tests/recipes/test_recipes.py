@@ -434,6 +434,11 @@ def test_trained_weights_are_in_fp32_and_frozen_ones_in_the_type_of_the_checkpoi
         dtypes[adapter] = {(weight.dtype, weight.requires_grad) for weight in model.parameters()}
     assert dtypes["none"] == {(torch.float32, True)}
     assert dtypes["lora"] == {(torch.bfloat16, False), (torch.float32, True)}
+    model = finetune.load_model(model_args, AutoModelForSequenceClassification, pad_token_id=1)
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    assert any("score" in name for name in trained)  # the new head
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # in one type from end to end
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
