@@ -287,10 +287,15 @@ class Task:
     trainer_options: dict[str, Any]
 
 
+def limited(rows: Dataset, data: FinetuneDataArguments) -> Dataset:
+    """`validation_blocks` of the rows, drawn with a fixed seed, since files are often sorted by class."""
+    return rows if data.validation_blocks is None else rows.shuffle(seed=0).take(data.validation_blocks)
+
+
 def language_model_task(data: FinetuneDataArguments, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Task:
     if data.format == "alpaca":
         train = encode_instructions(splits.train, tokenizer, data, "training")
-        evaluated = {"new": encode_instructions(splits.validation, tokenizer, data, "validation")}
+        evaluated = {"new": limited(encode_instructions(splits.validation, tokenizer, data, "validation"), data)}
     else:
         train = packed(splits.train, tokenizer, data, "training")
         evaluated = {"new": for_validation(splits.validation, tokenizer, data)}
@@ -327,7 +332,7 @@ def classification_task(data: FinetuneDataArguments, splits: Splits, tokenizer: 
         },
         trainer_options={
             "train_dataset": encode_labelled(splits.train, tokenizer, data, names, "training"),
-            "eval_dataset": encode_labelled(splits.validation, tokenizer, data, names, "validation"),
+            "eval_dataset": limited(encode_labelled(splits.validation, tokenizer, data, names, "validation"), data),
             "data_collator": DataCollatorWithPadding(tokenizer),
             "compute_metrics": ClassificationMetrics(),
             "preprocess_logits_for_metrics": reduce_classification,

@@ -16,6 +16,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,7 +36,7 @@ import models
 import pretrain
 import sft
 from averaging import AveragingMixin
-from data import DatasetArguments, Splits
+from data import DatasetArguments, Splits, load_splits
 from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import ModelCard
 
@@ -59,6 +60,7 @@ TINY = {
     "per_device_eval_batch_size": 8,
     "use_cpu": True,
 }
+CLASSIFIED = 19  # rows that a classifier is evaluated on
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
@@ -320,7 +322,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory, cache: str, pretrained: Run) 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory, cache: str, pretrained: Run) -> Run:
-    return run_finetune("finetune_packages", tmp_path_factory.mktemp("run") / "classes", cache, pretrained)
+    folder = tmp_path_factory.mktemp("run") / "classes"
+    # In batches of 8 the last one is shorter.
+    return run_finetune("finetune_packages", folder, cache, pretrained, validation_blocks=CLASSIFIED)
 
 
 def test_pretraining_leaves_a_model_that_reproduces_its_loss(pretrained: Run) -> None:
@@ -485,14 +489,22 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     AutoModelForCausalLM.from_pretrained(full.folder)
 
 
-def test_a_classifier_is_saved_with_its_labels(classifier: Run) -> None:
+def test_a_classifier_is_saved_with_its_labels(classifier: Run, cache: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(classifier.folder)
     assert model.config.id2label == dict(enumerate(sorted(model.config.id2label.values())))
     assert "asyncio" in model.config.label2id
+
+    # The metrics are those of one example after the other, so no means over batches, of which the last one is shorter.
+    data = finetune.FinetuneDataArguments(**classifier.written["arguments"]["data"])
+    task = finetune.classification_task(data, load_splits(data), AutoTokenizer.from_pretrained(classifier.folder))
+    rows = task.trainer_options["eval_dataset"]
+    assert len(rows) == CLASSIFIED
+    assert len(set(rows["labels"])) > 3
+    with torch.no_grad():
+        guesses = [int(model(torch.tensor([row["input_ids"]])).logits.argmax()) for row in rows]
     metrics = classifier.results["metrics"]
-    assert {"eval_accuracy", "eval_f1"} <= metrics.keys()
-    # The mean is over examples and not over batches, of which the last one is shorter.
-    assert 0 < metrics["eval_f1"] <= metrics["eval_accuracy"] + 0.5 <= 1.5
+    assert metrics["eval_accuracy"] == pytest.approx(accuracy_score(rows["labels"], guesses))
+    assert metrics["eval_f1"] == pytest.approx(f1_score(rows["labels"], guesses, average="macro"))
 
 
 def test_an_adapter_with_labels_is_loaded_with_their_number(tmp_path: Path, cache: str, pretrained: Run) -> None:
@@ -569,6 +581,15 @@ def test_instructions_from_a_local_file(tmp_path: Path, cache: str, pretrained: 
     assert {"eval_new_loss", "eval_old_loss"} <= run.results["metrics"].keys()
     with pytest.raises(ValueError, match=r"No answer in the training split .* within sequence_length=16"):
         run_finetune("alpaca", tmp_path / "out", cache, base, **{**settings, "sequence_length": 16})
+
+
+def test_validation_blocks_limits_instructions_too(cache: str, pretrained: Run, instructions: Path) -> None:
+    data = finetune.FinetuneDataArguments(
+        dataset=str(instructions), format="alpaca", sequence_length=256, validation_blocks=2, cache_dir=cache
+    )
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
+    task = finetune.language_model_task(data, load_splits(data), tokenizer)
+    assert len(task.trainer_options["eval_dataset"]["new"]) == 2
 
 
 def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache: str, pretrained: Run) -> None:
