@@ -483,9 +483,17 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     evaluated = {entry["step"]: entry["eval_new_loss"] for entry in state["log_history"] if "eval_new_loss" in entry}
     assert state["best_metric"] == min(evaluated[1], evaluated[2])
     line = [str(config.CONFIGS / "finetune_topics.yaml"), "--output_dir", str(full.folder)]
-    resumed = config.parse(finetune.SETTINGS, [*line, "--resume_from_checkpoint", "true"], "finetune.py")[-1]
-    assert resumed.resume_from_checkpoint == str(full.folder / "checkpoint-2")
+    parsed = config.parse(finetune.SETTINGS, [*line, "--resume_from_checkpoint", "true"], "finetune.py")[-1]
+    assert parsed.resume_from_checkpoint == str(full.folder / "checkpoint-2")
     assert full.results["trainable_parameters"] == full.results["parameters"]
+    # The Trainer's clock starts anew when it resumes, so what was evaluated before is not in its time.
+    path = full.folder / "checkpoint-1" / "trainer_state.json"
+    before = json.loads(path.read_text())
+    before["log_history"][0]["eval_new_runtime"] = 1e6
+    path.write_text(json.dumps(before))
+    again = settings | best | {"resume_from_checkpoint": path.parent}
+    resumed = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, **again)
+    assert 0 < resumed.results["train_seconds"] < resumed.results["wall_seconds"]
     AutoModelForCausalLM.from_pretrained(full.folder)
 
 
