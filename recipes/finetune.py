@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from averaging import AveragingArguments, AveragingMixin
-from config import parse
+from config import check_best_model, parse
 from data import (
     DatasetArguments,
     Splits,
@@ -132,10 +132,12 @@ class FinetuneTrainer(AveragingMixin, FSAMTrainer):
 
 
 SETTINGS = (ModelArguments, FinetuneDataArguments, FinetuneTrainingArguments)
-OF_TEXT = [
-    f"eval_{name}_{metric}" for name in ("new", "old") for metric in ("loss", "perplexity", "next_token_accuracy")
-]
-METRICS = ("eval_loss", "eval_accuracy", "eval_f1", *OF_TEXT)
+OF_LABELS = ("eval_loss", "eval_accuracy", "eval_f1")
+OF_NEW, OF_OLD = (
+    tuple(f"eval_{name}_{metric}" for metric in ("loss", "perplexity", "next_token_accuracy"))
+    for name in ("new", "old")
+)
+METRICS = (*OF_LABELS, *OF_NEW, *OF_OLD)
 
 # ---- Model ----
 
@@ -353,9 +355,13 @@ def before_and_after(history: list[dict[str, float]]) -> dict[str, dict[str, flo
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py", METRICS)
-    if data_args.task == "causal_lm" and training_args.metric_for_best_model == "loss":  # the default
-        training_args.metric_for_best_model = "new_loss"
+    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py")
+    names = OF_LABELS
+    if data_args.task == "causal_lm":
+        names = OF_NEW if data_args.old_dataset is None else (*OF_NEW, *OF_OLD)
+        if training_args.metric_for_best_model in ("loss", "eval_loss"):  # the first is the default
+            training_args.metric_for_best_model = "new_loss"
+    check_best_model(training_args, names)
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     quiet(training_args)
     set_seed(training_args.seed)

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    TrainingArguments,
 )
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
@@ -477,7 +478,7 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     dora = run_finetune("finetune_topics", tmp_path / "dora", cache, pretrained, adapter="dora", **settings)
     assert json.loads((dora.folder / "adapter_config.json").read_text())["use_dora"] is True
     best = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
-    best |= {"load_best_model_at_end": True, "adapter": "none"}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "adapter": "none"}
     full = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, **settings | best)
     state = json.loads((full.folder / "checkpoint-2" / "trainer_state.json").read_text())
     evaluated = {entry["step"]: entry["eval_new_loss"] for entry in state["log_history"] if "eval_new_loss" in entry}
@@ -620,7 +621,7 @@ def test_a_label_that_is_the_same_in_every_row_is_refused(feature: Value | Class
         rows = Dataset.from_dict({"kind": list(labels)}).cast_column("kind", feature)
         return Splits(rows, rows, sha256=None, key="")
 
-    with pytest.raises(ValueError, match="label_column='kind' holds 'spam' in every row, .*: add rows of another"):
+    with pytest.raises(ValueError, match=r"label_column='kind' holds 'spam' in every row, .*: add rows of another"):
         finetune.label_names(splits("spam", "spam"), "kind")
     assert finetune.label_names(splits("spam", "ham"), "kind") == ["ham", "spam"]
 
@@ -670,8 +671,10 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
             "finetune_topics",
             {"load_best_model_at_end": True, "save_steps": 3, "save_strategy": "steps", "metric_for_best_model": "los"},
             ValueError,
-            "metric_for_best_model='los' is none of the metrics.* Did you mean 'eval_loss'",
+            "metric_for_best_model='los' is none of the metrics, which are eval_new_loss",
         ),
+        ("finetune_packages", {"metric_for_best_model": "los"}, ValueError, "'los' is .* Did you mean 'eval_loss'"),
+        ("finetune_packages", {"metric_for_best_model": "new_loss"}, ValueError, "'new_loss' is none of the metrics"),
     ],
 )
 def test_what_fine_tuning_cannot_use_is_refused_by_name_before_training(
@@ -777,8 +780,8 @@ def test_the_launchers_train(launcher: str, processes: int, tmp_path: Path) -> N
 # ---- TRL ----
 
 ALIGNED = {
-    "sft": (sft.FSAMSFTTrainer, sft.FSAMSFTConfig),
-    "dpo": (dpo.FSAMDPOTrainer, dpo.FSAMDPOConfig),
+    "sft": (sft.FSAMSFTTrainer, sft.FSAMSFTConfig, sft.METRICS),
+    "dpo": (dpo.FSAMDPOTrainer, dpo.FSAMDPOConfig, dpo.METRICS),
 }
 
 
@@ -812,9 +815,12 @@ def test_trl_recipes_refuse_arguments_that_they_would_ignore(tmp_path: Path, cac
         ({"sequence_length": 64}, "use max_length"),
         ({"text_column": "body"}, "TRL's own columns"),
         ({"method": "dpo"}, "for dpo.py, not sft.py"),
+        ({"metric_for_best_model": "rewards/margins"}, "'rewards/margins' is none of the metrics"),
     ):
         with pytest.raises(ValueError, match=message):
             run_aligned("sft", tmp_path, cache, pretrained, **wrong)
+    best = TrainingArguments(metric_for_best_model="rewards/margins", use_cpu=True)
+    config.check_best_model(best, dpo.METRICS)
 
 
 def test_columns_that_trl_can_not_use_are_refused() -> None:
