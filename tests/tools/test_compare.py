@@ -683,6 +683,10 @@ def test_an_arm_alone_has_no_forest(folder: Path) -> None:
         ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number above 0"),
         ({"arms": {"A": {"longer": 0}}}, "longer=0 is not a number above 0"),
         ({"arms": {"A": {"longer": 2}}}, "A: longer=2 needs max_steps or num_train_epochs"),
+        (
+            {"arms": {"A": {"longer": 2, "num_train_epochs": [3, 6]}}},
+            r"A: longer=2 does not multiply the values of num_train_epochs=\[3, 6\].* leave `longer` out",
+        ),
         ({"arms": {"A": {"fsam_rh": 0.1}}}, "A: 'fsam_rh' is none of fsam_"),
         ({"arms": {"A": "none"}}, "A is str, not a mapping"),
         ({"arms": ["A", "B"]}, "arms is list, not a mapping"),
