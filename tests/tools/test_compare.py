@@ -318,6 +318,10 @@ def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
     assert "their recipe, which has changed since" in "\n".join(setting(study, rows, "command"))
     rows[0]["corpus_sha256"] = "other"
     assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
+    tuning = row("A", 100, 1.0, stage="tuning", recipe_sha256="of an older recipe")
+    final = row("A", 0, 1.0)
+    assert "CAUTION" not in "\n".join(setting(study, [final], "command"))
+    assert "their recipe, which has changed since" in "\n".join(setting(study, [tuning, final], "command"))
 
 
 def test_a_module_of_the_working_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
