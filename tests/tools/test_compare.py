@@ -497,6 +497,11 @@ def test_results_of_the_examples_of_transformers_are_read(tmp_path: Path) -> Non
     assert (found["steps"], found["train_seconds"]) == (10, 8.0)
     (tmp_path / "all_results.json").write_text(json.dumps({"eval_loss": 1.25}))  # evaluated after the training
     assert read_results(tmp_path, "best_eval_loss")["metrics"]["best_eval_loss"] == 1.25
+    (tmp_path / "results.json").write_text(
+        json.dumps({"metrics": {"best_f1": 0.5}, "history": [{"step": 3, "eval_f1": 0.5}]})
+    )
+    found = read_results(tmp_path, "best_f1")
+    assert (found["curve_of"], found["curve"]) == ("eval_f1", [[3, 0.5]])
     with pytest.raises(RuntimeError, match=r"neither results\.json nor trainer_state.json"):
         read_results(tmp_path / "nowhere", "eval_loss")
 
@@ -605,6 +610,17 @@ def test_the_curves_are_named_after_the_metric_that_they_show(folder: Path) -> N
     study = study_of(folder, arms={"A": {}}, seeds=[0], metrics=["test_loss"], tune_on="best_eval_loss")
     curves = draw(study, [row("A", 0, 1.0, metrics={"test_loss": 1.0}, curve=[[1, 3.0], [2, 2.0]])]).axes[0]
     assert curves.get_ylabel() == "eval_loss"
+
+
+@pytest.mark.parametrize(("names", "lines"), [(["eval_loss", "test_loss"], 1), (["test_loss"] * 2, 0), ([None] * 2, 2)])
+def test_curves_of_another_metric_are_left_out(folder: Path, names: list[str | None], lines: int) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0])
+    rows = [
+        row(arm, 0, 1.0, curve=[[1, 3.0], [2, 2.0]], **({"curve_of": name} if name else {}))
+        for arm, name in zip("AB", names, strict=True)
+    ]
+    panels = [axes for axes in draw(study, rows).axes if axes.get_title().startswith("Curves")]
+    assert sum(len(axes.lines) for axes in panels) == lines
 
 
 def apart(labels: list[Text]) -> bool:
