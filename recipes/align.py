@@ -1,6 +1,7 @@
 """What sft.py and dpo.py share. TRL prepares the data and defines the loss; this module loads, trains and reports."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,10 +57,10 @@ def check_columns(documents: Dataset, name: str, choices: list[tuple[str, ...]])
     check_rows(documents, name, list(chosen), text=False)
 
 
-def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> dict[str, Any]:
+def run(argv: list[str], script: str, trainer_class: Any, config_class: Any, metrics: Sequence[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse((*SETTINGS, config_class), argv, script)
+    model_args, data_args, training_args = parse((*SETTINGS, config_class), argv, script, metrics)
     if script != f"{data_args.method}.py":
         raise ValueError(f"method={data_args.method!r} is for {data_args.method}.py, not {script}.")
     quiet(training_args)
@@ -99,13 +100,13 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
         )
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    metrics = trainer.evaluate()
+    measured = trainer.evaluate()
 
     # ---- Report ----
     return write_report(
         trainer,
         arguments={"model": model_args, "data": data_args, "training": training_args},
-        metrics=metrics,
+        metrics=measured,
         started=started,
         extra={"corpus_sha256": splits.sha256},
         card={
@@ -116,5 +117,5 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any) -> 
     )
 
 
-def main(script: str, trainer_class: Any, config_class: Any) -> None:
-    report.main(script, lambda argv: run(argv, script, trainer_class, config_class))
+def main(script: str, trainer_class: Any, config_class: Any, metrics: Sequence[str]) -> None:
+    report.main(script, lambda argv: run(argv, script, trainer_class, config_class, metrics))

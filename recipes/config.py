@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: 
     """Returns one instance per dataclass, from `argv = [CONFIG.yaml, --name, value, ...]`. Later values win.
 
     Args:
-        metrics: the names by which the recipe can tell the best model.
+        metrics: the names by which the recipe can tell the best model, where `*` stands for any text.
 
     Raises:
         FileNotFoundError: the YAML file does not exist.
@@ -69,8 +70,7 @@ def parse(dataclasses: tuple[type, ...], argv: list[str], script: str, metrics: 
             check_folders(args)
             check_trackers(args)
             check_schedule(args)
-            if args.load_best_model_at_end:
-                check_best_model(args, metrics)
+            check_best_model(args, metrics)
     return tuple(parsed)
 
 
@@ -126,13 +126,15 @@ def refuse_resuming(args: TrainingArguments) -> None:
 
 def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:
     """The Trainer would find out at its first evaluation, or never."""
-    if args.eval_strategy == IntervalStrategy.NO:
+    if args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
             "load_best_model_at_end=True needs evaluations to tell the best, and there are none with "
             "eval_strategy='no': set eval_strategy and save_strategy to 'steps' or 'epoch', or leave it out."
         )
+    if args.metric_for_best_model is None or not metrics:
+        return
     name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-    if metrics and name not in metrics:
+    if not any(fnmatchcase(name, each) for each in metrics):
         raise ValueError(
             f"metric_for_best_model={args.metric_for_best_model!r} is none of the metrics, which are "
             f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"

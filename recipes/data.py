@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -198,10 +199,10 @@ def load_stored(data: DatasetArguments) -> Splits:
             validation, train = train.take(STREAM_VALIDATION_DOCUMENTS), train.skip(STREAM_VALIDATION_DOCUMENTS)
         return Splits(train, validation, sha256=None, key=key)
     if validation is None:
-        if len(train) < 2:
+        if math.ceil(len(train) * data.validation_fraction) == len(train):
             raise ValueError(
-                f"dataset={data.dataset!r} has {len(train)} document(s), of which some are needed for validation: "
-                "give two or more, or name a validation_split."
+                f"dataset={data.dataset!r} has {len(train)} document(s), of which validation_fraction="
+                f"{data.validation_fraction} leaves none to train on: give more, lower it, or name a validation_split."
             )
         # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
         both = train.train_test_split(test_size=data.validation_fraction, seed=0)

@@ -31,4 +31,4 @@ class FSAMDPOTrainer(FSAMMixin, DPOTrainer):
 
 
 if __name__ == "__main__":
-    align.main("dpo.py", FSAMDPOTrainer, FSAMDPOConfig)
+    align.main("dpo.py", FSAMDPOTrainer, FSAMDPOConfig, METRICS)

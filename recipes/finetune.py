@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from averaging import AveragingArguments, AveragingMixin
-from config import parse
+from config import check_best_model, parse
 from data import (
     DatasetArguments,
     Splits,
@@ -132,10 +132,12 @@ class FinetuneTrainer(AveragingMixin, FSAMTrainer):
 
 
 SETTINGS = (ModelArguments, FinetuneDataArguments, FinetuneTrainingArguments)
-OF_TEXT = [
-    f"eval_{name}_{metric}" for name in ("new", "old") for metric in ("loss", "perplexity", "next_token_accuracy")
-]
-METRICS = ("eval_loss", "eval_accuracy", "eval_f1", *OF_TEXT)
+OF_LABELS = ("eval_loss", "eval_accuracy", "eval_f1")
+OF_NEW, OF_OLD = (
+    tuple(f"eval_{name}_{metric}" for metric in ("loss", "perplexity", "next_token_accuracy"))
+    for name in ("new", "old")
+)
+METRICS = (*OF_LABELS, *OF_NEW, *OF_OLD)
 
 # ---- Model ----
 
@@ -158,9 +160,14 @@ def load_config(name_or_path: str) -> PretrainedConfig:
 
 
 def load_model(args: ModelArguments, auto: type, pad_token_id: int, **options: Any) -> PreTrainedModel | PeftModel:
-    # Weights that are trained are kept in fp32 whatever the checkpoint has, as bf16 would round small updates away.
-    dtype = "float32" if args.adapter == "none" else "auto"
+    # Weights that are trained are kept in fp32 whatever the checkpoint has, as bf16 would round small updates away. To
+    # these belongs a new classification head, and it needs inputs of its own type, so from layers in fp32.
+    dtype = "float32" if args.adapter == "none" or auto is AutoModelForSequenceClassification else "auto"
     model = auto.from_pretrained(args.model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, **options)
+    if auto is AutoModelForSequenceClassification:
+        # Its loss is the mean over a micro-batch. The Trainer takes it for one over the whole batch, since the model's
+        # `forward` has **kwargs, and would not divide it by the number of micro-batches.
+        model.accepts_loss_kwargs = False
     if args.adapter == "none":
         return model
     adapter = LoraConfig(
@@ -235,7 +242,15 @@ def label_names(splits: Splits, column: str) -> list[str]:
     found = {*splits.train.unique(column), *splits.validation.unique(column)}
     if found & {None, -1}:  # -1 is how the hub's test splits hide their labels
         raise ValueError(f"label_column={column!r} has rows without a label: choose another split, or leave them out.")
-    return list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
+    names = list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
+    if len(found) < 2:  # of a single class Transformers makes a regression
+        (only,) = found
+        shown = names[only] if isinstance(feature, ClassLabel) else only
+        raise ValueError(
+            f"label_column={column!r} holds {shown!r} in every row, and classification needs two classes or more: add "
+            "rows of another class, or name another column."
+        )
+    return names
 
 
 def encode_labelled(
@@ -274,10 +289,15 @@ class Task:
     trainer_options: dict[str, Any]
 
 
+def limited(rows: Dataset, data: FinetuneDataArguments) -> Dataset:
+    """`validation_blocks` of the rows, drawn with a fixed seed, since files are often sorted by class."""
+    return rows if data.validation_blocks is None else rows.shuffle(seed=0).take(data.validation_blocks)
+
+
 def language_model_task(data: FinetuneDataArguments, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Task:
     if data.format == "alpaca":
         train = encode_instructions(splits.train, tokenizer, data, "training")
-        evaluated = {"new": encode_instructions(splits.validation, tokenizer, data, "validation")}
+        evaluated = {"new": limited(encode_instructions(splits.validation, tokenizer, data, "validation"), data)}
     else:
         train = packed(splits.train, tokenizer, data, "training")
         evaluated = {"new": for_validation(splits.validation, tokenizer, data)}
@@ -314,7 +334,7 @@ def classification_task(data: FinetuneDataArguments, splits: Splits, tokenizer: 
         },
         trainer_options={
             "train_dataset": encode_labelled(splits.train, tokenizer, data, names, "training"),
-            "eval_dataset": encode_labelled(splits.validation, tokenizer, data, names, "validation"),
+            "eval_dataset": limited(encode_labelled(splits.validation, tokenizer, data, names, "validation"), data),
             "data_collator": DataCollatorWithPadding(tokenizer),
             "compute_metrics": ClassificationMetrics(),
             "preprocess_logits_for_metrics": reduce_classification,
@@ -335,9 +355,13 @@ def before_and_after(history: list[dict[str, float]]) -> dict[str, dict[str, flo
 def run(argv: list[str]) -> dict[str, Any]:
     """Trains as `argv` says and returns what results.json holds."""
     started = time.perf_counter()
-    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py", METRICS)
-    if data_args.task == "causal_lm" and training_args.metric_for_best_model == "loss":  # the default
-        training_args.metric_for_best_model = "new_loss"
+    model_args, data_args, training_args = parse(SETTINGS, argv, "finetune.py")
+    names = OF_LABELS
+    if data_args.task == "causal_lm":
+        names = OF_NEW if data_args.old_dataset is None else (*OF_NEW, *OF_OLD)
+        if training_args.metric_for_best_model in ("loss", "eval_loss"):  # the first is the default
+            training_args.metric_for_best_model = "new_loss"
+    check_best_model(training_args, names)
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     quiet(training_args)
     set_seed(training_args.seed)

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from data import DatasetArguments, on_hub
 from huggingface_hub import EvalResult, ModelCard
 from models import RECIPES
-from transformers import ProgressCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_fsam import FSAMTrainer
@@ -44,7 +44,20 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(self.shown)
 
 
+class Resumed(TrainerCallback):
+    """Remembers how many entries of the history are from before the training was resumed."""
+
+    entries = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.entries = len(state.log_history)
+
+
 def show_progress(trainer: FSAMTrainer) -> None:
+    """Also has the trainer remember where it was resumed, for `write_report`."""
+    trainer.add_callback(Resumed)
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
@@ -86,7 +99,7 @@ def write_report(
         "parameters": sum(map(size, trainer.model.parameters())),
         "trainable_parameters": sum(size(weight) for weight in trainer.model.parameters() if weight.requires_grad),
         "wall_seconds": time.perf_counter() - started,
-        "train_seconds": training_seconds(history),
+        "train_seconds": training_seconds(history[trainer.pop_callback(Resumed).entries :]),
         **extra,
         "arguments": {name: as_dict(each) for name, each in arguments.items()},
         "versions": {"python": platform.python_version(), **versions()},
@@ -158,7 +171,10 @@ def leave_group() -> None:
 
 
 def training_seconds(history: list[dict[str, float]]) -> float:
-    """The time that the optimizer steps took: the Trainer's training time without the evaluations in it."""
+    """The time that the optimizer steps took: the Trainer's training time without the evaluations in it.
+
+    history: since the training was begun or resumed, as the Trainer's clock is.
+    """
     end = next((index for index, entry in enumerate(history) if "train_runtime" in entry), None)
     if end is None:
         return 0.0

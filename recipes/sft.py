@@ -31,4 +31,4 @@ class FSAMSFTTrainer(FSAMMixin, SFTTrainer):
 
 
 if __name__ == "__main__":
-    align.main("sft.py", FSAMSFTTrainer, FSAMSFTConfig)
+    align.main("sft.py", FSAMSFTTrainer, FSAMSFTConfig, METRICS)

@@ -38,7 +38,7 @@ def draw(study: Study, rows: list[Row]) -> Figure:
     final, styles = by_arm(rows, "final"), styles_of(study)
     radii = {arm: rho_curve(rows, arm, study.metrics[0], study.greater_is_better) for arm in final}
     radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
-    has_curve = any(row["curve"] for runs in final.values() for row in runs.values())
+    has_curve = any(curves_of(study, runs) for runs in final.values())
 
     others = len(styles) - 1
     heights = [1.2 + (0.12 + height_of(styles)) * others, 4.0] if others else [4.0]
@@ -115,9 +115,16 @@ def plot_differences(axes: Axes, study: Study, final: Runs) -> None:
     axes.grid(alpha=0.3)
 
 
+def curves_of(study: Study, runs: dict[int, Row]) -> list[list[tuple[int, float]]]:
+    """The curves of the metric that tuning looks at. A run that another study made may have that of another metric."""
+    name = study.tune_on.removeprefix("best_")
+    known = (None, name, f"eval_{name}")  # older rows don't say
+    return [row["curve"] for row in runs.values() if row["curve"] and row.get("curve_of") in known]
+
+
 def plot_curves(axes: Axes, study: Study, final: Runs, styles: Styles) -> None:
     for arm, runs in final.items():
-        curves = [row["curve"] for row in runs.values() if row["curve"]]
+        curves = curves_of(study, runs)
         if not curves:
             continue
         length = min(map(len, curves))

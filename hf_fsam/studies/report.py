@@ -46,9 +46,8 @@ class Difference:
 
 def write_report(study: Study, rows: list[Row], path: Path, command: str) -> str:
     """Writes the table and its setting as Markdown, and returns that text."""
-    final = [row for row in rows if row["stage"] == "final"]
     text = "\n".join(
-        [f"**{study.name}**: {study.question}".strip(), "", *table(study, rows), "", *setting(study, final, command)]
+        [f"**{study.name}**: {study.question}".strip(), "", *table(study, rows), "", *setting(study, rows, command)]
     )
     path.write_text(text + "\n", encoding="utf-8")
     return text
@@ -156,7 +155,8 @@ def times(runs: dict[int, Row], base: dict[int, Row]) -> str:
     return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
-def setting(study: Study, final: list[Row], command: str) -> list[str]:
+def setting(study: Study, rows: list[Row], command: str) -> list[str]:
+    final = [row for row in rows if row["stage"] == "final"]
     first = final[0]
     machine = first.get("machine", {})
     versions = first.get("versions", {"python": platform.python_version()})
@@ -177,8 +177,9 @@ def setting(study: Study, final: list[Row], command: str) -> list[str]:
     )
     if any(arm.tuned for arm in study.arms.values()):
         notes.append("- !: tuned to the edge of what was tried")
-    mixed = [name for name in ALIKE if len({canonical(row.get(name)) for row in final}) > 1]
-    if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe.path)) for row in final):
+    # Of the runs that tuned as well, since the table rests on what they chose.
+    mixed = [name for name in ALIKE if len({canonical(row.get(name)) for row in rows}) > 1]
+    if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe.path)) for row in rows):
         mixed.append("their recipe, which has changed since some of them")
     if mixed:
         notes.append(f"- CAUTION: the runs differ in {', '.join(mixed)}, and not only in their arms")

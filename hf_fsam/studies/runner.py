@@ -270,6 +270,8 @@ def read_results(folder: Path, metric: str) -> Row:
         values = [found[name], *(entry[name] for entry in history if name in entry)]
         found[f"best_{name}"] = min(filter(_is_finite, values), default=math.nan)
     curve_of = metric.removeprefix("best_")
+    if not any(curve_of in entry for entry in history):
+        curve_of = f"eval_{curve_of}"  # as the Trainer logs what a recipe calls `accuracy` in its results
     seconds = results.get("train_seconds")
     if seconds is None:
         seconds = next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None)
@@ -279,6 +281,7 @@ def read_results(folder: Path, metric: str) -> Row:
             for name, value in sorted(found.items())
             if isinstance(value, int | float)
         },
+        "curve_of": curve_of,
         "curve": [[entry["step"], entry[curve_of]] for entry in history if _is_finite(entry.get(curve_of))],
         "steps": results.get("steps") or max((entry.get("step", 0) for entry in history), default=0),
         "train_seconds": seconds,

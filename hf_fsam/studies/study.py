@@ -107,11 +107,17 @@ class Arm:
         """Every combination of the listed values, on top of the settings `begin`.
 
         Raises:
-            ValueError: the arm is `longer`, and no setting says how long it trains.
+            ValueError: the arm is `longer`, and no setting says how long it trains, or such a setting is tuned.
         """
         lists = {name: value for name, value in self.settings.items() if isinstance(value, list)}
         fixed = {**begin, **{name: value for name, value in self.settings.items() if name not in lists}}
         if self.longer != 1:
+            for name in ("max_steps", "num_train_epochs", "warmup_steps"):
+                if name in lists:
+                    raise ValueError(
+                        f"{self.name}: longer={self.longer} does not multiply the values of {name}={lists[name]}, "
+                        "which are tuned: write them as they should be, and leave `longer` out."
+                    )
             if not training_length(fixed):
                 raise ValueError(f"{self.name}: longer={self.longer} needs max_steps or num_train_epochs.")
             if fixed.get("max_steps", -1) > 0:

@@ -891,6 +891,12 @@ COMMANDS = [
         "needs max_steps or num_train_epochs",
         **study({"arms": {"A": {"longer": 2}}}, {"arms": {"A": {"longer": 2, "max_steps": 3}}}),
     ),
+    Row(
+        "does not multiply the values of",
+        **study(
+            {"arms": {"A": {"longer": 2, "num_train_epochs": [3, 6]}}}, {"arms": {"A": {"num_train_epochs": [6, 12]}}}
+        ),
+    ),
     Row("each other in a circle", **study({"arms": {"A": {"like": "A"}}}, {"arms": {"A": {}}})),
     Row(" is none of ", **study({"arms": {"A": {"fsam_rh": 1}}}, {"arms": {"A": {"fsam_rho": 1}}})),
     Row("no candidate ended with a finite", **compares({"arms": {"A": {"diverge": [1, 2]}}}, {})),

@@ -16,11 +16,13 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    TrainingArguments,
 )
 
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
@@ -35,8 +37,8 @@ import models
 import pretrain
 import sft
 from averaging import AveragingMixin
-from data import DatasetArguments
-from datasets import Dataset
+from data import DatasetArguments, Splits, load_splits
+from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,7 @@ TINY = {
     "per_device_eval_batch_size": 8,
     "use_cpu": True,
 }
+CLASSIFIED = 19  # rows that a classifier is evaluated on
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
@@ -320,7 +323,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory, cache: str, pretrained: Run) 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory, cache: str, pretrained: Run) -> Run:
-    return run_finetune("finetune_packages", tmp_path_factory.mktemp("run") / "classes", cache, pretrained)
+    folder = tmp_path_factory.mktemp("run") / "classes"
+    # In batches of 8 the last one is shorter.
+    return run_finetune("finetune_packages", folder, cache, pretrained, validation_blocks=CLASSIFIED)
 
 
 def test_pretraining_leaves_a_model_that_reproduces_its_loss(pretrained: Run) -> None:
@@ -434,6 +439,38 @@ def test_trained_weights_are_in_fp32_and_frozen_ones_in_the_type_of_the_checkpoi
         dtypes[adapter] = {(weight.dtype, weight.requires_grad) for weight in model.parameters()}
     assert dtypes["none"] == {(torch.float32, True)}
     assert dtypes["lora"] == {(torch.bfloat16, False), (torch.float32, True)}
+    model = finetune.load_model(model_args, AutoModelForSequenceClassification, pad_token_id=1)
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    assert any("score" in name for name in trained)  # the new head
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # in one type from end to end
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(
+    tmp_path: Path, pretrained: Run, adapter: str
+) -> None:
+    rows = [{"input_ids": [row, 7, 9, row + 3], "attention_mask": [1] * 4, "labels": row % 2} for row in range(8)]
+    logged = []
+    for batch, count in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model_args = finetune.ModelArguments(str(pretrained.folder), adapter)
+        model = finetune.load_model(model_args, AutoModelForSequenceClassification, pad_token_id=1)
+        args = finetune.FinetuneTrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            fsam_variant="none",  # since Functional-SAM perturbs each micro-batch by itself
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=count,
+        )
+        trainer = finetune.FinetuneTrainer(model, args, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        logged.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
 
 
 def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) -> None:
@@ -441,26 +478,42 @@ def test_dora_and_full_fine_tuning(tmp_path: Path, cache: str, pretrained: Run) 
     dora = run_finetune("finetune_topics", tmp_path / "dora", cache, pretrained, adapter="dora", **settings)
     assert json.loads((dora.folder / "adapter_config.json").read_text())["use_dora"] is True
     best = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
-    best |= {"load_best_model_at_end": True, "adapter": "none"}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "adapter": "none"}
     full = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, **settings | best)
     state = json.loads((full.folder / "checkpoint-2" / "trainer_state.json").read_text())
     evaluated = {entry["step"]: entry["eval_new_loss"] for entry in state["log_history"] if "eval_new_loss" in entry}
     assert state["best_metric"] == min(evaluated[1], evaluated[2])
     line = [str(config.CONFIGS / "finetune_topics.yaml"), "--output_dir", str(full.folder)]
-    resumed = config.parse(finetune.SETTINGS, [*line, "--resume_from_checkpoint", "true"], "finetune.py")[-1]
-    assert resumed.resume_from_checkpoint == str(full.folder / "checkpoint-2")
+    parsed = config.parse(finetune.SETTINGS, [*line, "--resume_from_checkpoint", "true"], "finetune.py")[-1]
+    assert parsed.resume_from_checkpoint == str(full.folder / "checkpoint-2")
     assert full.results["trainable_parameters"] == full.results["parameters"]
+    # The Trainer's clock starts anew when it resumes, so what was evaluated before is not in its time.
+    path = full.folder / "checkpoint-1" / "trainer_state.json"
+    before = json.loads(path.read_text())
+    before["log_history"][0]["eval_new_runtime"] = 1e6
+    path.write_text(json.dumps(before))
+    again = settings | best | {"resume_from_checkpoint": path.parent}
+    resumed = run_finetune("finetune_topics", tmp_path / "full", cache, pretrained, **again)
+    assert 0 < resumed.results["train_seconds"] < resumed.results["wall_seconds"]
     AutoModelForCausalLM.from_pretrained(full.folder)
 
 
-def test_a_classifier_is_saved_with_its_labels(classifier: Run) -> None:
+def test_a_classifier_is_saved_with_its_labels(classifier: Run, cache: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(classifier.folder)
     assert model.config.id2label == dict(enumerate(sorted(model.config.id2label.values())))
     assert "asyncio" in model.config.label2id
+
+    # The metrics are those of one example after the other, so no means over batches, of which the last one is shorter.
+    data = finetune.FinetuneDataArguments(**classifier.written["arguments"]["data"])
+    task = finetune.classification_task(data, load_splits(data), AutoTokenizer.from_pretrained(classifier.folder))
+    rows = task.trainer_options["eval_dataset"]
+    assert len(rows) == CLASSIFIED
+    assert len(set(rows["labels"])) > 3
+    with torch.no_grad():
+        guesses = [int(model(torch.tensor([row["input_ids"]])).logits.argmax()) for row in rows]
     metrics = classifier.results["metrics"]
-    assert {"eval_accuracy", "eval_f1"} <= metrics.keys()
-    # The mean is over examples and not over batches, of which the last one is shorter.
-    assert 0 < metrics["eval_f1"] <= metrics["eval_accuracy"] + 0.5 <= 1.5
+    assert metrics["eval_accuracy"] == pytest.approx(accuracy_score(rows["labels"], guesses))
+    assert metrics["eval_f1"] == pytest.approx(f1_score(rows["labels"], guesses, average="macro"))
 
 
 def test_an_adapter_with_labels_is_loaded_with_their_number(tmp_path: Path, cache: str, pretrained: Run) -> None:
@@ -539,6 +592,15 @@ def test_instructions_from_a_local_file(tmp_path: Path, cache: str, pretrained: 
         run_finetune("alpaca", tmp_path / "out", cache, base, **{**settings, "sequence_length": 16})
 
 
+def test_validation_blocks_limits_instructions_too(cache: str, pretrained: Run, instructions: Path) -> None:
+    data = finetune.FinetuneDataArguments(
+        dataset=str(instructions), format="alpaca", sequence_length=256, validation_blocks=2, cache_dir=cache
+    )
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
+    task = finetune.language_model_task(data, load_splits(data), tokenizer)
+    assert len(task.trainer_options["eval_dataset"]["new"]) == 2
+
+
 def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache: str, pretrained: Run) -> None:
     rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": "same" if i % 3 else "other"} for i in range(30)]
     path = tmp_path / "pairs.jsonl"
@@ -551,6 +613,17 @@ def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache:
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
     with pytest.raises(ValueError, match="label_column='lable' is not a column"):
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings, label_column="lable")
+
+
+@pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["ham", "spam"])])
+def test_a_label_that_is_the_same_in_every_row_is_refused(feature: Value | ClassLabel) -> None:
+    def splits(*labels: str) -> Splits:
+        rows = Dataset.from_dict({"kind": list(labels)}).cast_column("kind", feature)
+        return Splits(rows, rows, sha256=None, key="")
+
+    with pytest.raises(ValueError, match=r"label_column='kind' holds 'spam' in every row, .*: add rows of another"):
+        finetune.label_names(splits("spam", "spam"), "kind")
+    assert finetune.label_names(splits("spam", "ham"), "kind") == ["ham", "spam"]
 
 
 def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -598,8 +671,10 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
             "finetune_topics",
             {"load_best_model_at_end": True, "save_steps": 3, "save_strategy": "steps", "metric_for_best_model": "los"},
             ValueError,
-            "metric_for_best_model='los' is none of the metrics.* Did you mean 'eval_loss'",
+            "metric_for_best_model='los' is none of the metrics, which are eval_new_loss",
         ),
+        ("finetune_packages", {"metric_for_best_model": "los"}, ValueError, "'los' is .* Did you mean 'eval_loss'"),
+        ("finetune_packages", {"metric_for_best_model": "new_loss"}, ValueError, "'new_loss' is none of the metrics"),
     ],
 )
 def test_what_fine_tuning_cannot_use_is_refused_by_name_before_training(
@@ -705,8 +780,8 @@ def test_the_launchers_train(launcher: str, processes: int, tmp_path: Path) -> N
 # ---- TRL ----
 
 ALIGNED = {
-    "sft": (sft.FSAMSFTTrainer, sft.FSAMSFTConfig),
-    "dpo": (dpo.FSAMDPOTrainer, dpo.FSAMDPOConfig),
+    "sft": (sft.FSAMSFTTrainer, sft.FSAMSFTConfig, sft.METRICS),
+    "dpo": (dpo.FSAMDPOTrainer, dpo.FSAMDPOConfig, dpo.METRICS),
 }
 
 
@@ -740,9 +815,12 @@ def test_trl_recipes_refuse_arguments_that_they_would_ignore(tmp_path: Path, cac
         ({"sequence_length": 64}, "use max_length"),
         ({"text_column": "body"}, "TRL's own columns"),
         ({"method": "dpo"}, "for dpo.py, not sft.py"),
+        ({"metric_for_best_model": "rewards/margins"}, "'rewards/margins' is none of the metrics"),
     ):
         with pytest.raises(ValueError, match=message):
             run_aligned("sft", tmp_path, cache, pretrained, **wrong)
+    best = TrainingArguments(metric_for_best_model="rewards/margins", use_cpu=True)
+    config.check_best_model(best, dpo.METRICS)
 
 
 def test_columns_that_trl_can_not_use_are_refused() -> None:

@@ -318,6 +318,10 @@ def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
     assert "their recipe, which has changed since" in "\n".join(setting(study, rows, "command"))
     rows[0]["corpus_sha256"] = "other"
     assert "the runs differ in corpus_sha256" in "\n".join(setting(study, rows, "command"))
+    tuning = row("A", 100, 1.0, stage="tuning", recipe_sha256="of an older recipe")
+    final = row("A", 0, 1.0)
+    assert "CAUTION" not in "\n".join(setting(study, [final], "command"))
+    assert "their recipe, which has changed since" in "\n".join(setting(study, [tuning, final], "command"))
 
 
 def test_a_module_of_the_working_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,6 +497,11 @@ def test_results_of_the_examples_of_transformers_are_read(tmp_path: Path) -> Non
     assert (found["steps"], found["train_seconds"]) == (10, 8.0)
     (tmp_path / "all_results.json").write_text(json.dumps({"eval_loss": 1.25}))  # evaluated after the training
     assert read_results(tmp_path, "best_eval_loss")["metrics"]["best_eval_loss"] == 1.25
+    (tmp_path / "results.json").write_text(
+        json.dumps({"metrics": {"best_f1": 0.5}, "history": [{"step": 3, "eval_f1": 0.5}]})
+    )
+    found = read_results(tmp_path, "best_f1")
+    assert (found["curve_of"], found["curve"]) == ("eval_f1", [[3, 0.5]])
     with pytest.raises(RuntimeError, match=r"neither results\.json nor trainer_state.json"):
         read_results(tmp_path / "nowhere", "eval_loss")
 
@@ -603,6 +612,17 @@ def test_the_curves_are_named_after_the_metric_that_they_show(folder: Path) -> N
     assert curves.get_ylabel() == "eval_loss"
 
 
+@pytest.mark.parametrize(("names", "lines"), [(["eval_loss", "test_loss"], 1), (["test_loss"] * 2, 0), ([None] * 2, 2)])
+def test_curves_of_another_metric_are_left_out(folder: Path, names: list[str | None], lines: int) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0])
+    rows = [
+        row(arm, 0, 1.0, curve=[[1, 3.0], [2, 2.0]], **({"curve_of": name} if name else {}))
+        for arm, name in zip("AB", names, strict=True)
+    ]
+    panels = [axes for axes in draw(study, rows).axes if axes.get_title().startswith("Curves")]
+    assert sum(len(axes.lines) for axes in panels) == lines
+
+
 def apart(labels: list[Text]) -> bool:
     boxes = [label.get_window_extent() for label in labels if label.get_text()]
     return not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
@@ -683,6 +703,10 @@ def test_an_arm_alone_has_no_forest(folder: Path) -> None:
         ({"arms": {"A": {"passes": "two"}}}, "passes='two' is not a number above 0"),
         ({"arms": {"A": {"longer": 0}}}, "longer=0 is not a number above 0"),
         ({"arms": {"A": {"longer": 2}}}, "A: longer=2 needs max_steps or num_train_epochs"),
+        (
+            {"arms": {"A": {"longer": 2, "num_train_epochs": [3, 6]}}},
+            r"A: longer=2 does not multiply the values of num_train_epochs=\[3, 6\].* leave `longer` out",
+        ),
         ({"arms": {"A": {"fsam_rh": 0.1}}}, "A: 'fsam_rh' is none of fsam_"),
         ({"arms": {"A": "none"}}, "A is str, not a mapping"),
         ({"arms": ["A", "B"]}, "arms is list, not a mapping"),
