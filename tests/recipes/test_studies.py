@@ -106,7 +106,7 @@ def test_the_average_of_the_weights_is_what_is_saved_and_measured(tmp_path: Path
         perturb_last=0.5,
     )
     trainer.train()
-    mean = {name: torch.stack([each[name] for each in seen[2:]]).mean(dim=0) for name in seen[0]}
+    mean = {name: torch.stack([each[name] for each in seen[3:]]).mean(dim=0) for name in seen[0]}
     trainer.save_model()
     saved = type(trainer.model).from_pretrained(tmp_path)
     assert distance(weights_of(saved), mean) < 1e-6
