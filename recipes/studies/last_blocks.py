@@ -41,10 +41,9 @@ class LastBlocksMixin:
             return False
         if last is None:
             return True
+        first = self.blocks() - last
         block = re.search(r"encoder\.layer\.(\d+)\.", name)
-        if block:
-            return int(block[1]) >= self.blocks() - last
-        return "embeddings." not in name
+        return int(block[1]) >= first if block else "embeddings." not in name
 
     def blocks(self) -> int:
         layers = getattr(getattr(self.model.base_model, "encoder", None), "layer", ())

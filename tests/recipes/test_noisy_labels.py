@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 import corpus
 import noisy_labels
+from last_blocks import LastBlocksArguments, LastBlocksMixin
 from noisy_labels import ModelArguments, NoisyDataArguments, NoisyTrainingArguments
+
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
+from tests.toys import make_trainer
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["animal", "color", "fruit"]
@@ -341,6 +346,19 @@ def test_the_perturbation_of_the_last_blocks_leaves_out_the_others(tmp_path: Pat
         run(tmp_path, model, texts, fsam_variant="functional", layers_to_perturb=0)
     with pytest.raises(ValueError, match=r"layers_to_perturb=4 needs .* BertForSequenceClassification has 3"):
         run(tmp_path, model, texts, fsam_variant="functional", layers_to_perturb=4)
+
+
+def test_the_last_blocks_of_a_model_of_another_build_are_refused(tmp_path: Path) -> None:
+    @dataclass
+    class Arguments(LastBlocksArguments, FSAMTrainingArguments):
+        pass
+
+    class Trainer(LastBlocksMixin, FSAMTrainer):
+        pass
+
+    trainer = make_trainer(tmp_path, trainer_class=Trainer, arguments_class=Arguments, layers_to_perturb=1)
+    with pytest.raises(ValueError, match=r"layers_to_perturb=1 needs .* LlamaForCausalLM has 0"):
+        trainer.train()
 
 
 def test_the_evaluated_logits_belong_to_their_rows(tmp_path: Path, model: str, texts: str) -> None:
