@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from benchmarks.last_blocks import LastBlocksTrainer
+from benchmarks.products import counted_products
 from benchmarks.step_cost import main
 from tests import reference
 from tests.reference import Tensors
@@ -66,3 +67,9 @@ def test_the_first_blocks_run_once() -> None:
     assert ratios["functional"] == pytest.approx(2, abs=0.02)
     assert ratios["a quarter of the blocks"] == pytest.approx(1.25, abs=0.02)
     assert ratios["a quarter of the blocks, momentum"] == pytest.approx(13 / 12, abs=0.02)
+
+
+def test_products_that_are_added_in_place_are_counted() -> None:
+    with counted_products() as counted:
+        torch.zeros(2, 4).addmm_(torch.ones(2, 3), torch.ones(3, 4))
+    assert counted.get_total_flops() == 2 * 2 * 3 * 4
