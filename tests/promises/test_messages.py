@@ -39,7 +39,7 @@ from hf_fsam.studies.compare import parse, run_study
 from hf_fsam.studies.runner import Runner, read_results
 from hf_fsam.studies.study import load_studies
 from tests.engines.test_selection import config, select, select_fsdp
-from tests.tools.test_compare import RECIPE
+from tests.tools.studies import RECIPE
 from tests.toys import VOCABULARY, adapted, gpt2, llama, make_trainer
 from tests.unit.test_arguments import _Lion
 from tests.unit.test_find_boundary import ROWS, _Headless
