@@ -7,8 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def counted_products() -> FlopCounterMode:
-    """Counts inside; torch's own counter leaves out products that are added in place (torch 2.13)."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _of_addmm})
+    """Counts inside. Torch's own counter leaves out products that are added in place, and fails at those with an
+    `out_dtype` (torch 2.13)."""
+    formulas = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.addmm), _of_addmm)
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def _of_addmm(total: torch.Size, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_fsam import batches
+from hf_fsam.accelerate_settings import compiles
 from hf_fsam.arguments import check
 from hf_fsam.boundary import Boundary, crosses_twice, weights_behind_boundary, weights_past_boundary
 from hf_fsam.cleanup import Cleanup
@@ -224,7 +225,7 @@ class FunctionalSAM:
             return
         boundary.detach()
         modules = find_boundary(trainer.model, trainer.args.fsam_boundary)
-        compiled = bool(trainer.args.torch_compile)
+        compiled = compiles(trainer.args, trainer.accelerator)
         head = None
         if trainer.args.fsam_fused_head:
             found = list(modules.values())
@@ -237,7 +238,7 @@ class FunctionalSAM:
 
     def detach(self) -> None:
         # A compiled model keeps the hook: code that was compiled without it would pass it by (torch 2.13).
-        if not self.trainer.args.torch_compile:
+        if not compiles(self.trainer.args, self.trainer.accelerator):
             self.boundary.detach()
 
     @contextmanager

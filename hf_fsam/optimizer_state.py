@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from hf_fsam.perturbation import chunks
@@ -72,6 +73,12 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
         state = optimizer.state.get(weight, {})
         average = state[momentum_name(optimizer, state)] if state else None
         if average is not None:
+            if type(average) not in (Tensor, DTensor):
+                raise ValueError(
+                    f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps its momentum in a format of "
+                    f"its own ({type(average).__name__}). Choose optim='adamw_torch', or "
+                    "fsam_ascent_direction='gradient'."
+                )
             found.append(weight)
             averages.append(average.to(weight.device, weight.dtype, copy=True))
     return found, averages
@@ -144,7 +151,7 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
     """Make sure, before training, that `fsam_precondition` will find what it divides by.
 
     An optimizer has its state only after a step. So another one of the same class and settings takes a step on a weight
-    of two by two numbers.
+    that is large enough for a quantized state to be quantized.
 
     Raises:
         ValueError: it has no second moment, or none in a form that is known here; the message names optimizers that do.
@@ -152,7 +159,7 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
     optimizer = innermost(optimizer)
     group = next(group for group in optimizer.param_groups if group["params"])
     like = group["params"][0]
-    probe = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)  # (2, 2)
+    probe = torch.zeros(64, 64, dtype=like.dtype, device=like.device, requires_grad=True)  # (64, 64)
     probe.grad = torch.ones_like(probe)
     taken = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in group.items() if key in taken and key != "params"}
@@ -168,6 +175,8 @@ def check_keeps_second_moment(optimizer: Optimizer) -> None:
         if lacks:
             state = ", ".join(map(str, has[0])) or "empty"
             why = f"keeps none that is known here: no {', no '.join(map(repr, lacks))} (its state is {state})"
+        elif type(average := twin.state[probe]["exp_avg_sq"]) is not Tensor:
+            why = f"keeps it in a format of its own ({type(average).__name__})"
         else:
             second_moments(twin, [probe])
     except Exception as raised:  # an unknown optimizer may raise anything

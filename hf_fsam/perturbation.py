@@ -49,6 +49,7 @@ def perturb(
     generator: torch.Generator,
     directions: Sequence[Direction] = (),
     total: Callable[[Tensor], Tensor] = lambda norm: norm,
+    passes_dtype: torch.dtype = torch.float32,
 ) -> Perturbation:
     """Turn ascent gradients into perturbed weights, in place: afterwards `gradients` hold θ+ε.
 
@@ -57,9 +58,11 @@ def perturb(
         gradients: g, each in the shape and dtype of its weight, no two of them in the same memory
             (:func:`own_storage`).
         rho: the L2 radius ρ over all weights together.
-        generator: draws the stochastic rounding of bfloat16 and float16 weights, on their device.
+        generator: draws the stochastic rounding, on the device of the weights: of those in bfloat16 and float16, and of
+            all that the passes round to these formats.
         directions: applied one after the other, they turn g into d. Without any, d = g.
         total: makes the norm over all processes out of the norm over this one's shards.
+        passes_dtype: to which the passes round float32 weights where they use them.
     """
     gradient_norm = direction_norm = total(norm(gradients))  # ()
     for direction in directions:
@@ -74,7 +77,7 @@ def perturb(
     along = torch.zeros_like(direction_norm)  # (), ⟨θ'−θ, ε⟩
     for weight, gradient in zip(weights, gradients, strict=True):
         for theta, chunk in chunks(weight, gradient):
-            along += _move(theta, chunk, scale, generator)
+            along += _move(theta, chunk, scale, generator, passes_dtype)
     return Perturbation(list(weights), list(gradients), gradient_norm, along / rho, ~finite)
 
 
@@ -89,15 +92,30 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(norms).float()
 
 
-def _move(theta: Tensor, gradient: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+def _move(
+    theta: Tensor, gradient: Tensor, scale: Tensor, generator: torch.Generator, passes_dtype: torch.dtype
+) -> Tensor:
     """Write θ' ≈ θ + scale · gradient over `gradient`, rounded so that its mean is exact; returns ⟨θ'−θ, ε⟩."""
     theta = theta.to(gradient.device)  # a shard may be offloaded
     wide = torch.promote_types(theta.dtype, torch.float32)
     # A gradient that is not finite has scale 0, but 0 · ∞ is NaN. With NaN set to 0 nothing moves, and the host does
     # not have to ask the device.
     epsilon = gradient.to(wide).mul(scale).nan_to_num_(nan=0.0)
-    gradient.copy_(stochastic_round(theta + epsilon, theta.dtype, generator))
+    gradient.copy_(_perturbed(theta, epsilon, generator, passes_dtype))
     return torch.dot((gradient.to(wide) - theta).flatten(), epsilon.flatten()).float()  # ()
+
+
+def _perturbed(theta: Tensor, epsilon: Tensor, generator: torch.Generator, passes_dtype: torch.dtype) -> Tensor:
+    """θ+ε in the format of θ; or, where the passes round θ to a narrower one, what they see of it is θ+ε in the mean.
+
+    Weights from a bfloat16 checkpoint are numbers of that format until training has moved them. Rounded to nearest, as
+    a pass rounds, θ+ε would be θ again where ε is shorter than half a gap. So θ moves by the difference between θ+ε and
+    θ, both rounded with the same noise: its mean is ε, and it is a whole number of gaps, which a pass keeps.
+    """
+    if theta.dtype == torch.float32 and passes_dtype in _DROPPED_BITS:
+        noise = _noise(theta, passes_dtype, generator)
+        return theta + (_cut_off(theta + epsilon, noise, passes_dtype) - _cut_off(theta, noise, passes_dtype))
+    return stochastic_round(theta + epsilon, theta.dtype, generator)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -107,12 +125,20 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     far smaller than the gap between two numbers. Stochastic rounding leaves all of it along the direction, in
     expectation. Where `dtype` is as wide as `x`, `x` comes back unchanged.
     """
-    bits = _DROPPED_BITS.get(dtype)
-    if bits is None:
+    if dtype not in _DROPPED_BITS:
         return x.to(dtype)
-    noise = torch.randint(0, 1 << bits, x.shape, dtype=torch.int32, device=x.device, generator=generator)  # as x
-    # Noise below the bits that stay carries into them with the right probability; then the rest is cut off.
-    return noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
+    return _cut_off(x, _noise(x, dtype, generator), dtype).to(dtype)
+
+
+def _noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Uniform in the bits that `dtype` drops, int32, in the shape of x."""
+    return torch.randint(0, 1 << _DROPPED_BITS[dtype], x.shape, dtype=torch.int32, device=x.device, generator=generator)
+
+
+def _cut_off(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """A neighbor of float32 `x` in `dtype`, as float32: noise below the bits that stay carries into them with the right
+    probability, and then the rest is cut off."""
+    return (noise + x.view(torch.int32)).bitwise_and_(-(1 << _DROPPED_BITS[dtype])).view(torch.float32)
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

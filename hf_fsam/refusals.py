@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
+from hf_fsam.accelerate_settings import compiles
 from hf_fsam.heads import liger, trl
 
 _SUPPORTED = (
@@ -31,7 +32,7 @@ def refusals(trainer: Trainer) -> Iterator[tuple[str, str]]:
     yield from _launch(trainer.args, trainer.accelerator)
     yield from _parallelism(trainer, trainer.accelerator)
     yield from _training(trainer.args)
-    yield from _cuda_graphs(trainer.args, model)
+    yield from _cuda_graphs(trainer.args, trainer.accelerator, model)
     yield from _inputs(trainer.args, type(trainer))
     yield from _liger(trainer.args, model)
     yield from _loss(trainer.args, type(trainer))
@@ -44,6 +45,8 @@ def _launch(args: Any, accelerator: Any) -> Iterator[tuple[str, str]]:
         yield f"DataParallel (n_gpu={args.n_gpu} without a launcher)", f"{_LAUNCH}, or set CUDA_VISIBLE_DEVICES=0"
     if accelerator.distributed_type not in _SUPPORTED:
         yield f"distributed_type={accelerator.distributed_type.value}", _LAUNCH
+    if accelerator.mixed_precision == "fp8":
+        yield "mixed_precision='fp8', which rounds the perturbation away", "choose mixed_precision='bf16'"
     if args.parallel_mode.value.startswith(("sagemaker", "tpu")):
         yield f"parallel_mode={args.parallel_mode.value!r}", _LAUNCH
 
@@ -86,16 +89,19 @@ def _training(args: Any) -> Iterator[tuple[str, str]]:
         )
 
 
-def _cuda_graphs(args: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
+def _cuda_graphs(args: Any, accelerator: Any, model: nn.Module) -> Iterator[tuple[str, str]]:
     """CUDA graphs read the weights where these were when the graph was recorded, and would miss the perturbed ones."""
-    if args.torch_compile_mode in ("reduce-overhead", "max-autotune"):
-        yield (
-            f"torch_compile_mode={args.torch_compile_mode!r}, whose CUDA graphs read the weights where they once were",
-            "set torch_compile_mode='default' or 'max-autotune-no-cudagraphs'",
-        )
-    if args.torch_compile_backend == "cudagraphs":
+    plugin = accelerator.state.dynamo_plugin  # what Accelerate's configuration says where the arguments say nothing
+    for mode in dict.fromkeys((args.torch_compile_mode, plugin.mode)):
+        if mode in ("reduce-overhead", "max-autotune"):
+            yield (
+                f"torch_compile_mode={mode!r} (Accelerate's dynamo_mode), whose CUDA graphs read the weights where "
+                "they once were",
+                "set torch_compile_mode='default' or 'max-autotune-no-cudagraphs'",
+            )
+    if "cudagraphs" in (args.torch_compile_backend, plugin.backend.value.lower()):
         yield "CUDA graphs (torch_compile_backend='cudagraphs')", "set torch_compile_backend='inductor'"
-    if args.torch_compile:
+    if compiles(args, accelerator):
         import torch._inductor.config
 
         if torch._inductor.config.triton.cudagraphs:

@@ -16,6 +16,7 @@ from hf_fsam.counters import Counters
 from hf_fsam.engines import Ascent, gradients_set_aside, unwrapped
 from hf_fsam.forward_state import RandomState
 from hf_fsam.functional_sam import FunctionalSAM, MicroBatch, Window
+from hf_fsam.heads import trl
 from hf_fsam.heads.deferred_logits import DeferringLabelSmoother, LogitsNeeded
 from hf_fsam.heads.unperturbed import UnperturbedHead
 from hf_fsam.passes import CALLED_TWICE, NOT_BACK_PROPAGATED, CleanPass, SecondPass
@@ -180,9 +181,11 @@ class SplitStep:
                         replaced.enter_context(self.fsam.cleanup.replaced(module, "generate", refusing))
                 # A caller's autocast region would give this pass the casts of the weights that it made at θ.
                 torch.clear_autocast_cache()
+                trl.note_storages(self.trainer)
                 yield
         finally:
             torch.clear_autocast_cache()
+            trl.note_storages(self.trainer)
 
     # ---- Ascent ----
 

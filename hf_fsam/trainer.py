@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_fsam import model_card
+from hf_fsam.accelerate_settings import compiles
 from hf_fsam.arguments import FSAMArguments
 from hf_fsam.diagnostics.callback import FSAMDiagnosticsCallback
 from hf_fsam.functional_sam import FunctionalSAM
@@ -78,7 +79,7 @@ class FSAMMixin(Seam):
             _ = self.fsam.engine  # what is not supported is refused now
             if self.fsam.splits:
                 find_boundary(self.model, self.args.fsam_boundary)
-            if self.args.torch_compile:
+            if compiles(self.args, self.accelerator):
                 self.fsam.attach()
 
     @property

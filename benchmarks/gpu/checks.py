@@ -277,9 +277,10 @@ class _Waits(TorchDispatchMode):
         asks = name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
         if there and (masked or home or asks):
             frame: Any = sys._getframe(1)
-            while "/torch/" in frame.f_code.co_filename:
+            while frame is not None and "/torch/" in frame.f_code.co_filename:
                 frame = frame.f_back
-            file = Path(frame.f_code.co_filename)
+            # A backward pass runs in a thread of the device's own, where an operation of autograd's has no caller.
+            file = Path(frame.f_code.co_filename if frame is not None else "")
             if "hf_fsam" in file.parts:
                 self.own[f"{name} at {file.name}:{frame.f_lineno}"] += 1
             else:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_fsam import batches
+from hf_fsam.accelerate_settings import passes_dtype
 from hf_fsam.boundary import Boundary
 from hf_fsam.counters import Counters
 from hf_fsam.engines.local import gradients_set_aside
@@ -214,15 +215,17 @@ class Probe:
     def perturbation(self, direction: Sequence[Tensor], rho: float) -> Perturbation:
         """θ+ε with ε = ρ d / ‖d‖₂."""
         generator = torch.Generator(self.device).manual_seed(0)
-        return perturb(self.weights, [part.clone() for part in direction], rho, generator)
+        gradients = [part.clone() for part in direction]
+        return perturb(self.weights, gradients, rho, generator, passes_dtype=passes_dtype(self.trainer.accelerator))
 
     @torch.no_grad()
     def nearest_share(self, direction: Sequence[Tensor], rho: float) -> float:
-        """⟨round(θ+ε) − θ, ε⟩ / ρ²: the share of ρ along ε that rounding to the nearest number leaves."""
-        scale, product = ratio(rho, float(norm(direction))), 0.0
+        """⟨round(θ+ε) − round(θ), ε⟩ / ρ²: the share of ρ along ε that rounding to the nearest number leaves, in the
+        format of the weights or, where that is narrower, of the passes."""
+        scale, product, seen = ratio(rho, float(norm(direction))), 0.0, passes_dtype(self.trainer.accelerator)
         for weight, part in zip(self.weights, direction, strict=True):
-            epsilon = part.float() * scale
-            moved = (weight.float() + epsilon).to(weight.dtype).float() - weight.float()
+            epsilon, dtype = part.float() * scale, seen if weight.dtype == torch.float32 else weight.dtype
+            moved = (weight.float() + epsilon).to(dtype).float() - weight.to(dtype).float()
             product += float(torch.dot(moved.flatten(), epsilon.flatten()))
         return ratio(product, rho**2)
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_fsam.accelerate_settings import passes_dtype
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.optimizer_state import SecondMoment, precondition
 from hf_fsam.perturbation import Direction, Perturbation, own_storage, perturb
@@ -125,7 +126,9 @@ class Engine(ABC):
         process = accelerator.process_index if self.perturbs_shards else 0
         generator = torch.Generator(accelerator.device).manual_seed(seed + process)
         gradients = own_storage(ascent.gradients, cotangents)
-        result = perturb(ascent.weights, gradients, rho, generator, directions, over_processes)
+        result = perturb(
+            ascent.weights, gradients, rho, generator, directions, over_processes, passes_dtype(accelerator)
+        )
         if self.perturbs_shards:
             result.radius = accelerator.reduce(result.radius, "sum")
         return result

@@ -46,6 +46,9 @@ def select_deepspeed_engine(args: Any, accelerator: Accelerator) -> Engine:
         "mics_shard_size (MiCS)": (zero.get("mics_shard_size") or -1) > 0,
         "zenflow": bool(zero.get("zenflow")),
         "super_offload (SuperOffload)": any(part.get("super_offload") for part in offload),
+        "offload_optimizer.ratio < 1 (Twin-Flow) with fsam_precondition=True or fsam_ascent_direction='momentum'": (
+            offload[0].get("ratio", 1) < 1 and (args.fsam_precondition or args.fsam_ascent_direction == "momentum")
+        ),
         "offload to NVMe": any(part.get("device") == "nvme" for part in offload),
         "compile.deepcompile (DeepCompile)": bool((config.get("compile") or {}).get("deepcompile")),
         "torch_autocast": bool((config.get("torch_autocast") or {}).get("enabled")),

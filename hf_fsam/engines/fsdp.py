@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_fsam.accelerate_settings import compiles
 from hf_fsam.engines.base import RANK_SET_LATE, Ascent, Engine
 from hf_fsam.engines.local import LocalEngine, gradients_set_aside, trainable
 from hf_fsam.optimizer_state import SecondMoment
@@ -32,7 +33,7 @@ def select_fsdp_engine(args: Any, accelerator: Accelerator) -> Engine:
         "offload to the CPU": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "hybrid sharding (dp_replicate)": parallelism is not None
         and bool(getattr(parallelism, "dp_replicate_enabled", False)),
-        "torch_compile=True": args.torch_compile,
+        "torch_compile=True": compiles(args, accelerator),
     }
     for what, holds in refused.items():
         if holds:
@@ -89,6 +90,7 @@ class FSDPEngine(LocalEngine):
         self._weights, averages = self._momenta(weights, optimizer)
         if not averages:
             return None
+        self._broken_off = True  # the clean pass has no backward pass
         return Ascent(model, self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
 
     def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
@@ -98,6 +100,7 @@ class FSDPEngine(LocalEngine):
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         with self._cleanup.after(self._put_back):
+            self.settle()
             if self._reduce_at_once:
                 self._model.set_requires_gradient_sync(True)
             self._swap_numbers(perturbation)

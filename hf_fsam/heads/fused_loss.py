@@ -345,19 +345,24 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, without rounding the product to a's format first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.dtype == torch.float32 and _has_mixed_products(a.device):
+    elif total.dtype == torch.float32 and _has_mixed_products(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 @functools.cache
-def _has_mixed_products(device: torch.device) -> bool:
+def _has_mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `torch.addmm(..., out_dtype=torch.float32)` takes narrower matrices here: on NVIDIA's devices from Ampere
-    on."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    on, with a torch that lets the total be wider than they are, as some do not."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    one, total = torch.ones(1, 1, dtype=dtype, device=device), torch.ones(1, 1, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _times(x: Tensor, factor: Tensor | float) -> Tensor:

@@ -44,6 +44,14 @@ _DIVERGENCE_PARAMETERS = (
 _IN_PIECES = "_chunked_jsd_loss"
 
 
+def note_storages(trainer: Any) -> None:
+    """Call it when the weights have other memory: TRL's `activation_offloading` leaves in place what lies in that of a
+    weight, which it looked up once."""
+    context = getattr(trainer, "maybe_activation_offload_context", None)
+    if hasattr(context, "update_model_params"):
+        context.update_model_params(trainer.model)
+
+
 def unknown_heads(trainer_class: type) -> Iterator[tuple[str, str]]:
     """What of TRL's heads that `trainer_class` makes its loss in no boundary can be put into, and what to do."""
     if has_unknown_fused_head(trainer_class):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.engines import deepspeed_internals, select_engine
@@ -39,8 +39,12 @@ def select(config: dict[str, Any], **arguments: Any) -> object:
     return select_deepspeed_engine(SimpleNamespace(**(ARGUMENTS | arguments)), SimpleNamespace(state=state))
 
 
-def select_fsdp(parallelism: Any = None, version: int = 2, offload: Any = None, **arguments: Any) -> object:
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version, cpu_offload=offload))
+def select_fsdp(
+    parallelism: Any = None, version: int = 2, offload: Any = None, backend: str = "no", **arguments: Any
+) -> object:
+    state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(fsdp_version=version, cpu_offload=offload), dynamo_plugin=TorchDynamoPlugin(backend)
+    )
     accelerator = SimpleNamespace(state=state, parallelism_config=parallelism)
     return select_fsdp_engine(SimpleNamespace(**(ARGUMENTS | arguments)), accelerator)
 
@@ -72,6 +76,7 @@ def test_the_engine_follows_stage_and_scope() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "Super"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "Twin-Flow"),
         ({"compile": {"deepcompile": True}}, "DeepCompile"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
@@ -110,6 +115,7 @@ def test_rank_scope_is_refused_where_gradients_or_moments_are_sharded() -> None:
         ({"offload": torch.distributed.fsdp.CPUOffloadPolicy()}, "offload to the CPU"),
         ({"parallelism": SimpleNamespace(dp_replicate_enabled=True)}, "hybrid sharding"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"backend": "inductor"}, "torch_compile"),  # by Accelerate's own configuration
     ],
 )
 def test_unsupported_settings_of_fsdp_are_refused_by_name(change: dict[str, Any], named: str) -> None:

@@ -93,6 +93,19 @@ def test_plain_steps_and_evaluations_between_split_steps_compile_nothing_anew(
     assert graphs[-1] == graphs[0], f"compiled anew: {graphs}"
 
 
+def test_a_model_that_accelerates_own_configuration_compiles_trains_as_an_eager_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch --dynamo_backend` sets this; the Trainer's arguments know nothing of it."""
+    eager = train(tmp_path, fsam_rho=0.3)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    compiled = make_trainer(tmp_path, fsam_rho=0.3)
+    graphs = graphs_compiled(compiled)
+    compiled.train()
+    assert graphs[0] > 0
+    assert distance(weights_of(compiled.model), eager) < 1e-5
+
+
 def test_a_model_compiled_in_an_earlier_plain_training_trains_as_an_eager_one(tmp_path: Path) -> None:
     """torch does not check whether a hook was added since it compiled. What it compiled without one never calls it."""
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "fsam_rho": 0.3}

@@ -20,10 +20,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl.models.activation_offloading import OffloadActivations
 
-from hf_fsam import FSAMArguments, FSAMMixin
+from hf_fsam import FSAMArguments, FSAMMixin, FSAMTrainer
 from hf_fsam.counters import Counters
-from tests import reference, zoo
+from tests import reference, toys, zoo
 from tests.parity.test_parity import assert_same_weights
 from tests.reference import IGNORED, Batch, Problem, Window
 from tests.toys import ON_DEVICE, VOCABULARY, llama
@@ -477,3 +478,22 @@ def test_a_trl_whose_fused_head_saves_other_tensors_is_refused(tmp_path: Path, m
     monkeypatch.setattr(function, "forward", staticmethod(reordered))
     with pytest.raises(ValueError, match=r"fused head of this TRL.*install trl==1\.16"):
         make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
+
+
+def test_offloaded_activations_are_told_where_the_weights_are(tmp_path: Path) -> None:
+    """`activation_offloading` would copy the perturbed weights to the host in every second pass, as activations."""
+    context = OffloadActivations.__new__(OffloadActivations)  # its constructor wants an accelerator
+    known: dict[str | None, bool] = {}
+
+    class Offloading(FSAMTrainer):
+        maybe_activation_offload_context = context
+
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            addresses = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+            known[self.fsam_pass] = addresses <= context.param_storages
+            return super().compute_loss(model, *args, **kwargs)
+
+    trainer = toys.make_trainer(tmp_path, trainer_class=Offloading, fsam_rho=0.3, max_steps=2)
+    context.update_model_params(trainer.model)
+    trainer.train()
+    assert known == {"clean": True, "second": True}

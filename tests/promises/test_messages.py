@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -146,7 +146,12 @@ def runs(where: str, bad: Any, good: Any) -> dict[str, Run]:
 
     def provoke(value: Any, folder: Path) -> None:
         trainer = make_trainer(folder, fsam_variant="none")
-        accelerator = SimpleNamespace(distributed_type=trainer.accelerator.distributed_type, parallelism_config=None)
+        accelerator = SimpleNamespace(
+            distributed_type=trainer.accelerator.distributed_type,
+            parallelism_config=None,
+            mixed_precision="no",
+            state=SimpleNamespace(dynamo_plugin=TorchDynamoPlugin()),
+        )
         view = SimpleNamespace(
             args=trainer.args,
             accelerator=accelerator,
@@ -309,6 +314,7 @@ ENGINES = [
         "parallel_mode=",
         **runs("args", lambda: _args("sagemaker_model_parallel"), lambda: _args("distributed")),
     ),
+    Row("choose mixed_precision='bf16'", **runs("accelerator.mixed_precision", "fp8", "bf16")),
     Row("load it without device_map", **runs("is_model_parallel", True, False)),
     Row("load it without distributed_config", **runs("is_distributed_loading_by_transformers", True, False)),
     Row(
@@ -424,8 +430,23 @@ class _LowRank(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
-                rows = weight.grad.square()
-                self.state[weight] = {"step": 1, "exp_avg_sq": rows if weight.numel() < 10 else rows.mean(0)}
+                self.state[weight] = {"step": 1, "exp_avg_sq": weight.grad.square().mean(0)}
+
+
+class _Quantized(Tensor):
+    """Stands for a format of an optimizer's own."""
+
+
+class _EightBit(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = torch.zeros_like(weight).as_subclass(_Quantized)
+                self.state[weight] = {"step": 1, "exp_avg": average, "exp_avg_sq": average}
 
 
 class _ScheduleFree(torch.optim.Optimizer):
@@ -476,6 +497,16 @@ OPTIMIZERS = [
         "_ScheduleFree keeps none that is known here: no 'step' (its state is z, exp_avg_sq)",
         with_optimizer(_ScheduleFree, fsam_precondition=True),
         with_optimizer(_ScheduleFree, fsam_precondition=False),
+    ),
+    Row(
+        "_EightBit keeps it in a format of its own (_Quantized)",
+        with_optimizer(_EightBit, fsam_precondition=True),
+        with_optimizer(_EightBit),
+    ),
+    Row(
+        "keeps its momentum in a format of its own",
+        with_optimizer(_EightBit, **along_momentum),
+        with_optimizer(_EightBit, fsam_ascent_direction="gradient"),
     ),
     Row(
         "as low-rank optimizers do. Set fsam_precondition",

@@ -69,7 +69,10 @@ def test_the_first_blocks_run_once() -> None:
     assert ratios["a quarter of the blocks, momentum"] == pytest.approx(13 / 12, abs=0.02)
 
 
-def test_products_that_are_added_in_place_are_counted() -> None:
+def test_products_that_are_added_in_place_or_to_wider_numbers_are_counted() -> None:
+    total = torch.zeros(2, 4, device="meta")
+    a, b = torch.ones(2, 3, device="meta"), torch.ones(3, 4, device="meta")
     with counted_products() as counted:
-        torch.zeros(2, 4).addmm_(torch.ones(2, 3), torch.ones(3, 4))
-    assert counted.get_total_flops() == 2 * 2 * 3 * 4
+        total.addmm_(a, b)
+        torch.addmm(total, a.bfloat16(), b.bfloat16(), out_dtype=torch.float32, out=total)
+    assert counted.get_total_flops() == 2 * (2 * 2 * 3 * 4)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_fsam import FSAMArguments, FSAMTrainer, FSAMTrainingArguments
@@ -192,6 +192,9 @@ def test_odd_values_set_by_a_callback_are_saved_with_every_checkpoint(tmp_path: 
         ("args", {"_n_gpu": 2}, "DataParallel"),
         ("args", {"optim": "lomo"}, "lomo"),
         ("args", {"torch_compile_mode": "reduce-overhead"}, "CUDA graphs"),
+        ("state", {"dynamo_plugin": TorchDynamoPlugin(mode="max-autotune")}, "CUDA graphs"),
+        ("state", {"dynamo_plugin": TorchDynamoPlugin(backend="cudagraphs")}, "CUDA graphs"),
+        ("accelerator", {"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
         ("args", {"optim": "galore_adamw_layerwise"}, "galore_adamw_layerwise"),
         ("trainer", {"is_model_parallel": True}, "hf_device_map"),
         ("trainer", {"is_distributed_loading_by_transformers": True}, "DistributedConfig"),
@@ -204,7 +207,11 @@ def test_unsupported_ways_of_running_are_refused_by_name(
     tmp_path: Path, where: str, change: dict[str, Any], named: str
 ) -> None:
     trainer = make_trainer(tmp_path, fsam_variant="none")
-    accelerator = SimpleNamespace(distributed_type=trainer.accelerator.distributed_type, parallelism_config=None)
+    state = SimpleNamespace(dynamo_plugin=TorchDynamoPlugin())
+    distributed_type = trainer.accelerator.distributed_type
+    accelerator = SimpleNamespace(
+        distributed_type=distributed_type, parallelism_config=None, mixed_precision="no", state=state
+    )
     view = SimpleNamespace(
         args=trainer.args,
         accelerator=accelerator,
@@ -214,7 +221,7 @@ def test_unsupported_ways_of_running_are_refused_by_name(
     )
     select_engine(view)  # raises nothing without the change
     for name, value in change.items():
-        setattr({"args": view.args, "trainer": view, "accelerator": accelerator}[where], name, value)
+        setattr({"args": view.args, "trainer": view, "accelerator": accelerator, "state": state}[where], name, value)
     with pytest.raises(ValueError, match=named):
         select_engine(view)
 

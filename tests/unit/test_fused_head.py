@@ -958,20 +958,32 @@ def test_dot_products_longer_than_blas_can_count_are_summed_in_parts(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("device", "hip", "capability", "wanted"),
+    ("device", "hip", "capability", "takes", "wanted"),
     [
-        ("cpu", None, (9, 0), False),
-        ("cuda", None, (9, 0), True),
-        ("cuda", None, (7, 5), False),  # a T4
-        ("cuda", "6.2", (9, 4), False),  # ROCm
+        ("cpu", None, (9, 0), True, False),
+        ("cuda", None, (9, 0), True, True),
+        ("cuda", None, (9, 0), False, False),  # torch 2.8
+        ("cuda", None, (7, 5), True, False),  # a T4
+        ("cuda", "6.2", (9, 4), True, False),  # ROCm
     ],
 )
-def test_products_of_mixed_dtypes_are_only_for_devices_that_have_them(
-    device: str, hip: str | None, capability: tuple[int, int], wanted: bool, monkeypatch: pytest.MonkeyPatch
+def test_products_of_mixed_dtypes_are_only_for_devices_and_a_torch_that_have_them(
+    device: str,
+    hip: str | None,
+    capability: tuple[int, int],
+    takes: bool,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def addmm(*args: Any, **kwargs: Any) -> None:
+        if not takes:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert fused_loss._has_mixed_products.__wrapped__(torch.device(device)) == wanted
+    monkeypatch.setattr(torch, "ones", lambda *shape, **kwargs: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert fused_loss._has_mixed_products.__wrapped__(torch.device(device), torch.bfloat16) == wanted
 
 
 def test_on_a_device_a_tile_is_large_enough_to_outweigh_the_gradient_that_it_is_added_to() -> None:

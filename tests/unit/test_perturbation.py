@@ -176,6 +176,25 @@ def test_stochastic_rounding_has_the_right_mean_and_only_neighbours(dtype: torch
         assert column.double().mean().item() == pytest.approx(number.item(), abs=0.01 * gap.abs().max().item())
 
 
+@pytest.mark.parametrize("moved", [0.0, 1e-5, 1e-4])
+def test_what_passes_in_bfloat16_see_of_float32_weights_moves_by_rho(moved: float) -> None:
+    """Weights from a bfloat16 checkpoint stay numbers of that format until training has moved them: a pass that rounds
+    to nearest would see θ where ε is shorter than half a gap."""
+    count, rho = 1 << 22, 0.02
+    (theta,), (gradient,) = _pair((count,), dtype=torch.bfloat16)
+    theta = theta.float() + moved * torch.randn(count, generator=_generator())
+    direction = gradient.float() / gradient.float().norm()
+
+    def seen(weights: torch.Tensor) -> float:
+        return torch.dot(weights.bfloat16().float() - theta.bfloat16().float(), direction).item()
+
+    if moved < 1e-4:
+        assert seen(theta + rho * direction) < 0.5 * rho
+    result = perturb([theta], [direction.clone()], rho, _generator(), passes_dtype=torch.bfloat16)
+    assert seen(result.values[0]) == pytest.approx(rho, rel=0.03)
+    assert result.radius.item() == pytest.approx(rho, rel=0.03)
+
+
 def test_numbers_that_need_no_rounding_are_kept() -> None:
     x = torch.randn(1000, generator=_generator()).bfloat16()
     assert torch.equal(stochastic_round(x.float(), torch.bfloat16, _generator()), x)
