@@ -17,6 +17,7 @@ from hf_fsam.cleanup import Cleanup
 from hf_fsam.counters import Counters
 from hf_fsam.engines import Engine
 from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.graph import autograd_nodes
 from hf_fsam.heads.find import IDENTITY, find_boundary
 from hf_fsam.heads.fused_head import FusedHead, find_fused_head
 from hf_fsam.heads.unperturbed import CotangentCache
@@ -110,6 +111,7 @@ class FunctionalSAM:
         self._checked_model: nn.Module | None = None
         self._agreed_on: nn.Module | None = None
         self._fused_head: tuple[list[nn.Module], FusedHead | None] | None = None
+        self._outside: tuple[nn.Module, list[Tensor]] | None = None
 
     # ---- What the settings say ----
 
@@ -157,15 +159,22 @@ class FunctionalSAM:
             )
         return weights
 
-    def weights_outside_model(self) -> list[Tensor]:
-        """Those that the optimizer has and the model has not, as a loss's own. Nothing perturbs them."""
+    def weights_outside_model(self, loss: Tensor) -> list[Tensor]:
+        """Those that the model has not, as a loss's own: the leaves of the first `loss`, and what the optimizer has.
+        Nothing perturbs them."""
         trainer = self.trainer
-        if trainer.optimizer is None or trainer.is_deepspeed_enabled:  # DeepSpeed's has partitions of the model's
-            return []
-        inside = set(trainer.model.parameters())
-        return [
-            weight for group in trainer.optimizer.param_groups for weight in group["params"] if weight not in inside
-        ]
+        if self._outside is None or self._outside[0] is not trainer.model:
+            inside, found = set(trainer.model.parameters()), []
+            if self.engine.gradients_whole:  # elsewhere the leaves are whole weights in the place of the model's shards
+                leaves = (getattr(node, "variable", None) for node in autograd_nodes(loss.grad_fn))
+                found = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf not in inside]
+            if (
+                trainer.optimizer is not None and not trainer.is_deepspeed_enabled
+            ):  # whose has partitions of the model's
+                groups = trainer.optimizer.param_groups
+                found += [weight for group in groups for weight in group["params"] if weight not in inside]
+            self._outside = trainer.model, list(dict.fromkeys(found))
+        return self._outside[1]
 
     def ascent_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """

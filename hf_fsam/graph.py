@@ -1,7 +1,9 @@
-"""A walk over the autograd graph, which the probe and the check of the boundary share."""
+"""The autograd graph: a walk over it, and the order of its nodes."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
+
+import torch
 
 
 def autograd_nodes(*roots: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
@@ -27,3 +29,14 @@ def parents(node: Any) -> list[Any]:
         return [parent for parent, _ in node.next_functions]
     except RuntimeError:
         return []
+
+
+def node_number(node: Any) -> int:
+    """A node's place in the order in which this thread makes nodes (private in torch 2.13)."""
+    return node._sequence_nr()
+
+
+def node_count() -> int:
+    """More than the number of every node that this thread has made."""
+    with torch.enable_grad():
+        return node_number(torch.zeros((), requires_grad=True).clone().grad_fn)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
@@ -16,6 +17,7 @@ from hf_fsam.counters import Counters
 from hf_fsam.engines import Ascent, gradients_set_aside, unwrapped
 from hf_fsam.forward_state import RandomState
 from hf_fsam.functional_sam import FunctionalSAM, MicroBatch, Window
+from hf_fsam.graph import node_count, node_number
 from hf_fsam.heads import trl
 from hf_fsam.heads.deferred_logits import DeferringLabelSmoother, LogitsNeeded
 from hf_fsam.heads.unperturbed import UnperturbedHead
@@ -57,6 +59,8 @@ class SplitStep:
         self.moved: CleanPass | SecondPass | None = None  # the pass at θ+ε
         self._raised = False
         self._contexts = ExitStack()
+        self._second_contexts = ExitStack()  # those of the second pass: the weights are at θ+ε
+        self._ended_at: int | None = None  # when in the order of autograd's nodes they ended
 
     def __enter__(self) -> "SplitStep":
         replaced = functools.partial(self.fsam.cleanup.replaced, self.trainer)
@@ -71,6 +75,9 @@ class SplitStep:
         accelerator = self.trainer.accelerator
         backward = self._of_this_loss(accelerator.backward)
         self._contexts.enter_context(self.fsam.cleanup.replaced(accelerator, "backward", backward))
+        # For a step that back-propagates by itself and steps an optimizer: it has to step from θ.
+        handle = register_optimizer_step_pre_hook(lambda *_: self._end_second_pass())
+        self._contexts.enter_context(self.fsam.cleanup.after(handle.remove))
         return self
 
     def __exit__(
@@ -88,8 +95,9 @@ class SplitStep:
         return once
 
     def _of_this_loss(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """Accelerate's `backward`, for after `compute_loss`: DeepSpeed would take its step inside of it. A loss of its
-        own that the parent's step back-propagates then is differentiated at θ+ε, as a term of `sam` is."""
+        """Accelerate's `backward`, for after `compute_loss`: DeepSpeed would take its step inside of it. When it has
+        ended, the weights are at θ for what the parent's step does next. Another loss that it back-propagates is
+        differentiated where it was computed: at θ+ε, as a term of `sam` is, if that was in the second pass."""
 
         @functools.wraps(backward)
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -97,9 +105,27 @@ class SplitStep:
                 raise RuntimeError(f"{type(self.trainer).__name__}: {BACK_PROPAGATES}")
             if self.second is None:
                 raise RuntimeError(self._not_back_propagated())
-            return backward(*args, **kwargs)
+            loss = args[0] if args else kwargs.get("loss")
+            with self._perturbed_again() if self._is_of_the_ended_pass(loss) else nullcontext():
+                result = backward(*args, **kwargs)
+            self._end_second_pass()
+            return result
 
         return checked
+
+    def _end_second_pass(self) -> None:
+        """The weights are at θ after it, once the backward pass of the loss has ended. Until then nothing happens."""
+        if self.second is not None and self.second.backward_ended and self._ended_at is None:
+            self._ended_at = node_count()
+            self._second_contexts.close()
+
+    def _is_of_the_ended_pass(self, loss: Any) -> bool:
+        node = getattr(loss, "grad_fn", None)
+        return self._ended_at is not None and node is not None and node_number(node) < self._ended_at
+
+    def _perturbed_again(self) -> AbstractContextManager[None]:
+        assert self.window is not None
+        return self._perturbed(self.window.perturbation) if self.moved is self.second else nullcontext()
 
     def return_to_theta(self) -> None:
         """The weights are the clean ones for the rest of the step.
@@ -109,7 +135,7 @@ class SplitStep:
         """
         if self.second is None or not self.second.backward_ended:
             raise RuntimeError(f"{type(self.trainer).__name__}: {GENERATES}")
-        self._contexts.close()
+        self._end_second_pass()
 
     def _not_back_propagated(self) -> str:
         classes = type(self.trainer).__mro__
@@ -128,8 +154,8 @@ class SplitStep:
 
             second_pass_runs = self.second is not None and not self.second.backward_ended
             if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation in the parent's step
+                self._end_second_pass()
                 if self.second is not None:
-                    self._contexts.close()  # at θ
                     self.fsam.current_pass = None
                 return call(model, inputs)
             try:
@@ -142,7 +168,7 @@ class SplitStep:
 
     def _compute_loss(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Any:
         """Make the clean passes, if they are due, and the perturbation, and return the result of the second pass, with
-        which the parent's step goes on. The weights stay at θ+ε until the step ends."""
+        which the parent's step goes on. The weights stay at θ+ε until its backward pass ends."""
         if self.second is not None:
             raise RuntimeError(CALLED_TWICE)
         fsam, engine = self.fsam, self.fsam.engine
@@ -161,8 +187,9 @@ class SplitStep:
         batch.random.restore()
         self.second = second = SecondPass(batch.clean, cotangents)
         self.moved = self.moved or second
+        self._contexts.enter_context(self._second_contexts)
         for context in (perturbed, fsam.uncounted(model), fsam.boundary.running(second)):
-            self._contexts.enter_context(context)
+            self._second_contexts.enter_context(context)
         with fsam.unlogged():  # no longer: what calls compute_loss counts, too
             result = call(model, inputs)
         if isinstance(result, tuple):
@@ -251,7 +278,7 @@ class SplitStep:
             average = args.fsam_ascent_scope != "rank"
             weights = fsam.perturbed_weights()
             ascents = engine.ascent(model, weights, average=average, passes=len(waiting))
-        with gradients_set_aside(fsam.weights_outside_model(), fsam.cleanup), ascents as ascent:
+        with ascents as ascent:
             for batch in waiting:
                 batch.random = RandomState.capture(args.device)
                 backward = None if momentum is not None else ascent.backward
@@ -288,7 +315,8 @@ class SplitStep:
             with torch.autocast(self.trainer.args.device.type, enabled=False):
                 if backward is None:
                     clean.differentiate(self.fsam.engine.scale(loss))
-                else:
+                    return
+                with gradients_set_aside(self.fsam.weights_outside_model(loss), self.fsam.cleanup):
                     backward(loss)
 
     def _take(self, window: Window, inputs: dict[str, Any]) -> MicroBatch:

@@ -1087,3 +1087,135 @@ def test_a_new_accelerator_gets_a_new_engine(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.create_accelerator_and_postprocess()  # as a hyperparameter search does for each trial
     assert trainer.fsam.engine.accelerator is trainer.accelerator
+
+
+class _Steps(Trainer):
+    """Steps its optimizer itself, behind the Trainer's step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+class _BackPropagatesAndSteps(Trainer):
+    """The same without Accelerate's `backward`."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+@pytest.mark.parametrize("below", [_Steps, _BackPropagatesAndSteps])
+def test_a_step_that_steps_the_optimizer_itself_does_it_from_theta(
+    tmp_path: Path, below: type[Trainer], variant: str
+) -> None:
+    class Over(FSAMMixin, below):
+        pass
+
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3, "max_grad_norm": 0.0}
+    assert distance(train(tmp_path, trainer_class=Over, **settings), train(tmp_path, **settings)) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_after_its_backward_pass_the_parents_step_finds_the_weights_at_theta(tmp_path: Path, variant: str) -> None:
+    """It may restore what it has changed for the pass, average the weights or save them."""
+
+    class Looks(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            before = weights_of(model)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            assert same_bits(weights_of(model), before)
+            for name, weight in model.named_parameters():
+                weight.data.copy_(before[name])
+            return loss
+
+    class Over(FSAMMixin, Looks):
+        pass
+
+    before = weights_of(llama())
+    trainer = make_trainer(tmp_path, trainer_class=Over, fsam_variant=variant, fsam_rho=0.3, learning_rate=0.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["fsam/radius"] == pytest.approx(0.3, rel=1e-3)
+    assert same_bits(weights_of(trainer.model), before)
+
+
+def _cubes(model: nn.Module) -> Tensor:
+    return sum(weight.pow(3).sum() for weight in model.parameters())  # its gradient is 3 w²
+
+
+class _Gradients(Trainer):
+    """Keeps the gradients of its first step, and the weights of the second pass."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = super().compute_loss(model, *args, **kwargs)
+        self.cubes, self.seen = _cubes(model), weights_of(model)
+        return loss
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        self.also(model)
+        self.gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        return loss
+
+    def also(self, model: nn.Module) -> None:
+        """Nothing else is back-propagated."""
+
+
+class _OfTheSecondPass(_Gradients):
+    def also(self, model: nn.Module) -> None:
+        self.accelerator.backward(self.cubes)
+
+
+class _OfTheirOwn(_Gradients):
+    def also(self, model: nn.Module) -> None:
+        self.accelerator.backward(_cubes(model))
+
+
+def test_another_loss_is_differentiated_where_it_was_computed(tmp_path: Path) -> None:
+    """At θ+ε, if that was in the second pass, although it is back-propagated behind it; else at θ."""
+    theta = weights_of(llama())
+    trainers = []
+    for below in (_Gradients, _OfTheSecondPass, _OfTheirOwn):
+        over = type("Over", (FSAMMixin, below), {})
+        trainers.append(make_trainer(tmp_path, trainer_class=over, fsam_variant="sam", fsam_rho=3.0, max_steps=1))
+        trainers[-1].train()
+    alone, of_the_pass, of_their_own = trainers
+    assert distance(alone.seen, theta) > 0.1
+    for trainer, at in ((of_the_pass, alone.seen), (of_their_own, theta)):
+        added = {name: gradient - alone.gradients[name] for name, gradient in trainer.gradients.items()}
+        assert distance(added, {name: 3 * weight.square() for name, weight in at.items()}) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_weight_with_an_optimizer_of_its_own_gets_the_gradient_of_one_pass(tmp_path: Path, variant: str) -> None:
+    """A learned loss weight, a center loss: neither the model nor the Trainer's optimizer has it."""
+
+    class Weighed(Trainer):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.factor, self.gradients = nn.Parameter(torch.ones((), device=DEVICE)), []
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * self.factor
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.gradients.append(float(self.factor.grad))
+            self.factor.grad = None
+            return loss
+
+    class Over(FSAMMixin, Weighed):
+        pass
+
+    settings = {"trainer_class": Over, "fsam_rho": 1e-6, "max_steps": 2}
+    ours = make_trainer(tmp_path, fsam_variant=variant, **settings)
+    plain = make_trainer(tmp_path, fsam_variant="none", **settings)
+    ours.train()
+    plain.train()
+    assert ours.gradients == pytest.approx(plain.gradients, rel=1e-3)
