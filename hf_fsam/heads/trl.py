@@ -48,8 +48,9 @@ def note_storages(trainer: Any) -> None:
     """Call it when the weights have other memory: TRL's `activation_offloading` leaves in place what lies in that of a
     weight, which it looked up once."""
     context = getattr(trainer, "maybe_activation_offload_context", None)
-    if hasattr(context, "update_model_params"):
-        context.update_model_params(trainer.model)
+    update = getattr(context, "update_model_params", None)
+    if update is not None:
+        update(trainer.model)
 
 
 def unknown_heads(trainer_class: type) -> Iterator[tuple[str, str]]:
