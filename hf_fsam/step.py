@@ -75,9 +75,10 @@ class SplitStep:
         accelerator = self.trainer.accelerator
         backward = self._of_this_loss(accelerator.backward)
         self._contexts.enter_context(self.fsam.cleanup.replaced(accelerator, "backward", backward))
-        # For a step that back-propagates by itself and steps an optimizer: it has to step from θ.
-        handle = register_optimizer_step_pre_hook(lambda *_: self._end_second_pass())
-        self._contexts.enter_context(self.fsam.cleanup.after(handle.remove))
+        if not self.trainer.is_deepspeed_enabled:  # which takes its step inside of `backward`, and is at θ by then
+            # For a step that back-propagates by itself and steps an optimizer: it has to step from θ.
+            handle = register_optimizer_step_pre_hook(lambda *_: self._end_second_pass())
+            self._contexts.enter_context(self.fsam.cleanup.after(handle.remove))
         return self
 
     def __exit__(
