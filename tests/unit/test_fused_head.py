@@ -770,6 +770,17 @@ def test_a_loss_term_under_reentrant_checkpointing_is_not_lost(tmp_path: Path) -
     assert trains_as_with_logits(loss, tmp_path)
 
 
+def test_a_loss_term_that_is_compiled_is_not_lost(tmp_path: Path) -> None:
+    @torch.compile(backend="eager")
+    def term(z: Tensor) -> Tensor:
+        return z.float().logsumexp(-1).square().mean() + (z[:, 1:] * z.softmax(-1)[:, 1:]).mean()
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(*shifted(outputs.logits, labels)) + 3 * term(outputs.logits)
+
+    assert trains_as_with_logits(loss, tmp_path)
+
+
 def test_a_metric_of_some_steps_turns_the_fused_head_off_in_either_pass(tmp_path: Path) -> None:
     """The metric may first be computed in a second pass, after a clean pass that read no logits."""
 
