@@ -88,7 +88,7 @@ class Boundary:
         if one_pass is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
             return None
         if isinstance(output, Tensor):
-            return one_pass.take_logits(output) if output.requires_grad else None
+            return _crossed(one_pass, output)
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if loss is not None or not isinstance(output, MutableMapping | list | tuple):
             what = "the loss with it" if loss is not None else type(output).__name__
@@ -101,7 +101,8 @@ class Boundary:
 
 def _crossed(one_pass: CleanPass | SecondPass, output: Any) -> Any:
     """A copy of `output` whose tensors have crossed the boundary. Those in `output` itself have not: one may be
-    computed from another, and the module's caller may have it for an input of the network again."""
+    computed from another, and the module's caller may have it for an input of the network again, or, where the module
+    is an identity, for a term of the loss past the boundary."""
     if isinstance(output, Tensor):
         return one_pass.take_logits(Through.apply(output)) if output.requires_grad else output
     if isinstance(output, MutableMapping):
