@@ -1,7 +1,7 @@
 """The hook on the boundary, through which a pass sees what crosses it."""
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -39,8 +39,8 @@ class Boundary:
         hook that comes or goes.
 
         compiled: torch.compile runs the model. It does not look at hooks (torch 2.13): code that it has compiled for
-        another model of this class would run here without the hook. It does look at whether `forward` is the class's,
-        so each module gets a `forward` of its own.
+        another model of this class, or for this one before, would run here without the hook. It does look at whether
+        `forward` is the class's, so each module gets a `forward` of its own.
         """
         self.name, self.head = ", ".join(modules), head
         for name, module in modules.items():
@@ -130,6 +130,18 @@ class _Hook:
     def __reduce__(self) -> tuple:
         # A function of three arguments that returns None, and that loads where this package is not installed.
         return getattr, (nullcontext(), "__exit__")
+
+
+def is_in_compiled(modules: Iterable[nn.Module], model: nn.Module) -> bool:
+    """Whether the user has compiled `model`, or a part of it that has one of `modules` in it."""
+    return any(_is_compiled(part) and not set(modules).isdisjoint(part.modules()) for part in model.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """The first is what `module.compile()` sets, the second what torch.compile(module) and module.forward =
+    torch.compile(module.forward) do (torch 2.13)."""
+    own = vars(module)
+    return own.get("_compiled_call_impl") is not None or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
 
 
 def weights_past_boundary(loss: Tensor, clean: CleanPass, names: Mapping[Any, str]) -> list[str]:

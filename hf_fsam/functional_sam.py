@@ -12,7 +12,13 @@ from transformers.utils import logging
 from hf_fsam import batches
 from hf_fsam.accelerate_settings import compiles
 from hf_fsam.arguments import check
-from hf_fsam.boundary import Boundary, crosses_twice, weights_behind_boundary, weights_past_boundary
+from hf_fsam.boundary import (
+    Boundary,
+    crosses_twice,
+    is_in_compiled,
+    weights_behind_boundary,
+    weights_past_boundary,
+)
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.counters import Counters
 from hf_fsam.engines import Engine
@@ -109,7 +115,8 @@ class FunctionalSAM:
         self._attached_to: nn.Module | None = None
         self._checked_model: nn.Module | None = None
         self._agreed_on: nn.Module | None = None
-        self._fused_head: tuple[list[nn.Module], FusedHead | None] | None = None
+        self._fused_head: tuple[list[nn.Module], bool, FusedHead | None] | None = None
+        self._compiled = False
 
     # ---- What the settings say ----
 
@@ -225,20 +232,20 @@ class FunctionalSAM:
             return
         boundary.detach()
         modules = find_boundary(trainer.model, trainer.args.fsam_boundary)
-        compiled = compiles(trainer.args, trainer.accelerator)
+        found = list(modules.values())
+        self._compiled = compiled = compiles(trainer.args, trainer.accelerator) or is_in_compiled(found, trainer.model)
         head = None
         if trainer.args.fsam_fused_head:
-            found = list(modules.values())
-            if self._fused_head is None or self._fused_head[0] != found:
+            if self._fused_head is None or self._fused_head[:2] != (found, compiled):
                 heads = [find_fused_head(trainer.model, module, compiled) for module in found]
-                self._fused_head = found, next(filter(None, heads), None)
-            head = self._fused_head[1]
+                self._fused_head = found, compiled, next(filter(None, heads), None)
+            head = self._fused_head[2]
         boundary.attach(modules, head, compiled=compiled)
         self._attached_to = trainer.model
 
     def detach(self) -> None:
         # A compiled model keeps the hook: code that was compiled without it would pass it by (torch 2.13).
-        if not compiles(self.trainer.args, self.trainer.accelerator):
+        if not self._compiled:
             self.boundary.detach()
 
     @contextmanager

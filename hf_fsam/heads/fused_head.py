@@ -88,7 +88,6 @@ def find_fused_head(model: nn.Module, module: nn.Module, compiled: bool) -> Fuse
     if get is None or get() is not module:
         return None
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    compiled = compiled or any(getattr(model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl"))
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     obstacles = {
         f"the head is a {kind}, and not a plain torch.nn.Linear": not plain,
