@@ -23,8 +23,9 @@ from hf_fsam.cleanup import Cleanup
 from hf_fsam.counters import Counters
 from hf_fsam.engines import Engine
 from hf_fsam.forward_state import RandomState, running_statistics
+from hf_fsam.heads.deferred_logits import LogitsNeeded
 from hf_fsam.heads.find import IDENTITY, find_boundary
-from hf_fsam.heads.fused_head import FusedHead, find_fused_head
+from hf_fsam.heads.fused_head import FusedHead, find_fused_head, is_weighed
 from hf_fsam.heads.unperturbed import CotangentCache
 from hf_fsam.logs import LoggedMeans
 from hf_fsam.passes import CleanPass
@@ -265,6 +266,7 @@ class FunctionalSAM:
 
         Raises:
             ValueError: a way crosses it twice, or most weights have none that crosses it.
+            LogitsNeeded: the loss learns a weight of its own.
         """
         model = self.trainer.model
         if not self.splits or self._checked_model is model:
@@ -275,6 +277,8 @@ class FunctionalSAM:
                 f"another, so that no cotangent belongs to the loss alone. Name modules whose outputs go to the loss "
                 f"and not back into the network. {IDENTITY}."
             )
+        if is_weighed(loss):
+            raise LogitsNeeded("is multiplied with weights that are trained")
         self._checked_model = model
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         past = weights_past_boundary(loss, clean, names)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from hf_fsam.graph import autograd_nodes, parents
 from hf_fsam.heads.deferred_logits import DeferredLogits, HeadCall, LogitsNeeded, call_head, refuse_create_graph
 from hf_fsam.heads.fused_loss import (
     FusedLoss,
@@ -272,6 +273,22 @@ def _linear(call: HeadCall, weight: Tensor, bias: Tensor | None, one_pass: Pass)
         )
     with torch.inference_mode(False), torch.no_grad():  # a metric may be the first to read them, in inference mode
         return F.linear(call.hidden, weight, bias).view(call.shape)
+
+
+# The nodes of an autograd graph that add what comes to them, as a balancing loss to the cross entropy.
+_SUMS = ("AddBackward0", "SubBackward0", "StackBackward0", "CatBackward0")
+
+
+def is_weighed(loss: Tensor) -> bool:
+    """Whether `loss` multiplies what it took of a fused head with something else that is differentiated, as a loss
+    weight that is learned. That one's gradient depends on the loss's value, and a second pass hands on the clean one.
+    """
+    nodes = list(autograd_nodes(loss.grad_fn))
+    fused = {node for node in nodes if getattr(node, "_forward_cls", None) is _Taken}
+    after: set[Any] = set()
+    while fresh := {node for node in nodes if not (fused | after).isdisjoint(parents(node))} - after:
+        after |= fresh
+    return any(node.name() not in _SUMS and not {*fused, *after, None}.issuperset(parents(node)) for node in after)
 
 
 class _Taken(torch.autograd.Function):
