@@ -228,19 +228,26 @@ class SecondCall(HeadCall):
     def cross_entropy(
         self, z: DeferredLogits, targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
     ) -> Tensor:
-        return self._recorded(z, len(targets), "a cross entropy")
+        return self._recorded(z, len(targets), "a cross entropy", of_targets=True)
 
     def log_sum_exp(self, z: DeferredLogits) -> Tensor:
-        return self._recorded(z, z.rows.numel(), "a log-sum-exp")
+        return self._recorded(z, z.rows.numel(), "a log-sum-exp", of_targets=False)
 
-    def _recorded(self, z: DeferredLogits, count: int, what: str) -> Tensor:
-        fused = self._left.pop(0) if self._left else None
-        before = 0 if fused is None else len(fused.hidden)
-        if fused is None or count != before:
-            raise RuntimeError(
-                f"the second pass took {what} of {count} tokens' logits where the first had {before}: {SAME_FUNCTION}"
-            )
-        return _Taken.apply(z, fused, None)
+    def _recorded(self, z: DeferredLogits, count: int, what: str, of_targets: bool) -> Tensor:
+        """What the loss took at this place of the clean pass. What nothing came back to, as a value for the log, may
+        have been taken in that pass alone."""
+        before = 0
+        while self._left:
+            fused = self._left.pop(0)
+            same = of_targets == (fused.targets is not None)
+            before = len(fused.hidden) if same else 0
+            if same and before == count:
+                return _Taken.apply(z, fused, None)
+            if fused.upstream is not None:
+                break
+        raise RuntimeError(
+            f"the second pass took {what} of {count} tokens' logits where the first had {before}: {SAME_FUNCTION}"
+        )
 
     def values(self, why: str) -> Tensor:
         self._head.turn_off(why)

@@ -814,6 +814,26 @@ def test_a_loss_weight_that_is_learned_gets_the_gradient_of_logits_in_memory(
     assert fused.fsam.boundary.head.off == weighs
 
 
+def test_what_the_clean_pass_alone_takes_for_a_log_needs_no_logits(tmp_path: Path) -> None:
+    class Logs(FSAMTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            z, y = model(inputs["input_ids"]).logits, inputs["labels"]
+            if self.fsam_pass != "second":
+                with torch.no_grad():
+                    assert z.logsumexp(-1).isfinite().all()
+                    assert F.cross_entropy(*shifted(z[:, :3], y[:, :3])) > 0
+            return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    fused, plain = (
+        make_trainer(tmp_path, trainer_class=Logs, fsam_rho=0.3, max_steps=2, fsam_fused_head=on)
+        for on in (True, False)
+    )
+    for trainer in (fused, plain):
+        trainer.train()
+    assert distance(weights_of(fused.model), weights_of(plain.model)) < 1e-6
+    assert not fused.fsam.boundary.head.off
+
+
 def test_a_metric_of_some_steps_turns_the_fused_head_off_in_either_pass(tmp_path: Path) -> None:
     """The metric may first be computed in a second pass, after a clean pass that read no logits."""
 
