@@ -1,7 +1,7 @@
 """The hook on the boundary, through which a pass sees what crosses it."""
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -39,8 +39,8 @@ class Boundary:
         hook that comes or goes.
 
         compiled: torch.compile runs the model. It does not look at hooks (torch 2.13): code that it has compiled for
-        another model of this class would run here without the hook. It does look at whether `forward` is the class's,
-        so each module gets a `forward` of its own.
+        another model of this class, or for this one before, would run here without the hook. It does look at whether
+        `forward` is the class's, so each module gets a `forward` of its own.
         """
         self.name, self.head = ", ".join(modules), head
         for name, module in modules.items():
@@ -88,7 +88,7 @@ class Boundary:
         if one_pass is None or not torch.is_grad_enabled() or isinstance(output, DeferredLogits):
             return None
         if isinstance(output, Tensor):
-            return one_pass.take_logits(output) if output.requires_grad else None
+            return _crossed(one_pass, output)
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if loss is not None or not isinstance(output, MutableMapping | list | tuple):
             what = "the loss with it" if loss is not None else type(output).__name__
@@ -101,7 +101,8 @@ class Boundary:
 
 def _crossed(one_pass: CleanPass | SecondPass, output: Any) -> Any:
     """A copy of `output` whose tensors have crossed the boundary. Those in `output` itself have not: one may be
-    computed from another, and the module's caller may have it for an input of the network again."""
+    computed from another, and the module's caller may have it for an input of the network again, or, where the module
+    is an identity, for a term of the loss past the boundary."""
     if isinstance(output, Tensor):
         return one_pass.take_logits(Through.apply(output)) if output.requires_grad else output
     if isinstance(output, MutableMapping):
@@ -129,6 +130,18 @@ class _Hook:
     def __reduce__(self) -> tuple:
         # A function of three arguments that returns None, and that loads where this package is not installed.
         return getattr, (nullcontext(), "__exit__")
+
+
+def is_in_compiled(modules: Iterable[nn.Module], model: nn.Module) -> bool:
+    """Whether the user has compiled `model`, or a part of it that has one of `modules` in it."""
+    return any(_is_compiled(part) and not set(modules).isdisjoint(part.modules()) for part in model.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """The first is what `module.compile()` sets, the second what torch.compile(module) and module.forward =
+    torch.compile(module.forward) do (torch 2.13)."""
+    own = vars(module)
+    return own.get("_compiled_call_impl") is not None or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
 
 
 def weights_past_boundary(loss: Tensor, clean: CleanPass, names: Mapping[Any, str]) -> list[str]:

@@ -12,14 +12,21 @@ from transformers.utils import logging
 from hf_fsam import batches
 from hf_fsam.accelerate_settings import compiles
 from hf_fsam.arguments import check
-from hf_fsam.boundary import Boundary, crosses_twice, weights_behind_boundary, weights_past_boundary
+from hf_fsam.boundary import (
+    Boundary,
+    crosses_twice,
+    is_in_compiled,
+    weights_behind_boundary,
+    weights_past_boundary,
+)
 from hf_fsam.cleanup import Cleanup
 from hf_fsam.counters import Counters
 from hf_fsam.engines import Engine
 from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.graph import autograd_nodes
+from hf_fsam.heads.deferred_logits import LogitsNeeded
 from hf_fsam.heads.find import IDENTITY, find_boundary
-from hf_fsam.heads.fused_head import FusedHead, find_fused_head
+from hf_fsam.heads.fused_head import FusedHead, find_fused_head, is_weighed
 from hf_fsam.heads.unperturbed import CotangentCache
 from hf_fsam.logs import LoggedMeans
 from hf_fsam.passes import CleanPass
@@ -110,8 +117,9 @@ class FunctionalSAM:
         self._attached_to: nn.Module | None = None
         self._checked_model: nn.Module | None = None
         self._agreed_on: nn.Module | None = None
-        self._fused_head: tuple[list[nn.Module], FusedHead | None] | None = None
+        self._fused_head: tuple[list[nn.Module], bool, FusedHead | None] | None = None
         self._outside: tuple[nn.Module, list[Tensor]] | None = None
+        self._compiled = False
 
     # ---- What the settings say ----
 
@@ -234,20 +242,20 @@ class FunctionalSAM:
             return
         boundary.detach()
         modules = find_boundary(trainer.model, trainer.args.fsam_boundary)
-        compiled = compiles(trainer.args, trainer.accelerator)
+        found = list(modules.values())
+        self._compiled = compiled = compiles(trainer.args, trainer.accelerator) or is_in_compiled(found, trainer.model)
         head = None
         if trainer.args.fsam_fused_head:
-            found = list(modules.values())
-            if self._fused_head is None or self._fused_head[0] != found:
+            if self._fused_head is None or self._fused_head[:2] != (found, compiled):
                 heads = [find_fused_head(trainer.model, module, compiled) for module in found]
-                self._fused_head = found, next(filter(None, heads), None)
-            head = self._fused_head[1]
+                self._fused_head = found, compiled, next(filter(None, heads), None)
+            head = self._fused_head[2]
         boundary.attach(modules, head, compiled=compiled)
         self._attached_to = trainer.model
 
     def detach(self) -> None:
         # A compiled model keeps the hook: code that was compiled without it would pass it by (torch 2.13).
-        if not compiles(self.trainer.args, self.trainer.accelerator):
+        if not self._compiled:
             self.boundary.detach()
 
     @contextmanager
@@ -267,6 +275,7 @@ class FunctionalSAM:
 
         Raises:
             ValueError: a way crosses it twice, or most weights have none that crosses it.
+            LogitsNeeded: the loss learns a weight of its own.
         """
         model = self.trainer.model
         if not self.splits or self._checked_model is model:
@@ -277,6 +286,8 @@ class FunctionalSAM:
                 f"another, so that no cotangent belongs to the loss alone. Name modules whose outputs go to the loss "
                 f"and not back into the network. {IDENTITY}."
             )
+        if is_weighed(loss):
+            raise LogitsNeeded("is multiplied with weights that are trained")
         self._checked_model = model
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         past = weights_past_boundary(loss, clean, names)

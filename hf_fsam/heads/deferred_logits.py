@@ -218,6 +218,12 @@ class DeferredLogits(Tensor):
             return _past_torch_function(function, *args, **kwargs)
         if function == _GRAD_FN or function in _MEMORY:
             raise LogitsNeeded(f"asks for the logits' {_name(function)}")
+        return cls._answered(function, args, kwargs)
+
+    # Not to be traced: a function that torch.compile makes of this would leave the logits' gradient out (torch 2.13).
+    @classmethod
+    @torch.compiler.disable
+    def _answered(cls, function: Any, args: tuple, kwargs: dict) -> Any:
         deferred = _DEFERRED.get(function)
         if deferred is not None and args and isinstance(args[0], cls) and args[0]._is_behind_known_nodes():
             result = deferred(*args, **kwargs) if _takes(deferred, args, kwargs) else NotImplemented

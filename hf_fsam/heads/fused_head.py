@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from hf_fsam.graph import autograd_nodes, parents
 from hf_fsam.heads.deferred_logits import DeferredLogits, HeadCall, LogitsNeeded, call_head, refuse_create_graph
 from hf_fsam.heads.fused_loss import (
     FusedLoss,
@@ -88,7 +89,6 @@ def find_fused_head(model: nn.Module, module: nn.Module, compiled: bool) -> Fuse
     if get is None or get() is not module:
         return None
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    compiled = compiled or any(getattr(model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl"))
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     obstacles = {
         f"the head is a {kind}, and not a plain torch.nn.Linear": not plain,
@@ -228,19 +228,26 @@ class SecondCall(HeadCall):
     def cross_entropy(
         self, z: DeferredLogits, targets: Tensor, counted: Tensor | None, rows: Tensor | None, smoothing: float
     ) -> Tensor:
-        return self._recorded(z, len(targets), "a cross entropy")
+        return self._recorded(z, len(targets), "a cross entropy", of_targets=True)
 
     def log_sum_exp(self, z: DeferredLogits) -> Tensor:
-        return self._recorded(z, z.rows.numel(), "a log-sum-exp")
+        return self._recorded(z, z.rows.numel(), "a log-sum-exp", of_targets=False)
 
-    def _recorded(self, z: DeferredLogits, count: int, what: str) -> Tensor:
-        fused = self._left.pop(0) if self._left else None
-        before = 0 if fused is None else len(fused.hidden)
-        if fused is None or count != before:
-            raise RuntimeError(
-                f"the second pass took {what} of {count} tokens' logits where the first had {before}: {SAME_FUNCTION}"
-            )
-        return _Taken.apply(z, fused, None)
+    def _recorded(self, z: DeferredLogits, count: int, what: str, of_targets: bool) -> Tensor:
+        """What the loss took at this place of the clean pass. What nothing came back to, as a value for the log, may
+        have been taken in that pass alone."""
+        before = 0
+        while self._left:
+            fused = self._left.pop(0)
+            same = of_targets == (fused.targets is not None)
+            before = len(fused.hidden) if same else 0
+            if same and before == count:
+                return _Taken.apply(z, fused, None)
+            if fused.upstream is not None:
+                break
+        raise RuntimeError(
+            f"the second pass took {what} of {count} tokens' logits where the first had {before}: {SAME_FUNCTION}"
+        )
 
     def values(self, why: str) -> Tensor:
         self._head.turn_off(why)
@@ -273,6 +280,22 @@ def _linear(call: HeadCall, weight: Tensor, bias: Tensor | None, one_pass: Pass)
         )
     with torch.inference_mode(False), torch.no_grad():  # a metric may be the first to read them, in inference mode
         return F.linear(call.hidden, weight, bias).view(call.shape)
+
+
+# The nodes of an autograd graph that add what comes to them, as a balancing loss to the cross entropy.
+_SUMS = ("AddBackward0", "SubBackward0", "StackBackward0", "CatBackward0")
+
+
+def is_weighed(loss: Tensor) -> bool:
+    """Whether `loss` multiplies what it took of a fused head with something else that is differentiated, as a loss
+    weight that is learned. That one's gradient depends on the loss's value, and a second pass hands on the clean one.
+    """
+    nodes = list(autograd_nodes(loss.grad_fn))
+    fused = {node for node in nodes if getattr(node, "_forward_cls", None) is _Taken}
+    after: set[Any] = set()
+    while fresh := {node for node in nodes if not (fused | after).isdisjoint(parents(node))} - after:
+        after |= fresh
+    return any(node.name() not in _SUMS and not {*fused, *after, None}.issuperset(parents(node)) for node in after)
 
 
 class _Taken(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,40 @@ def test_a_model_compiled_in_an_earlier_plain_training_trains_as_an_eager_one(tm
     torch._dynamo.reset()
     train(tmp_path, fsam_variant="none", **settings)
     assert distance(train(tmp_path, **settings), train(tmp_path, fsam_rho=0.3)) < 1e-5
+
+
+def compiled_by_a_method(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [compiled_by_a_method, partial(torch.compile, backend="eager")])
+def test_a_model_that_its_user_has_compiled_and_run_trains_as_an_eager_one(
+    tmp_path: Path, compiled: Callable[[nn.Module], nn.Module]
+) -> None:
+    """The first step is a plain one, and compiles the model without the hook."""
+
+    class Late(FSAMTrainer):
+        def fsam_is_due(self) -> bool:
+            return self.state.global_step > 0
+
+    settings = {"trainer_class": Late, "fsam_rho": 0.3, "max_steps": 2, "remove_unused_columns": False}
+    torch._dynamo.reset()
+    trained = train(tmp_path, model=compiled(llama()), **settings)
+    assert distance(dict(zip(llama().state_dict(), trained.values(), strict=True)), train(tmp_path, **settings)) < 1e-5
+
+
+def test_a_model_that_is_compiled_between_two_trainings_makes_its_logits(tmp_path: Path) -> None:
+    def twice(between: Callable[[nn.Module], Any]) -> Trainer:
+        trainer = make_trainer(tmp_path, fsam_rho=0.3, max_steps=1)
+        trainer.train()
+        between(trainer.model)
+        trainer.train()
+        return trainer
+
+    compiled, eager = twice(compiled_by_a_method), twice(lambda model: None)
+    assert compiled.fsam.boundary.head is None
+    assert distance(weights_of(compiled.model), weights_of(eager.model)) < 1e-5
 
 
 def test_a_callback_may_copy_and_pickle_the_model(tmp_path: Path) -> None:

@@ -982,6 +982,7 @@ ELSEWHERE = {
     "keeps the logits' gradient": "as the row before",
     "depends on a gradient that it has taken": "as the row before",
     "is differentiated more than once": "as the row before",
+    "is multiplied with weights that are trained": "as the row before",
     "changes the logits in place": "as the row before",
     "asks for the logits'": "as the row before",
     "logits are read after their pass has ended": "test_logits_that_are_read_after_their_pass_has_ended_are_…",

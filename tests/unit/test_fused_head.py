@@ -26,7 +26,7 @@ from tests import reference, zoo
 from tests.parity import test_parity
 from tests.parity.test_parity import Setting, check_parity
 from tests.reference import IGNORED, Batch, Window
-from tests.toys import DEVICE, VOCABULARY, distance, llama, make_trainer, sentences, train
+from tests.toys import DEVICE, VOCABULARY, distance, llama, make_trainer, sentences, train, weights_of
 from tests.zoo import CASES
 
 
@@ -768,6 +768,70 @@ def test_a_loss_term_under_reentrant_checkpointing_is_not_lost(tmp_path: Path) -
         return F.cross_entropy(*shifted(z, y)) + 3 * term
 
     assert trains_as_with_logits(loss, tmp_path)
+
+
+def test_a_loss_term_that_is_compiled_is_not_lost(tmp_path: Path) -> None:
+    @torch.compile(backend="eager")
+    def term(z: Tensor) -> Tensor:
+        return z.float().logsumexp(-1).square().mean() + (z[:, 1:] * z.softmax(-1)[:, 1:]).mean()
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(*shifted(outputs.logits, labels)) + 3 * term(outputs.logits)
+
+    assert trains_as_with_logits(loss, tmp_path)
+
+
+class _Weighed(transformers.LlamaForCausalLM):
+    """It learns how much its loss counts for (Kendall et al. 2018), and has a term of its weights beside it."""
+
+    def __init__(self, config: Any, weighs: bool = True) -> None:
+        super().__init__(config)
+        self.weighs, self.log_variance = weighs, nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        outputs = super().forward(input_ids, labels=labels, **kwargs)
+        if self.weighs:
+            outputs.loss = outputs.loss * torch.exp(-self.log_variance)
+        outputs.loss = torch.stack([outputs.loss + self.log_variance, self.model.norm.weight.square().sum()]).sum()
+        return outputs
+
+
+@pytest.mark.parametrize("weighs", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"fsam_ascent_direction": "momentum"}, {"fsam_variant": "logit"}])
+def test_a_loss_weight_that_is_learned_gets_the_gradient_of_logits_in_memory(
+    weighs: bool, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its gradient is the loss, which a fused head does not compute at θ+ε. Terms that are added need no logits."""
+    fused, plain = (
+        make_trainer(
+            tmp_path, _Weighed(llama().config, weighs), fsam_rho=0.3, max_steps=2, fsam_fused_head=on, **arguments
+        )
+        for on in (True, False)
+    )
+    for trainer in (fused, plain):
+        trainer.train()
+    assert distance(weights_of(fused.model), weights_of(plain.model)) < 1e-6
+    assert fused.fsam.boundary.head.off == weighs
+
+
+def test_what_the_clean_pass_alone_takes_for_a_log_needs_no_logits(tmp_path: Path) -> None:
+    class Logs(FSAMTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            z, y = model(inputs["input_ids"]).logits, inputs["labels"]
+            if self.fsam_pass != "second":
+                with torch.no_grad():
+                    assert z.logsumexp(-1).isfinite().all()
+                    assert F.cross_entropy(*shifted(z[:, :3], y[:, :3])) > 0
+            return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    fused, plain = (
+        make_trainer(tmp_path, trainer_class=Logs, fsam_rho=0.3, max_steps=2, fsam_fused_head=on)
+        for on in (True, False)
+    )
+    for trainer in (fused, plain):
+        trainer.train()
+    assert distance(weights_of(fused.model), weights_of(plain.model)) < 1e-6
+    assert not fused.fsam.boundary.head.off
 
 
 def test_a_metric_of_some_steps_turns_the_fused_head_off_in_either_pass(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ class _Sink(torch.autograd.Function):
 def test_an_output_that_gets_no_gradient_has_no_cotangent(head: nn.Linear) -> None:
     class Outputs(nn.Module):
         def forward(self, h: Tensor) -> dict[str, Tensor]:
-            return {"ignored": head(-h), "z": head(h)}
+            return {"ignored": ignored(h), "z": head(h)}
 
-    outputs, boundary = Outputs(), Boundary(Cleanup())
+    ignored, outputs, boundary = nn.Linear(3, 4), Outputs(), Boundary(Cleanup())
     boundary.attach({"outputs": outputs})
 
     def loss(h: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ def test_an_output_that_gets_no_gradient_has_no_cotangent(head: nn.Linear) -> No
     head.zero_grad()
     _replay(boundary, clean, clean, lambda: loss(h2), scale=1.0)
     torch.testing.assert_close(head.weight.grad, torch.outer(3 * head(h1).detach().square(), h2))
+    assert ignored.weight.grad is None
 
 
 def test_a_loss_may_differentiate_by_itself(head: nn.Linear, boundary: Boundary) -> None:
@@ -122,6 +123,29 @@ def test_a_clean_pass_that_stops_at_the_boundary_gives_the_weights_no_gradient(
     assert clean.scale == 1
     assert head.weight.grad is None
     assert head.bias.grad is None  # nor along the way past the boundary
+
+
+@pytest.mark.parametrize("stops_at_boundary", [False, True])
+def test_what_the_loss_takes_of_the_input_of_an_identity_is_past_the_boundary(
+    head: nn.Linear, stops_at_boundary: bool
+) -> None:
+    """ℓ = Σ z³ + Σ z⁴, of which the identity sees the first alone: ∂ℓ/∂W = (3 z₁² + 4 z₂³) h₂ᵀ, plain SAM's along the
+    second. An identity returns the tensor that it is given."""
+    identity, boundary = nn.Identity(), Boundary(Cleanup())
+    boundary.attach({"identity": identity})
+
+    def loss(h: Tensor) -> Tensor:
+        z = head(h)
+        return identity(z).pow(3).sum() + z.pow(4).sum()
+
+    h1, h2 = torch.randn(3), torch.randn(3)
+    clean = CleanPass(stops_at_boundary=stops_at_boundary)
+    with boundary.running(clean):
+        clean.differentiate(clean.take_loss(loss(h1))) if stops_at_boundary else clean.take_loss(loss(h1)).backward()
+    head.zero_grad()
+    _replay(boundary, clean, clean, lambda: loss(h2), scale=1.0)
+    z1, z2 = head(h1).detach(), head(h2).detach()
+    torch.testing.assert_close(head.weight.grad, torch.outer(3 * z1**2 + 4 * z2**3, h2))
 
 
 def test_two_crossings_that_share_one_cotangent_are_scaled_once_each(head: nn.Linear, boundary: Boundary) -> None:
