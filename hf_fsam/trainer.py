@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hf_fsam import model_card
@@ -52,7 +52,7 @@ class FSAMMixin(Seam):
             mixin.
         RuntimeError: where the parent's step calls `compute_loss` never, or twice, or does not back-propagate what that
             returns; where `compute_loss` back-propagates by itself, or generates text in the second pass; where that
-            pass does not compute the function of the first; at the second step, where a subclass's step does not call
+            pass does not compute the function of the first; at the first step, where a subclass's step does not call
             this one.
     """
 
@@ -75,6 +75,7 @@ class FSAMMixin(Seam):
         if self.args.fsam_diagnostics_steps:
             self.add_callback(FSAMDiagnosticsCallback(every=self.args.fsam_diagnostics_steps))
         self.fsam = FunctionalSAM(self)
+        self.add_callback(_PlainTrainingRefused(self))
         if self.fsam.active:
             _ = self.fsam.engine  # what is not supported is refused now
             if self.fsam.splits:
@@ -146,11 +147,6 @@ class FSAMMixin(Seam):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's look ahead: it fetches all micro-batches of an optimizer step before it trains on the first."""
         fsam = self.fsam
-        if fsam.batches and fsam.active and not fsam.entered:
-            raise RuntimeError(
-                f"the training_step of {type(self).__name__} does not call FSAMMixin's, so that it trains plainly. Put "
-                "FSAMMixin before the class that has it: class MyFSAMTrainer(FSAMMixin, MyTrainer)."
-            )
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         for probe in fsam.probes:
             probe.see(batches)
@@ -184,6 +180,24 @@ class FSAMMixin(Seam):
             path = Path(self.args.output_dir or ".") / "README.md"
             tagged = self.fsam.active and self.args.fsam_variant == "functional"
             model_card.complete(path, self.model, settings_of(self.args), tagged)
+
+
+class _PlainTrainingRefused(TrainerCallback):
+    """Refuses a class whose `training_step` trains and never calls the mixin's. One that skips its first batches leaves
+    no gradient, except under DeepSpeed, which keeps gradients elsewhere."""
+
+    def __init__(self, trainer: FSAMMixin) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        if trainer.fsam.entered or not trainer.fsam.active:
+            return
+        if trainer.is_deepspeed_enabled or any(weight.grad is not None for weight in trainer.model.parameters()):
+            raise RuntimeError(
+                f"the training_step of {type(trainer).__name__} does not call FSAMMixin's, so that it trains plainly. "
+                "Put FSAMMixin before the class that has it: class MyFSAMTrainer(FSAMMixin, MyTrainer)."
+            )
 
 
 class FSAMTrainer(FSAMMixin, Trainer):

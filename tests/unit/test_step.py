@@ -998,6 +998,22 @@ def test_a_training_step_that_never_calls_the_mixins_is_an_error_not_a_plain_tra
         type("Wrong", (Trainer, FSAMMixin), {})
 
 
+class _SkipsFirst(FSAMTrainer):
+    """Skips batches that it has seen before, in a `training_step` above the mixin."""
+
+    seen = 0
+
+    def training_step(self, *args, **kwargs):
+        self.seen += 1
+        return torch.zeros(()) if self.seen <= 3 else super().training_step(*args, **kwargs)
+
+
+def test_a_training_step_above_the_mixin_may_skip_the_first_batches(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=_SkipsFirst, logging_steps=1)
+    trainer.train()
+    assert ["fsam/radius" in entry for entry in trainer.state.log_history[:-1]] == [False] * 3 + [True] * 3
+
+
 def test_weights_in_float64_end_where_weights_in_float32_do(tmp_path: Path) -> None:
     settings = {"fsam_rho": 0.3, "optim": "sgd"}
     double = train(tmp_path, model=llama().double(), **settings)
