@@ -91,7 +91,8 @@ class FunctionalSAM:
         due: this optimizer step perturbs.
         micro_step: how many micro-batches of this optimizer step have ended.
         training: inside of `train`.
-        entered: `training_step` was called.
+        entered: `training_step` was called in it.
+        has_split: both passes of a step came to their end in it.
     """
 
     def __init__(self, trainer: Seam) -> None:
@@ -104,7 +105,7 @@ class FunctionalSAM:
         self.batches: list[dict[str, Any]] | None = None
         self.window: Window | None = None
         self.micro_step = 0
-        self.training = self.entered = self.due = False
+        self.training = self.entered = self.has_split = self.due = False
         self.cotangent_cache = CotangentCache()
         self._engine: Engine | None = None
         self._attached_to: nn.Module | None = None

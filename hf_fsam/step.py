@@ -248,7 +248,7 @@ class SplitStep:
         if not perturbation.weights:
             logger.warning_once(
                 "The ascent has no gradient, so the step is a plain one: none of the weights that fsam_perturbs names "
-                "is on the way to the loss. Let it be true for one that is."
+                "is on the way to the loss. Let it be true for one that is. For a batch to skip there is nothing to do."
             )
         fsam.window = Window(waiting, perturbation, of_gradient=momentum is None)
         return fsam.window
@@ -342,16 +342,25 @@ class SplitStep:
     # ---- The end ----
 
     def complete(self) -> bool:
-        """Whether both passes came to their end; not so where the parent's step has caught an exception.
+        """Whether both passes came to their end; not so where the parent's step has caught an exception, or skips the
+        batch.
 
         Raises:
-            RuntimeError: the parent's step did not call `compute_loss`, or did not back-propagate its loss.
+            RuntimeError: the parent's step did not call `compute_loss`, or did not back-propagate its loss, and has not
+                done so in any step yet.
         """
         if self._raised or (self.second is not None and self.second.interrupted):
             return False
-        if self.second is None or not self.second.was_differentiated:
+        if self.second is not None and self.second.was_differentiated:
+            self.fsam.has_split = True
+            return True
+        if not self.fsam.has_split:
             raise RuntimeError(self._not_back_propagated())
-        return True
+        logger.warning_once(
+            "The training_step below FSAMMixin has not back-propagated the loss of a batch as it did before, so the "
+            "batch counts as skipped. If it trains on a loss of its own there, that one is not split."
+        )
+        return False
 
     def report(self) -> None:
         """Add what a complete step found to the log."""

@@ -50,8 +50,8 @@ class FSAMMixin(Seam):
         TypeError: at the first step, for a boundary that returns the loss, or what is neither a tensor nor a mapping, a
             list or a tuple; for a batch that holds what cannot be copied; for a class that has a Trainer before the
             mixin.
-        RuntimeError: where the parent's step calls `compute_loss` never, or twice, or does not back-propagate what that
-            returns; where `compute_loss` back-propagates by itself, or generates text in the second pass; where that
+        RuntimeError: where the parent's step calls `compute_loss` twice; where its first one calls it never, or does
+            not back-propagate what that returns; where `compute_loss` back-propagates by itself, or generates text in the second pass; where that
             pass does not compute the function of the first; at the first step, where a subclass's step does not call
             this one.
     """
@@ -132,7 +132,7 @@ class FSAMMixin(Seam):
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError("train_dataset is empty: there is nothing to train on.")
         self.fsam.drop()  # what Ctrl-C may have left of the last training
-        self.fsam.training, self.fsam.entered = True, False
+        self.fsam.training, self.fsam.entered, self.fsam.has_split = True, False, False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
                 callback.fsam = self.fsam

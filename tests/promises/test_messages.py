@@ -43,6 +43,7 @@ from tests.tools.studies import RECIPE
 from tests.toys import VOCABULARY, adapted, gpt2, llama, make_trainer
 from tests.unit.test_arguments import _Lion
 from tests.unit.test_find_boundary import ROWS, _Headless
+from tests.unit.test_step import SkipsNotFinite
 
 PACKAGE = Path(hf_fsam.__file__).parent
 Run = Callable[[Path], Any]
@@ -692,6 +693,7 @@ STEP = [
     Row("does not call FSAMMixin's", takes(_Above), takes(_Below)),
     Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),
     Row("did not back-propagate the loss", takes(_FSAMOwn), takes(_Below)),
+    Row("the batch counts as skipped", takes(type("Skips", (FSAMMixin, SkipsNotFinite), {})), None, logged=True),
     Row("_BackPropagates: compute_loss back-propagates by itself", takes(_BackPropagates), takes(_ReturnsTheLoss)),
     Row("which training_step back-propagates, or", takes(_BackPropagates), takes(_BackPropagates, fsam_variant="none")),
     Row("that cannot be copied", with_lock(True), with_lock(False)),

@@ -920,6 +920,61 @@ def test_a_trainer_below_the_mixin_may_skip_a_batch_that_fails(tmp_path: Path, a
     assert plain.skipped == 1
 
 
+class SkipsNotFinite(Trainer):
+    """Leaves a batch out whose loss is NaN, as that of the second step is."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        if not loss.isfinite():
+            return torch.zeros(())
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_training_step_below_the_mixin_may_skip_a_batch_whose_loss_is_not_finite(
+    tmp_path: Path, variant: str, scope: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = type("Over", (FSAMMixin, SkipsNotFinite), {})
+    settings = {"fsam_variant": variant, "fsam_ascent_scope": scope, "fsam_rho": 0.5, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, trainer_class=over, max_steps=4, **settings)
+    before = weights_of(trainer.model)
+    from transformers.utils import logging
+
+    logging.get_logger("hf_fsam").warning_once.cache_clear()
+    logging.enable_propagation()
+    trainer.train()
+    assert same_bits(weights_of(trainer.model), before)
+    assert trainer.state.log_history[1]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
+    assert caplog.text.count("the batch counts as skipped") == 1
+
+
+@pytest.mark.parametrize("of", ["nothing", "weights"])
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_a_batch_to_skip_may_have_the_loss_zero(tmp_path: Path, of: str, direction: str) -> None:
+    class Skips(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.state.global_step != 1:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            if of == "nothing":
+                return torch.zeros((), device=DEVICE, requires_grad=True)
+            return 0.0 * sum(weight.sum() for weight in model.parameters())
+
+    norms: list[float] = []
+    recording = TrainerCallback()
+    recording.on_pre_optimizer_step = lambda *_, model, **__: norms.append(
+        sum(float(weight.grad.norm()) for weight in model.parameters() if weight.grad is not None)
+    )
+    settings = {"max_steps": 3, "optim": "sgd", "optim_args": "momentum=0.9", "fsam_ascent_direction": direction}
+    train(tmp_path, trainer_class=Skips, trainer={"callbacks": [recording]}, **settings)
+    assert [norm > 0 for norm in norms] == [True, False, True]
+
+
 def test_a_batch_may_hold_nan(tmp_path: Path) -> None:
     class Ignores(_Failing):
         def forward(self, input_ids: Tensor, labels: Tensor, gaps: Tensor) -> dict[str, Tensor]:
