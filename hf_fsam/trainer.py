@@ -1,5 +1,6 @@
 """`FSAMTrainer`: the Trainer whose step is split between function and loss."""
 
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +39,6 @@ class FSAMMixin(Seam):
     clipping, the optimizer. `args` without `fsam_*` fields are completed with the defaults of `FSAMArguments`.
     What a subclass may change of the step is in `Seam`.
 
-    Attributes:
-        fsam: all that the mixin keeps.
-
     Raises:
         ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
             needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
@@ -51,9 +49,9 @@ class FSAMMixin(Seam):
             list or a tuple; for a batch that holds what cannot be copied; for a class that has a Trainer before the
             mixin.
         RuntimeError: where the parent's step calls `compute_loss` twice; where its first one calls it never, or does
-            not back-propagate what that returns; where `compute_loss` back-propagates by itself, or generates text in the second pass; where that
-            pass does not compute the function of the first; at the first step, where a subclass's step does not call
-            this one.
+            not back-propagate what that returns; where `compute_loss` back-propagates by itself, or generates text in
+            the second pass; where that pass does not compute the function of the first; at the first step, where a
+            subclass's step does not call this one.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -68,20 +66,25 @@ class FSAMMixin(Seam):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name, value in settings_of(FSAMArguments()).items():
-            if not hasattr(self.args, name):
-                setattr(self.args, name, value)
+        fsam = self.fsam
         self.add_callback(FSAMSettings(**settings_of(self.args)))
         if self.args.fsam_diagnostics_steps:
             self.add_callback(FSAMDiagnosticsCallback(every=self.args.fsam_diagnostics_steps))
-        self.fsam = FunctionalSAM(self)
         self.add_callback(_PlainTrainingRefused(self))
-        if self.fsam.active:
-            _ = self.fsam.engine  # what is not supported is refused now
-            if self.fsam.splits:
+        if fsam.active:
+            _ = fsam.engine  # what is not supported is refused now
+            if fsam.splits:
                 find_boundary(self.model, self.args.fsam_boundary)
             if compiles(self.args, self.accelerator):
-                self.fsam.attach()
+                fsam.attach()
+
+    @functools.cached_property
+    def fsam(self) -> FunctionalSAM:
+        """All that the mixin keeps. It is made where it is first asked for, as the parent's `__init__` may do."""
+        for name, value in settings_of(FSAMArguments()).items():
+            if not hasattr(self.args, name):
+                setattr(self.args, name, value)
+        return FunctionalSAM(self)
 
     @property
     def fsam_pass(self) -> Literal["clean", "second"] | None:
@@ -170,7 +173,8 @@ class FSAMMixin(Seam):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # The Trainer's own line, which it writes on all processes together: the means are reduced over them.
-        if self.fsam.active and {"loss", "learning_rate"} <= logs.keys():
+        # This step may be a plain one, and others since the last line were not.
+        if {"loss", "learning_rate"} <= logs.keys():
             logs = {**logs, **self.fsam.means.drain(self.accelerator)}
         super().log(logs, *args, **kwargs)
 

@@ -1135,6 +1135,37 @@ def test_fsam_fields_set_on_plain_training_arguments_are_used(tmp_path: Path) ->
     assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
 
 
+@pytest.mark.parametrize("variant", ["none", "functional"])
+def test_a_trainer_may_evaluate_and_make_its_optimizer_as_it_is_made(tmp_path: Path, variant: str) -> None:
+    class Begins(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.create_optimizer()
+            self.evaluate(self.train_dataset)
+            self.save_model()
+
+    over = type("Over", (FSAMMixin, Begins), {})
+    settings = {"fsam_variant": variant, "fsam_precondition": True}
+    assert same_bits(train(tmp_path, trainer_class=over, **settings), train(tmp_path, **settings))
+    begun = make_trainer(tmp_path, trainer_class=over, arguments_class=TrainingArguments)
+    assert begun.args.fsam_variant == "functional"
+
+
+@pytest.mark.parametrize("plainly", [{"fsam_variant": "none"}, {"fsam_rho": 0.0}])
+def test_the_log_of_a_plain_step_has_the_means_of_the_others(tmp_path: Path, plainly: dict[str, Any]) -> None:
+    """A callback has every second step perturbed, and it is the others that log."""
+    trainer = make_trainer(tmp_path, fsam_rho=0.1)
+    settings = {name: getattr(trainer.args, name) for name in plainly}
+    alternating = TrainerCallback()
+    alternating.on_step_begin = lambda args, state, *_, **__: vars(args).update(
+        plainly if state.global_step % 2 else settings
+    )
+    trainer.add_callback(alternating)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry["fsam/radius"] for entry in logged] == pytest.approx([0.1] * 3, rel=1e-3)
+
+
 def test_the_logged_means_of_one_training_are_not_carried_into_the_next(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fsam_rho=0.1, max_steps=3, logging_steps=2)
     trainer.train()  # the third step is never logged
