@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_fsam import model_card
@@ -65,7 +65,17 @@ class FSAMMixin(Seam):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        self._args_given = [each for each in (*args, *kwargs.values()) if isinstance(each, TrainingArguments)]
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            if "unexpected keyword argument 'fsam_" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__} makes arguments of its own out of the {type(self._args_given[0]).__name__} "
+                f"that it got, and these take no fsam_* fields ({error}). Give it its own class with the fields, "
+                "class FSAMSFTConfig(FSAMArguments, SFTConfig) for TRL's SFTTrainer."
+            ) from error
         fsam = self.fsam
         self.add_callback(FSAMSettings(**settings_of(self.args)))
         if self.args.fsam_diagnostics_steps:
@@ -82,6 +92,8 @@ class FSAMMixin(Seam):
     def fsam(self) -> FunctionalSAM:
         """All that the mixin keeps. It is made where it is first asked for, as the parent's `__init__` may do."""
         for name, value in settings_of(FSAMArguments()).items():
+            for given in self._args_given:  # TRL may have made others of them, without what was set on them
+                value = getattr(given, name, value)
             if not hasattr(self.args, name):
                 setattr(self.args, name, value)
         return FunctionalSAM(self)

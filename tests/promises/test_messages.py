@@ -967,6 +967,7 @@ ROWS_OF_MESSAGES = [*ARGUMENTS, *ENGINES, *OPTIMIZERS, *STEP, *DIAGNOSTICS, *COM
 ELSEWHERE = {
     "can't be cut at the same places": "two tensors of the package's own that are not of one shape",
     "of no inputs": "test_extending.py",
+    "and these take no fsam_* fields": "test_training_arguments_that_trl_cannot_take_name_the_class_that_it_can",
     "fsam_direction returned something": "as the row before",
     "The ascent has no gradient": "as the row before",
     "weights on different ": "test_processes_that_do_not_agree_on_the_weights_are_told",
