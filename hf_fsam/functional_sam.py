@@ -91,6 +91,7 @@ class FunctionalSAM:
         due: this optimizer step perturbs.
         micro_step: how many micro-batches of this optimizer step have ended.
         training: inside of `train`.
+        fetches: `get_batch_samples` was called in it.
         entered: `training_step` was called in it.
         has_split: both passes of a step came to their end in it.
     """
@@ -105,7 +106,7 @@ class FunctionalSAM:
         self.batches: list[dict[str, Any]] | None = None
         self.window: Window | None = None
         self.micro_step = 0
-        self.training = self.entered = self.has_split = self.due = False
+        self.training = self.fetches = self.entered = self.has_split = self.due = False
         self.cotangent_cache = CotangentCache()
         self._engine: Engine | None = None
         self._attached_to: nn.Module | None = None

@@ -219,7 +219,15 @@ class SplitStep:
     def _ascend(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Window:
         """Make the clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
         fsam, trainer, args, engine = self.fsam, self.trainer, self.trainer.args, self.fsam.engine
-        fetched = (args.fsam_ascent_scope == "optimizer_step" and fsam.batches) or [self.fetched]
+        fetched = [self.fetched]
+        if args.fsam_ascent_scope == "optimizer_step":
+            if fsam.training and not fsam.fetches and args.gradient_accumulation_steps > 1:
+                raise RuntimeError(
+                    f"fsam_ascent_scope='optimizer_step': the get_batch_samples of {type(trainer).__name__} does not "
+                    "call FSAMMixin's, which sees there what the ascent is to go over. Let it call "
+                    "super().get_batch_samples, or set fsam_ascent_scope='micro_batch'."
+                )
+            fetched = fsam.batches or fetched
         waiting = [
             MicroBatch(each, inputs if each is self.fetched else trainer._prepare_inputs(each)) for each in fetched
         ]

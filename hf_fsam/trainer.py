@@ -51,7 +51,8 @@ class FSAMMixin(Seam):
         RuntimeError: where the parent's step calls `compute_loss` twice; where its first one calls it never, or does
             not back-propagate what that returns; where `compute_loss` back-propagates by itself, or generates text in
             the second pass; where that pass does not compute the function of the first; at the first step, where a
-            subclass's step does not call this one.
+            subclass's step does not call this one, or with `fsam_ascent_scope="optimizer_step"` its
+            `get_batch_samples`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -147,7 +148,8 @@ class FSAMMixin(Seam):
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError("train_dataset is empty: there is nothing to train on.")
         self.fsam.drop()  # what Ctrl-C may have left of the last training
-        self.fsam.training, self.fsam.entered, self.fsam.has_split = True, False, False
+        self.fsam.training = True
+        self.fsam.fetches = self.fsam.entered = self.fsam.has_split = False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
                 callback.fsam = self.fsam
@@ -165,6 +167,7 @@ class FSAMMixin(Seam):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         for probe in fsam.probes:
             probe.see(batches)
+        fsam.fetches = True
         fsam.batches, fsam.window, fsam.micro_step = batches, None, 0
         return batches, num_items_in_batch
 

@@ -114,9 +114,7 @@ def test_fsam_fields_set_on_plain_training_arguments_are_kept_where_trl_makes_it
 
 
 def test_training_arguments_that_trl_cannot_take_name_the_class_that_it_can(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"FSAMTrainingArguments that it.*FSAMSFTConfig\(FSAMArguments, SFTConfig\)"
-    ):
+    with pytest.raises(TypeError, match=r"FSAMTrainingArguments that it.*FSAMSFTConfig\(FSAMArguments, SFTConfig\)"):
         sft_on(FSAMTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     sft_on(FSAMSFTConfig(str(tmp_path), report_to="none", use_cpu=True))
 

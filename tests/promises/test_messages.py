@@ -3,6 +3,7 @@
 import ast
 import copy
 import functools
+import itertools
 import json
 import re
 import tempfile
@@ -551,6 +552,16 @@ class _Below(FSAMMixin, _Plain):
     pass
 
 
+class _Fetches(FSAMTrainer):
+    """Fetches the micro-batches by itself."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> Any:
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+
+over_window = {"gradient_accumulation_steps": 2, "fsam_ascent_scope": "optimizer_step"}
+
+
 class _Twice(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.compute_loss(model, self._prepare_inputs(inputs))
@@ -691,6 +702,14 @@ STEP = [
     Row("names no trainable weight to perturb", takes(_PerturbsNothing), takes(_Below)),
     Row("stands before FSAMMixin", both_orders("trainer"), both_orders("mixin")),
     Row("does not call FSAMMixin's", takes(_Above), takes(_Below)),
+    Row(
+        "get_batch_samples of _Fetches does not call", takes(_Fetches, **over_window), takes(FSAMTrainer, **over_window)
+    ),
+    Row(
+        "Let it call super().get_batch_samples, or",
+        takes(_Fetches, **over_window),
+        takes(_Fetches, gradient_accumulation_steps=2, fsam_ascent_scope="micro_batch"),
+    ),
     Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),
     Row("did not back-propagate the loss", takes(_FSAMOwn), takes(_Below)),
     Row("the batch counts as skipped", takes(type("Skips", (FSAMMixin, SkipsNotFinite), {})), None, logged=True),
