@@ -57,7 +57,7 @@ class SplitStep:
         self.batch: MicroBatch | None = None
         self.second: SecondPass | None = None
         self.moved: CleanPass | SecondPass | None = None  # the pass at θ+ε
-        self._raised = False
+        self._raised = self._in_compute_loss = False
         self._contexts = ExitStack()
         self._second_contexts = ExitStack()  # those of the second pass: the weights are at θ+ε
         self._ended_at: int | None = None  # when in the order of autograd's nodes they ended
@@ -152,17 +152,22 @@ class SplitStep:
             def call(model: nn.Module, inputs: dict[str, Any]) -> Any:
                 return compute_loss(model, inputs, *args, **kwargs)
 
+            if self._in_compute_loss:  # it calls itself, for another try or on another batch
+                return call(model, inputs)
             second_pass_runs = self.second is not None and not self.second.backward_ended
             if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation in the parent's step
                 self._end_second_pass()
                 if self.second is not None:
                     self.fsam.current_pass = None
                 return call(model, inputs)
+            self._in_compute_loss = True
             try:
                 return self._compute_loss(call, model, inputs)
             except BaseException:
                 self._raised = True
                 raise
+            finally:
+                self._in_compute_loss = False
 
         return split
 
@@ -316,7 +321,13 @@ class SplitStep:
         """Run the forward and the backward pass of `clean`; without `backward`, the latter stops at the boundary."""
         with self.fsam.boundary.running(clean):
             result = call(model, batches.copied(inputs))
-            loss = clean.take_loss(result[0] if isinstance(result, tuple) else result)
+            loss = result[0] if isinstance(result, tuple) else result
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"compute_loss of {type(self.trainer).__name__} returned a {type(loss).__name__} for the loss: let "
+                    "it return a tensor, or a tuple that begins with it, or set fsam_variant='none'."
+                )
+            loss = clean.take_loss(loss)
             self.fsam.check_boundary(loss, clean)
             loss = loss / self.divisor  # as the parent's step will, so that one loss scale suits both passes
             # Around the call of compute_loss there may be an autocast region, in which no backward pass belongs.

@@ -46,8 +46,8 @@ class FSAMMixin(Seam):
             where `fsam_ascent_inputs`, or with `fsam_ascent_scope="optimizer_step"` the parent's step, changes a batch
             that has yet to take its second pass.
         TypeError: at the first step, for a boundary that returns the loss, or what is neither a tensor nor a mapping, a
-            list or a tuple; for a batch that holds what cannot be copied; for a class that has a Trainer before the
-            mixin.
+            list or a tuple; for a batch that holds what cannot be copied; for a loss that is no tensor;
+            for a class that has a Trainer before the mixin.
         RuntimeError: where the parent's step calls `compute_loss` twice; where its first one calls it never, or does
             not back-propagate what that returns; where `compute_loss` back-propagates by itself, or generates text in
             the second pass; where that pass does not compute the function of the first; at the first step, where a

@@ -572,6 +572,20 @@ class _FSAMTwice(FSAMMixin, _Twice):
     pass
 
 
+class _ReturnsDict(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return {"loss": super().compute_loss(*args, **kwargs)}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)["loss"]
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class _FSAMReturnsDict(FSAMMixin, _ReturnsDict):
+    pass
+
+
 class _Own(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = model(**self._prepare_inputs(inputs)).loss
@@ -711,6 +725,8 @@ STEP = [
         takes(_Fetches, gradient_accumulation_steps=2, fsam_ascent_scope="micro_batch"),
     ),
     Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),
+    Row("it return a tensor, or a tuple that begins", takes(_FSAMReturnsDict), takes(_Below)),
+    Row("returned a dict for the loss", takes(_FSAMReturnsDict), takes(_FSAMReturnsDict, fsam_variant="none")),
     Row("did not back-propagate the loss", takes(_FSAMOwn), takes(_Below)),
     Row("the batch counts as skipped", takes(type("Skips", (FSAMMixin, SkipsNotFinite), {})), None, logged=True),
     Row("_BackPropagates: compute_loss back-propagates by itself", takes(_BackPropagates), takes(_ReturnsTheLoss)),

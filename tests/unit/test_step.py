@@ -975,6 +975,42 @@ def test_a_batch_to_skip_may_have_the_loss_zero(tmp_path: Path, of: str, directi
     assert [norm > 0 for norm in norms] == [True, False, True]
 
 
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_compute_loss_may_call_itself(tmp_path: Path, variant: str) -> None:
+    class Tries(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if "again" not in inputs:
+                return self.compute_loss(model, {**inputs, "again": True}, *args, **kwargs)
+            return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "again"}, *args, **kwargs)
+
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3, "max_steps": 3}
+    assert same_bits(train(tmp_path, trainer_class=Tries, **settings), train(tmp_path, **settings))
+
+
+class _OwnNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that is none of torch's classes for so many dimensions."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_batch_counts_once_in_the_running_statistics_of_any_norm(tmp_path: Path, variant: str) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.classifier = _OwnNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.classifier(self.norm(x))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    trained = train(tmp_path, model=Normed(), trainer={"train_dataset": rows}, max_steps=3, fsam_variant=variant)
+    assert trained["norm.num_batches_tracked"] == 3
+
+
 def test_a_batch_may_hold_nan(tmp_path: Path) -> None:
     class Ignores(_Failing):
         def forward(self, input_ids: Tensor, labels: Tensor, gaps: Tensor) -> dict[str, Tensor]:
