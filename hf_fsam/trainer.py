@@ -19,7 +19,7 @@ from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.heads.liger import losses_left_out
 from hf_fsam.logs import FSAMSettings, settings_of
-from hf_fsam.optimizer_state import check_keeps_second_moment
+from hf_fsam.optimizer_state import check_keeps_momentum, check_keeps_second_moment
 from hf_fsam.seam import Seam
 from hf_fsam.step import SplitStep
 
@@ -40,8 +40,8 @@ class FSAMMixin(Seam):
     What a subclass may change of the step is in `Seam`.
 
     Raises:
-        ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
-            needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
+        ValueError: before training, for a model without a boundary, an optimizer without the moment that is needed, an
+            empty data set, or a way of running that is not supported; at the first step, for a boundary that
             is not on the way from the weights to the loss, or one of whose tensors is computed from another;
             where `fsam_ascent_inputs`, or with `fsam_ascent_scope="optimizer_step"` the parent's step, changes a batch
             that has yet to take its second pass.
@@ -182,8 +182,11 @@ class FSAMMixin(Seam):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         made = self.optimizer  # also where an override returns nothing
-        if self.fsam.active and self.args.fsam_precondition and not isinstance(made, AcceleratedOptimizer):
-            check_keeps_second_moment(made)
+        if self.fsam.active and not isinstance(made, AcceleratedOptimizer):
+            if self.args.fsam_precondition:
+                check_keeps_second_moment(made)
+            if self.args.fsam_ascent_direction == "momentum":
+                check_keeps_momentum(made)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -359,6 +359,26 @@ def test_preconditioning_refuses_the_others_before_the_first_step_and_names_the_
     assert torch.equal(model.lm_head.weight, llama().lm_head.weight)
 
 
+@pytest.mark.parametrize("name", ["RMSprop", "Adafactor", "torch Adafactor", "Adagrad"])
+def test_an_ascent_along_a_momentum_refuses_an_optimizer_without_one_before_the_first_step(
+    tmp_path: Path, name: str
+) -> None:
+    model = llama()
+    given = {"optimizers": (KEEPS_NONE[name](model.parameters()), None)}
+    trainer = make_trainer(tmp_path, model, trainer=given, fsam_ascent_direction="momentum")
+    with pytest.raises(ValueError, match=r"has none .*Choose an optimizer that has one"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    make_trainer(tmp_path, model, trainer=given, fsam_ascent_direction="momentum", fsam_rho=0.0).create_optimizer()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion", "Adamax", "with its own arguments"])
+def test_an_ascent_along_a_momentum_takes_optimizers_that_have_one(tmp_path: Path, name: str) -> None:
+    model = llama()
+    given = {"optimizers": ((KEEPS | KEEPS_NONE)[name](model.parameters()), None)}
+    make_trainer(tmp_path, model, trainer=given, fsam_ascent_direction="momentum").create_optimizer()
+
+
 @pytest.mark.parametrize("name", [name for name in KEEPS_NONE if name != "SparseAdam"])
 def test_without_preconditioning_any_optimizer_trains(tmp_path: Path, name: str) -> None:
     model = llama()
