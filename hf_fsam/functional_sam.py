@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.utils import logging
 
 from hf_fsam import batches
@@ -22,6 +23,7 @@ from hf_fsam.heads.find import IDENTITY, find_boundary
 from hf_fsam.heads.fused_head import FusedHead, find_fused_head
 from hf_fsam.heads.unperturbed import CotangentCache
 from hf_fsam.logs import LoggedMeans
+from hf_fsam.optimizer_state import innermost
 from hf_fsam.passes import CleanPass
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.seam import Seam
@@ -177,6 +179,24 @@ class FunctionalSAM:
                 found += [weight for group in groups for weight in group["params"] if weight not in inside]
             self._outside = trainer.model, list(dict.fromkeys(found))
         return self._outside[1]
+
+    def check_weights_are_trained(self, optimizer: Optimizer) -> None:
+        """Warn of weights that ε would move and the optimizer does not."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:  # whose optimizer may have other tensors
+            return
+        trained = {weight for group in innermost(optimizer).param_groups for weight in group["params"]}
+        left_out = [
+            name
+            for name, weight in trainer.model.named_parameters()
+            if weight.requires_grad and weight not in trained and trainer.fsam_perturbs(name, weight)
+        ]
+        if left_out:
+            logger.warning(
+                f"{len(left_out)} trainable weights ({_few(left_out)}) are in no parameter group of the optimizer, and "
+                "take their part of fsam_rho all the same. Freeze them with requires_grad_(False), or let "
+                "fsam_perturbs be false for them."
+            )
 
     def ascent_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """

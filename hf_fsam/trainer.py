@@ -187,6 +187,7 @@ class FSAMMixin(Seam):
                 check_keeps_second_moment(made)
             if self.args.fsam_ascent_direction == "momentum":
                 check_keeps_momentum(made)
+            self.fsam.check_weights_are_trained(made)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

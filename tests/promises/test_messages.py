@@ -482,6 +482,24 @@ def with_optimizer(make: Callable[..., torch.optim.Optimizer], **arguments: Any)
     return run
 
 
+class _PerturbsTheHead(FSAMTrainer):
+    def fsam_perturbs(self, name: str, weight: Tensor) -> bool:
+        return name == "lm_head.weight"
+
+
+def head_trained(frozen: bool, **arguments: Any) -> Run:
+    """The optimizer has the head's weights alone."""
+
+    def run(folder: Path) -> Trainer:
+        model = llama()
+        model.model.requires_grad_(not frozen)
+        return trains(lambda: model, trainer={"optimizers": (sgd(model.lm_head.parameters()), None)}, **arguments)(
+            folder
+        )
+
+    return run
+
+
 sgd = partial(torch.optim.SGD, lr=1e-3)
 along_momentum = {"fsam_ascent_direction": "momentum"}
 OPTIMIZERS = [
@@ -519,6 +537,13 @@ OPTIMIZERS = [
         "Choose an optimizer that has one, or fsam_ascent_direction='gradient'",
         with_optimizer(torch.optim.Adagrad, **along_momentum),
         with_optimizer(torch.optim.Adagrad, fsam_ascent_direction="gradient"),
+    ),
+    Row("are in no parameter group of the optimizer", head_trained(False), head_trained(True), logged=True),
+    Row(
+        "or let fsam_perturbs be false for them",
+        head_trained(False),
+        head_trained(False, trainer_class=_PerturbsTheHead),
+        logged=True,
     ),
     Row(
         "the optimizer has none yet",
