@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DummyOptim
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -182,7 +183,8 @@ class FSAMMixin(Seam):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         made = self.optimizer  # also where an override returns nothing
-        if self.fsam.active and not isinstance(made, AcceleratedOptimizer):
+        # One that is prepared was looked at before; one that DeepSpeed is to make has been by its engine.
+        if self.fsam.active and not isinstance(made, AcceleratedOptimizer | DummyOptim):
             if self.args.fsam_precondition:
                 check_keeps_second_moment(made)
             if self.args.fsam_ascent_direction == "momentum":
