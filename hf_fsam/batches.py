@@ -83,6 +83,10 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         b = b.to(a.device, a.dtype)
         return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        if a.dtype.hasobject:
+            return a.shape == b.shape and all(x is y or alike(x, y) for x, y in zip(a.flat, b.flat, strict=True))
+        return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
     if isinstance(a, _UNCHANGEABLE):
         return bool(a == b)
     return type(a) is type(b)

@@ -12,16 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-_WITH_RUNNING_STATISTICS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
-
 
 @dataclass(frozen=True)
 class RandomState:
@@ -59,7 +49,7 @@ def running_statistics(model: nn.Module) -> Callable[[], None]:
     buffers = [
         buffer
         for module in model.modules()
-        if isinstance(module, _WITH_RUNNING_STATISTICS)
+        if getattr(module, "running_mean", None) is not None  # torch's own norms, and others that were made like them
         for buffer in module.buffers(recurse=False)
     ]
     saved = [buffer.clone() for buffer in buffers]

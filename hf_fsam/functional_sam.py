@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.utils import logging
 
 from hf_fsam import batches
@@ -29,6 +30,7 @@ from hf_fsam.heads.find import IDENTITY, find_boundary
 from hf_fsam.heads.fused_head import FusedHead, find_fused_head, is_weighed
 from hf_fsam.heads.unperturbed import CotangentCache
 from hf_fsam.logs import LoggedMeans
+from hf_fsam.optimizer_state import innermost
 from hf_fsam.passes import CleanPass
 from hf_fsam.perturbation import Perturbation
 from hf_fsam.seam import Seam
@@ -98,7 +100,9 @@ class FunctionalSAM:
         due: this optimizer step perturbs.
         micro_step: how many micro-batches of this optimizer step have ended.
         training: inside of `train`.
-        entered: `training_step` was called.
+        fetches: `get_batch_samples` was called in it.
+        entered: `training_step` was called in it.
+        has_split: both passes of a step came to their end in it.
     """
 
     def __init__(self, trainer: Seam) -> None:
@@ -111,7 +115,7 @@ class FunctionalSAM:
         self.batches: list[dict[str, Any]] | None = None
         self.window: Window | None = None
         self.micro_step = 0
-        self.training = self.entered = self.due = False
+        self.training = self.fetches = self.entered = self.has_split = self.due = False
         self.cotangent_cache = CotangentCache()
         self._engine: Engine | None = None
         self._attached_to: nn.Module | None = None
@@ -183,6 +187,24 @@ class FunctionalSAM:
                 found += [weight for group in groups for weight in group["params"] if weight not in inside]
             self._outside = trainer.model, list(dict.fromkeys(found))
         return self._outside[1]
+
+    def check_weights_are_trained(self, optimizer: Optimizer) -> None:
+        """Warn of weights that ε would move and the optimizer does not."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:  # whose optimizer may have other tensors
+            return
+        trained = {weight for group in innermost(optimizer).param_groups for weight in group["params"]}
+        left_out = [
+            name
+            for name, weight in trainer.model.named_parameters()
+            if weight.requires_grad and weight not in trained and trainer.fsam_perturbs(name, weight)
+        ]
+        if left_out:
+            logger.warning(
+                f"{len(left_out)} trainable weights ({_few(left_out)}) are in no parameter group of the optimizer, and "
+                "take their part of fsam_rho all the same. Freeze them with requires_grad_(False), or let "
+                "fsam_perturbs be false for them."
+            )
 
     def ascent_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """

@@ -70,18 +70,26 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
     optimizer = innermost(optimizer)
     found, averages = [], []
     for weight in weights:
-        state = optimizer.state.get(weight, {})
-        average = state[momentum_name(optimizer, state)] if state else None
+        average = _momentum(optimizer, optimizer.state.get(weight, {}))
         if average is not None:
-            if type(average) not in (Tensor, DTensor):
-                raise ValueError(
-                    f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps its momentum in a format of "
-                    f"its own ({type(average).__name__}). Choose optim='adamw_torch', or "
-                    "fsam_ascent_direction='gradient'."
-                )
             found.append(weight)
             averages.append(average.to(weight.device, weight.dtype, copy=True))
     return found, averages
+
+
+def _momentum(optimizer: Optimizer, state: dict[str, Any]) -> Tensor | None:
+    """That in a weight's `state`; None where the state is empty, or its momentum.
+
+    Raises:
+        ValueError: the state has none, or in a format that is not known here.
+    """
+    average = state[momentum_name(optimizer, state)] if state else None
+    if average is not None and type(average) not in (Tensor, DTensor):
+        raise ValueError(
+            f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps its momentum in a format of its own "
+            f"({type(average).__name__}). Choose optim='adamw_torch', or fsam_ascent_direction='gradient'."
+        )
+    return average
 
 
 def momentum_name(optimizer: Optimizer, state: dict[str, Any] | None = None) -> str:
@@ -147,28 +155,47 @@ def second_moments_of_shards(optimizer: Optimizer, averages: Iterable[Tensor]) -
     return (SecondMoment(average, beta, step, eps) for average in averages)
 
 
-def check_keeps_second_moment(optimizer: Optimizer) -> None:
-    """Make sure, before training, that `fsam_precondition` will find what it divides by.
-
-    An optimizer has its state only after a step. So another one of the same class and settings takes a step on a weight
-    that is large enough for a quantized state to be quantized.
-
-    Raises:
-        ValueError: it has no second moment, or none in a form that is known here; the message names optimizers that do.
-    """
-    optimizer = innermost(optimizer)
+def _stepped_twin(optimizer: Optimizer) -> tuple[Any, Tensor]:
+    """Another optimizer of the same class and settings that has taken a step, and the weight that it has stepped, which
+    is large enough for a quantized state to be quantized. Before training, it tells what the optimizer will keep."""
     group = next(group for group in optimizer.param_groups if group["params"])
     like = group["params"][0]
     probe = torch.zeros(64, 64, dtype=like.dtype, device=like.device, requires_grad=True)  # (64, 64)
     probe.grad = torch.ones_like(probe)
     taken = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in group.items() if key in taken and key != "params"}
+    twin: Any = type(optimizer)([probe], **settings)
+    if callable(getattr(twin, "train", None)):  # schedule-free ones refuse to step in the mode that they begin in
+        twin.train()
+    twin.step()
+    return twin, probe
+
+
+def check_keeps_momentum(optimizer: Optimizer) -> None:
+    """Make sure, before training, that an ascent along the momentum will find one. Optimizers whose state stays empty,
+    as that of SGD may, and those that can't be asked pass.
+
+    Raises:
+        ValueError: it has none, or none in a format that is known here; the message names the cure.
+    """
+    optimizer = innermost(optimizer)
+    try:
+        twin, probe = _stepped_twin(optimizer)
+    except Exception:  # an unknown optimizer may raise anything; after its first step `momenta` sees what it has
+        return
+    _momentum(optimizer, twin.state.get(probe, {}))
+
+
+def check_keeps_second_moment(optimizer: Optimizer) -> None:
+    """Make sure, before training, that `fsam_precondition` will find what it divides by.
+
+    Raises:
+        ValueError: it has no second moment, or none in a form that is known here; the message names optimizers that do.
+    """
+    optimizer = innermost(optimizer)
     why, error = None, None
     try:
-        twin: Any = type(optimizer)([probe], **settings)
-        if callable(getattr(twin, "train", None)):  # schedule-free ones refuse to step in the mode that they begin in
-            twin.train()
-        twin.step()
+        twin, probe = _stepped_twin(optimizer)
         has = (twin.state[probe].keys(), twin.param_groups[0].keys())
         lacks = [name for name in ("exp_avg_sq", "step") if name not in has[0]]
         lacks += [name for name in ("betas", "eps") if name not in has[1]]

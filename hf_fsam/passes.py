@@ -230,16 +230,16 @@ class CleanPass(Pass):
     def finish(self, name: str) -> None:
         """
         Raises:
-            ValueError: nothing came back to the boundary `name`.
+            ValueError: nothing came back to the boundary `name`, and the loss is not the 0 of a batch to skip.
         """
         self.nodes.clear()
         self._leaves.clear()
-        if self.records and not any(crossing.reached for crossing in self.crossings):
+        if self.records and not any(crossing.reached for crossing in self.crossings) and self.loss != 0:
             raise ValueError(
                 f"in this batch nothing crossed the boundary {name!r} on the way from the weights to the loss, so "
                 "there is no cotangent to record: name the module that makes the logits with fsam_boundary. (A model "
                 "with other heads for some batches needs one module that all of them go through, or "
-                f"fsam_variant='sam'.) {IDENTITY}."
+                f"fsam_variant='sam'. The loss of a batch to skip may be 0.) {IDENTITY}."
             )
 
     def offload(self) -> None:

@@ -57,7 +57,7 @@ class SplitStep:
         self.batch: MicroBatch | None = None
         self.second: SecondPass | None = None
         self.moved: CleanPass | SecondPass | None = None  # the pass at θ+ε
-        self._raised = False
+        self._raised = self._in_compute_loss = False
         self._contexts = ExitStack()
         self._second_contexts = ExitStack()  # those of the second pass: the weights are at θ+ε
         self._ended_at: int | None = None  # when in the order of autograd's nodes they ended
@@ -153,17 +153,22 @@ class SplitStep:
             def call(model: nn.Module, inputs: dict[str, Any]) -> Any:
                 return compute_loss(model, inputs, *args, **kwargs)
 
+            if self._in_compute_loss:  # it calls itself, for another try or on another batch
+                return call(model, inputs)
             second_pass_runs = self.second is not None and not self.second.backward_ended
             if not torch.is_grad_enabled() and not second_pass_runs:  # an evaluation in the parent's step
                 self._end_second_pass()
                 if self.second is not None:
                     self.fsam.current_pass = None
                 return call(model, inputs)
+            self._in_compute_loss = True
             try:
                 return self._compute_loss(call, model, inputs)
             except BaseException:
                 self._raised = True
                 raise
+            finally:
+                self._in_compute_loss = False
 
         return split
 
@@ -220,7 +225,15 @@ class SplitStep:
     def _ascend(self, call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Window:
         """Make the clean passes over the micro-batches of the ascent scope, and the perturbation that they give."""
         fsam, trainer, args, engine = self.fsam, self.trainer, self.trainer.args, self.fsam.engine
-        fetched = (args.fsam_ascent_scope == "optimizer_step" and fsam.batches) or [self.fetched]
+        fetched = [self.fetched]
+        if args.fsam_ascent_scope == "optimizer_step":
+            if fsam.training and not fsam.fetches and args.gradient_accumulation_steps > 1:
+                raise RuntimeError(
+                    f"fsam_ascent_scope='optimizer_step': the get_batch_samples of {type(trainer).__name__} does not "
+                    "call FSAMMixin's, which sees there what the ascent is to go over. Let it call "
+                    "super().get_batch_samples, or set fsam_ascent_scope='micro_batch'."
+                )
+            fetched = fsam.batches or fetched
         waiting = [
             MicroBatch(each, inputs if each is self.fetched else trainer._prepare_inputs(each)) for each in fetched
         ]
@@ -249,7 +262,7 @@ class SplitStep:
         if not perturbation.weights:
             logger.warning_once(
                 "The ascent has no gradient, so the step is a plain one: none of the weights that fsam_perturbs names "
-                "is on the way to the loss. Let it be true for one that is."
+                "is on the way to the loss. Let it be true for one that is. For a batch to skip there is nothing to do."
             )
         fsam.window = Window(waiting, perturbation, of_gradient=momentum is None)
         return fsam.window
@@ -309,7 +322,13 @@ class SplitStep:
         """Run the forward and the backward pass of `clean`; without `backward`, the latter stops at the boundary."""
         with self.fsam.boundary.running(clean):
             result = call(model, batches.copied(inputs))
-            loss = clean.take_loss(result[0] if isinstance(result, tuple) else result)
+            loss = result[0] if isinstance(result, tuple) else result
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"compute_loss of {type(self.trainer).__name__} returned a {type(loss).__name__} for the loss: let "
+                    "it return a tensor, or a tuple that begins with it, or set fsam_variant='none'."
+                )
+            loss = clean.take_loss(loss)
             self.fsam.check_boundary(loss, clean)
             loss = loss / self.divisor  # as the parent's step will, so that one loss scale suits both passes
             # Around the call of compute_loss there may be an autocast region, in which no backward pass belongs.
@@ -343,16 +362,25 @@ class SplitStep:
     # ---- The end ----
 
     def complete(self) -> bool:
-        """Whether both passes came to their end; not so where the parent's step has caught an exception.
+        """Whether both passes came to their end; not so where the parent's step has caught an exception, or skips the
+        batch.
 
         Raises:
-            RuntimeError: the parent's step did not call `compute_loss`, or did not back-propagate its loss.
+            RuntimeError: the parent's step did not call `compute_loss`, or did not back-propagate its loss, and has not
+                done so in any step yet.
         """
         if self._raised or (self.second is not None and self.second.interrupted):
             return False
-        if self.second is None or not self.second.was_differentiated:
+        if self.second is not None and self.second.was_differentiated:
+            self.fsam.has_split = True
+            return True
+        if not self.fsam.has_split:
             raise RuntimeError(self._not_back_propagated())
-        return True
+        logger.warning_once(
+            "The training_step below FSAMMixin has not back-propagated the loss of a batch as it did before, so the "
+            "batch counts as skipped. If it trains on a loss of its own there, that one is not split."
+        )
+        return False
 
     def report(self) -> None:
         """Add what a complete step found to the log."""

@@ -1,13 +1,15 @@
 """`FSAMTrainer`: the Trainer whose step is split between function and loss."""
 
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DummyOptim
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_fsam import model_card
@@ -18,7 +20,7 @@ from hf_fsam.functional_sam import FunctionalSAM
 from hf_fsam.heads.find import find_boundary
 from hf_fsam.heads.liger import losses_left_out
 from hf_fsam.logs import FSAMSettings, settings_of
-from hf_fsam.optimizer_state import check_keeps_second_moment
+from hf_fsam.optimizer_state import check_keeps_momentum, check_keeps_second_moment
 from hf_fsam.seam import Seam
 from hf_fsam.step import SplitStep
 
@@ -38,22 +40,20 @@ class FSAMMixin(Seam):
     clipping, the optimizer. `args` without `fsam_*` fields are completed with the defaults of `FSAMArguments`.
     What a subclass may change of the step is in `Seam`.
 
-    Attributes:
-        fsam: all that the mixin keeps.
-
     Raises:
-        ValueError: before training, for a model without a boundary, an optimizer without a second moment where one is
-            needed, an empty data set, or a way of running that is not supported; at the first step, for a boundary that
+        ValueError: before training, for a model without a boundary, an optimizer without the moment that is needed, an
+            empty data set, or a way of running that is not supported; at the first step, for a boundary that
             is not on the way from the weights to the loss, or one of whose tensors is computed from another;
             where `fsam_ascent_inputs`, or with `fsam_ascent_scope="optimizer_step"` the parent's step, changes a batch
             that has yet to take its second pass.
         TypeError: at the first step, for a boundary that returns the loss, or what is neither a tensor nor a mapping, a
-            list or a tuple; for a batch that holds what cannot be copied; for a class that has a Trainer before the
-            mixin.
-        RuntimeError: where the parent's step calls `compute_loss` never, or twice, or does not back-propagate what that
-            returns; where `compute_loss` back-propagates by itself, or generates text in the second pass; where that
-            pass does not compute the function of the first; at the second step, where a subclass's step does not call
-            this one.
+            list or a tuple; for a batch that holds what cannot be copied; for a loss that is no tensor;
+            for a class that has a Trainer before the mixin.
+        RuntimeError: where the parent's step calls `compute_loss` twice; where its first one calls it never, or does
+            not back-propagate what that returns; where `compute_loss` back-propagates by itself, or generates text in
+            the second pass; where that pass does not compute the function of the first; at the first step, where a
+            subclass's step does not call this one, or with `fsam_ascent_scope="optimizer_step"` its
+            `get_batch_samples`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -67,20 +67,38 @@ class FSAMMixin(Seam):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for name, value in settings_of(FSAMArguments()).items():
-            if not hasattr(self.args, name):
-                setattr(self.args, name, value)
+        self._args_given = [each for each in (*args, *kwargs.values()) if isinstance(each, TrainingArguments)]
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            if "unexpected keyword argument 'fsam_" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__} makes arguments of its own out of the {type(self._args_given[0]).__name__} "
+                f"that it got, and these take no fsam_* fields ({error}). Give it its own class with the fields, "
+                "class FSAMSFTConfig(FSAMArguments, SFTConfig) for TRL's SFTTrainer."
+            ) from error
+        fsam = self.fsam
         self.add_callback(FSAMSettings(**settings_of(self.args)))
         if self.args.fsam_diagnostics_steps:
             self.add_callback(FSAMDiagnosticsCallback(every=self.args.fsam_diagnostics_steps))
-        self.fsam = FunctionalSAM(self)
-        if self.fsam.active:
-            _ = self.fsam.engine  # what is not supported is refused now
-            if self.fsam.splits:
+        self.add_callback(_PlainTrainingRefused(self))
+        if fsam.active:
+            _ = fsam.engine  # what is not supported is refused now
+            if fsam.splits:
                 find_boundary(self.model, self.args.fsam_boundary)
             if compiles(self.args, self.accelerator):
-                self.fsam.attach()
+                fsam.attach()
+
+    @functools.cached_property
+    def fsam(self) -> FunctionalSAM:
+        """All that the mixin keeps. It is made where it is first asked for, as the parent's `__init__` may do."""
+        for name, value in settings_of(FSAMArguments()).items():
+            for given in self._args_given:  # TRL may have made others of them, without what was set on them
+                value = getattr(given, name, value)
+            if not hasattr(self.args, name):
+                setattr(self.args, name, value)
+        return FunctionalSAM(self)
 
     @property
     def fsam_pass(self) -> Literal["clean", "second"] | None:
@@ -131,7 +149,8 @@ class FSAMMixin(Seam):
         if dataset is not None and has_length(dataset) and len(dataset) == 0:
             raise ValueError("train_dataset is empty: there is nothing to train on.")
         self.fsam.drop()  # what Ctrl-C may have left of the last training
-        self.fsam.training, self.fsam.entered = True, False
+        self.fsam.training = True
+        self.fsam.fetches = self.fsam.entered = self.fsam.has_split = False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FSAMDiagnosticsCallback):
                 callback.fsam = self.fsam
@@ -146,14 +165,10 @@ class FSAMMixin(Seam):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's look ahead: it fetches all micro-batches of an optimizer step before it trains on the first."""
         fsam = self.fsam
-        if fsam.batches and fsam.active and not fsam.entered:
-            raise RuntimeError(
-                f"the training_step of {type(self).__name__} does not call FSAMMixin's, so that it trains plainly. Put "
-                "FSAMMixin before the class that has it: class MyFSAMTrainer(FSAMMixin, MyTrainer)."
-            )
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         for probe in fsam.probes:
             probe.see(batches)
+        fsam.fetches = True
         fsam.batches, fsam.window, fsam.micro_step = batches, None, 0
         return batches, num_items_in_batch
 
@@ -168,13 +183,19 @@ class FSAMMixin(Seam):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         made = self.optimizer  # also where an override returns nothing
-        if self.fsam.active and self.args.fsam_precondition and not isinstance(made, AcceleratedOptimizer):
-            check_keeps_second_moment(made)
+        # One that is prepared was looked at before; one that DeepSpeed is to make has been by its engine.
+        if self.fsam.active and not isinstance(made, AcceleratedOptimizer | DummyOptim):
+            if self.args.fsam_precondition:
+                check_keeps_second_moment(made)
+            if self.args.fsam_ascent_direction == "momentum":
+                check_keeps_momentum(made)
+            self.fsam.check_weights_are_trained(made)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # The Trainer's own line, which it writes on all processes together: the means are reduced over them.
-        if self.fsam.active and {"loss", "learning_rate"} <= logs.keys():
+        # This step may be a plain one, and others since the last line were not.
+        if {"loss", "learning_rate"} <= logs.keys():
             logs = {**logs, **self.fsam.means.drain(self.accelerator)}
         super().log(logs, *args, **kwargs)
 
@@ -184,6 +205,24 @@ class FSAMMixin(Seam):
             path = Path(self.args.output_dir or ".") / "README.md"
             tagged = self.fsam.active and self.args.fsam_variant == "functional"
             model_card.complete(path, self.model, settings_of(self.args), tagged)
+
+
+class _PlainTrainingRefused(TrainerCallback):
+    """Refuses a class whose `training_step` trains and never calls the mixin's. One that skips its first batches leaves
+    no gradient, except under DeepSpeed, which keeps gradients elsewhere."""
+
+    def __init__(self, trainer: FSAMMixin) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        if trainer.fsam.entered or not trainer.fsam.active:
+            return
+        if trainer.is_deepspeed_enabled or any(weight.grad is not None for weight in trainer.model.parameters()):
+            raise RuntimeError(
+                f"the training_step of {type(trainer).__name__} does not call FSAMMixin's, so that it trains plainly. "
+                "Put FSAMMixin before the class that has it: class MyFSAMTrainer(FSAMMixin, MyTrainer)."
+            )
 
 
 class FSAMTrainer(FSAMMixin, Trainer):

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments
 from trl.models.activation_offloading import OffloadActivations
 
-from hf_fsam import FSAMArguments, FSAMMixin, FSAMTrainer
+from hf_fsam import FSAMArguments, FSAMMixin, FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.counters import Counters
 from tests import reference, toys, zoo
 from tests.parity.test_parity import assert_same_weights
@@ -99,6 +99,24 @@ def preferences() -> Dataset:
 
     rows = [{"prompt": text(3), "chosen": text(lengths(g)), "rejected": text(lengths(g))} for _ in range(20)]
     return Dataset.from_list(rows)
+
+
+def sft_on(args: TrainingArguments) -> FSAMSFTTrainer:
+    return FSAMSFTTrainer(model=llama(), args=args, train_dataset=conversations(), processing_class=tokenizer())
+
+
+def test_fsam_fields_set_on_plain_training_arguments_are_kept_where_trl_makes_its_own_of_them(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    args.fsam_rho = 0.5
+    trainer = sft_on(args)
+    assert isinstance(trainer.args, trl.SFTConfig)
+    assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
+
+
+def test_training_arguments_that_trl_cannot_take_name_the_class_that_it_can(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"FSAMTrainingArguments that it.*FSAMSFTConfig\(FSAMArguments, SFTConfig\)"):
+        sft_on(FSAMTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    sft_on(FSAMSFTConfig(str(tmp_path), report_to="none", use_cpu=True))
 
 
 def make_trainer(

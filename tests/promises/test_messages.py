@@ -3,6 +3,7 @@
 import ast
 import copy
 import functools
+import itertools
 import json
 import re
 import tempfile
@@ -43,6 +44,7 @@ from tests.tools.studies import RECIPE
 from tests.toys import VOCABULARY, adapted, gpt2, llama, make_trainer
 from tests.unit.test_arguments import _Lion
 from tests.unit.test_find_boundary import ROWS, _Headless
+from tests.unit.test_step import SkipsNotFinite
 
 PACKAGE = Path(hf_fsam.__file__).parent
 Run = Callable[[Path], Any]
@@ -480,6 +482,24 @@ def with_optimizer(make: Callable[..., torch.optim.Optimizer], **arguments: Any)
     return run
 
 
+class _PerturbsTheHead(FSAMTrainer):
+    def fsam_perturbs(self, name: str, weight: Tensor) -> bool:
+        return name == "lm_head.weight"
+
+
+def head_trained(frozen: bool, **arguments: Any) -> Run:
+    """The optimizer has the head's weights alone."""
+
+    def run(folder: Path) -> Trainer:
+        model = llama()
+        model.model.requires_grad_(not frozen)
+        return trains(lambda: model, trainer={"optimizers": (sgd(model.lm_head.parameters()), None)}, **arguments)(
+            folder
+        )
+
+    return run
+
+
 sgd = partial(torch.optim.SGD, lr=1e-3)
 along_momentum = {"fsam_ascent_direction": "momentum"}
 OPTIMIZERS = [
@@ -518,6 +538,13 @@ OPTIMIZERS = [
         with_optimizer(torch.optim.Adagrad, **along_momentum),
         with_optimizer(torch.optim.Adagrad, fsam_ascent_direction="gradient"),
     ),
+    Row("are in no parameter group of the optimizer", head_trained(False), head_trained(True), logged=True),
+    Row(
+        "or let fsam_perturbs be false for them",
+        head_trained(False),
+        head_trained(False, trainer_class=_PerturbsTheHead),
+        logged=True,
+    ),
     Row(
         "the optimizer has none yet",
         with_optimizer(sgd, **along_momentum),
@@ -550,6 +577,16 @@ class _Below(FSAMMixin, _Plain):
     pass
 
 
+class _Fetches(FSAMTrainer):
+    """Fetches the micro-batches by itself."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> Any:
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+
+over_window = {"gradient_accumulation_steps": 2, "fsam_ascent_scope": "optimizer_step"}
+
+
 class _Twice(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.compute_loss(model, self._prepare_inputs(inputs))
@@ -557,6 +594,20 @@ class _Twice(Trainer):
 
 
 class _FSAMTwice(FSAMMixin, _Twice):
+    pass
+
+
+class _ReturnsDict(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return {"loss": super().compute_loss(*args, **kwargs)}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)["loss"]
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class _FSAMReturnsDict(FSAMMixin, _ReturnsDict):
     pass
 
 
@@ -690,8 +741,19 @@ STEP = [
     Row("names no trainable weight to perturb", takes(_PerturbsNothing), takes(_Below)),
     Row("stands before FSAMMixin", both_orders("trainer"), both_orders("mixin")),
     Row("does not call FSAMMixin's", takes(_Above), takes(_Below)),
+    Row(
+        "get_batch_samples of _Fetches does not call", takes(_Fetches, **over_window), takes(FSAMTrainer, **over_window)
+    ),
+    Row(
+        "Let it call super().get_batch_samples, or",
+        takes(_Fetches, **over_window),
+        takes(_Fetches, gradient_accumulation_steps=2, fsam_ascent_scope="micro_batch"),
+    ),
     Row("compute_loss was called twice", takes(_FSAMTwice), takes(_Below)),
+    Row("it return a tensor, or a tuple that begins", takes(_FSAMReturnsDict), takes(_Below)),
+    Row("returned a dict for the loss", takes(_FSAMReturnsDict), takes(_FSAMReturnsDict, fsam_variant="none")),
     Row("did not back-propagate the loss", takes(_FSAMOwn), takes(_Below)),
+    Row("the batch counts as skipped", takes(type("Skips", (FSAMMixin, SkipsNotFinite), {})), None, logged=True),
     Row("_BackPropagates: compute_loss back-propagates by itself", takes(_BackPropagates), takes(_ReturnsTheLoss)),
     Row("which training_step back-propagates, or", takes(_BackPropagates), takes(_BackPropagates, fsam_variant="none")),
     Row("that cannot be copied", with_lock(True), with_lock(False)),
@@ -965,6 +1027,7 @@ ROWS_OF_MESSAGES = [*ARGUMENTS, *ENGINES, *OPTIMIZERS, *STEP, *DIAGNOSTICS, *COM
 ELSEWHERE = {
     "can't be cut at the same places": "two tensors of the package's own that are not of one shape",
     "of no inputs": "test_extending.py",
+    "and these take no fsam_* fields": "test_training_arguments_that_trl_cannot_take_name_the_class_that_it_can",
     "fsam_direction returned something": "as the row before",
     "The ascent has no gradient": "as the row before",
     "weights on different ": "test_processes_that_do_not_agree_on_the_weights_are_told",

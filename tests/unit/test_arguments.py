@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import DistributedType, DummyOptim, TorchDynamoPlugin
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_fsam import FSAMArguments, FSAMTrainer, FSAMTrainingArguments
@@ -357,6 +357,33 @@ def test_preconditioning_refuses_the_others_before_the_first_step_and_names_the_
         trainer.train()
     assert trainer.state.global_step == 0
     assert torch.equal(model.lm_head.weight, llama().lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adafactor", "torch Adafactor", "Adagrad"])
+def test_an_ascent_along_a_momentum_refuses_an_optimizer_without_one_before_the_first_step(
+    tmp_path: Path, name: str
+) -> None:
+    model = llama()
+    given = {"optimizers": (KEEPS_NONE[name](model.parameters()), None)}
+    trainer = make_trainer(tmp_path, model, trainer=given, fsam_ascent_direction="momentum")
+    with pytest.raises(ValueError, match=r"has none .*Choose an optimizer that has one"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    make_trainer(tmp_path, model, trainer=given, fsam_ascent_direction="momentum", fsam_rho=0.0).create_optimizer()
+
+
+@pytest.mark.parametrize("needs", [{"fsam_precondition": True}, {"fsam_ascent_direction": "momentum"}])
+def test_the_optimizer_of_a_deepspeed_configuration_is_left_to_the_engine(tmp_path: Path, needs: dict) -> None:
+    trainer = make_trainer(tmp_path, **needs)
+    trainer.optimizer = DummyOptim(trainer.model.parameters())
+    assert trainer.create_optimizer() is trainer.optimizer
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion", "Adamax", "with its own arguments"])
+def test_an_ascent_along_a_momentum_takes_optimizers_that_have_one(tmp_path: Path, name: str) -> None:
+    model = llama()
+    given = {"optimizers": ((KEEPS | KEEPS_NONE)[name](model.parameters()), None)}
+    make_trainer(tmp_path, model, trainer=given, fsam_ascent_direction="momentum").create_optimizer()
 
 
 @pytest.mark.parametrize("name", [name for name in KEEPS_NONE if name != "SparseAdam"])

@@ -920,6 +920,97 @@ def test_a_trainer_below_the_mixin_may_skip_a_batch_that_fails(tmp_path: Path, a
     assert plain.skipped == 1
 
 
+class SkipsNotFinite(Trainer):
+    """Leaves a batch out whose loss is NaN, as that of the second step is."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        if not loss.isfinite():
+            return torch.zeros(())
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "optimizer_step"])
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_training_step_below_the_mixin_may_skip_a_batch_whose_loss_is_not_finite(
+    tmp_path: Path, variant: str, scope: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = type("Over", (FSAMMixin, SkipsNotFinite), {})
+    settings = {"fsam_variant": variant, "fsam_ascent_scope": scope, "fsam_rho": 0.5, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, trainer_class=over, max_steps=4, **settings)
+    before = weights_of(trainer.model)
+    from transformers.utils import logging
+
+    logging.get_logger("hf_fsam").warning_once.cache_clear()
+    logging.enable_propagation()
+    trainer.train()
+    assert same_bits(weights_of(trainer.model), before)
+    assert trainer.state.log_history[1]["fsam/radius"] == pytest.approx(0.5, rel=1e-3)
+    assert caplog.text.count("the batch counts as skipped") == 1
+
+
+@pytest.mark.parametrize("of", ["nothing", "weights"])
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_a_batch_to_skip_may_have_the_loss_zero(tmp_path: Path, of: str, direction: str) -> None:
+    class Skips(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.state.global_step != 1:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            if of == "nothing":
+                return torch.zeros((), device=DEVICE, requires_grad=True)
+            return 0.0 * sum(weight.sum() for weight in model.parameters())
+
+    norms: list[float] = []
+    recording = TrainerCallback()
+    recording.on_pre_optimizer_step = lambda *_, model, **__: norms.append(
+        sum(float(weight.grad.norm()) for weight in model.parameters() if weight.grad is not None)
+    )
+    settings = {"max_steps": 3, "optim": "sgd", "optim_args": "momentum=0.9", "fsam_ascent_direction": direction}
+    train(tmp_path, trainer_class=Skips, trainer={"callbacks": [recording]}, **settings)
+    assert [norm > 0 for norm in norms] == [True, False, True]
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_compute_loss_may_call_itself(tmp_path: Path, variant: str) -> None:
+    class Tries(FSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if "again" not in inputs:
+                return self.compute_loss(model, {**inputs, "again": True}, *args, **kwargs)
+            return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "again"}, *args, **kwargs)
+
+    settings = {"fsam_variant": variant, "fsam_rho": 0.3, "max_steps": 3}
+    assert same_bits(train(tmp_path, trainer_class=Tries, **settings), train(tmp_path, **settings))
+
+
+class _OwnNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that is none of torch's classes for so many dimensions."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_batch_counts_once_in_the_running_statistics_of_any_norm(tmp_path: Path, variant: str) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.classifier = _OwnNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.classifier(self.norm(x))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(12)]
+    trained = train(tmp_path, model=Normed(), trainer={"train_dataset": rows}, max_steps=3, fsam_variant=variant)
+    assert trained["norm.num_batches_tracked"] == 3
+
+
 def test_a_batch_may_hold_nan(tmp_path: Path) -> None:
     class Ignores(_Failing):
         def forward(self, input_ids: Tensor, labels: Tensor, gaps: Tensor) -> dict[str, Tensor]:
@@ -998,6 +1089,22 @@ def test_a_training_step_that_never_calls_the_mixins_is_an_error_not_a_plain_tra
         type("Wrong", (Trainer, FSAMMixin), {})
 
 
+class _SkipsFirst(FSAMTrainer):
+    """Skips batches that it has seen before, in a `training_step` above the mixin."""
+
+    seen = 0
+
+    def training_step(self, *args, **kwargs):
+        self.seen += 1
+        return torch.zeros(()) if self.seen <= 3 else super().training_step(*args, **kwargs)
+
+
+def test_a_training_step_above_the_mixin_may_skip_the_first_batches(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=_SkipsFirst, logging_steps=1)
+    trainer.train()
+    assert ["fsam/radius" in entry for entry in trainer.state.log_history[:-1]] == [False] * 3 + [True] * 3
+
+
 def test_weights_in_float64_end_where_weights_in_float32_do(tmp_path: Path) -> None:
     settings = {"fsam_rho": 0.3, "optim": "sgd"}
     double = train(tmp_path, model=llama().double(), **settings)
@@ -1062,6 +1169,37 @@ def test_fsam_fields_set_on_plain_training_arguments_are_used(tmp_path: Path) ->
     args.fsam_rho = 0.5
     trainer = FSAMTrainer(model=llama(), args=args)
     assert (trainer.args.fsam_rho, trainer.args.fsam_variant) == (0.5, "functional")
+
+
+@pytest.mark.parametrize("variant", ["none", "functional"])
+def test_a_trainer_may_evaluate_and_make_its_optimizer_as_it_is_made(tmp_path: Path, variant: str) -> None:
+    class Begins(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.create_optimizer()
+            self.evaluate(self.train_dataset)
+            self.save_model()
+
+    over = type("Over", (FSAMMixin, Begins), {})
+    settings = {"fsam_variant": variant, "fsam_precondition": True}
+    assert same_bits(train(tmp_path, trainer_class=over, **settings), train(tmp_path, **settings))
+    begun = make_trainer(tmp_path, trainer_class=over, arguments_class=TrainingArguments)
+    assert begun.args.fsam_variant == "functional"
+
+
+@pytest.mark.parametrize("plainly", [{"fsam_variant": "none"}, {"fsam_rho": 0.0}])
+def test_the_log_of_a_plain_step_has_the_means_of_the_others(tmp_path: Path, plainly: dict[str, Any]) -> None:
+    """A callback has every second step perturbed, and it is the others that log."""
+    trainer = make_trainer(tmp_path, fsam_rho=0.1)
+    settings = {name: getattr(trainer.args, name) for name in plainly}
+    alternating = TrainerCallback()
+    alternating.on_step_begin = lambda args, state, *_, **__: vars(args).update(
+        plainly if state.global_step % 2 else settings
+    )
+    trainer.add_callback(alternating)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry["fsam/radius"] for entry in logged] == pytest.approx([0.1] * 3, rel=1e-3)
 
 
 def test_the_logged_means_of_one_training_are_not_carried_into_the_next(tmp_path: Path) -> None:
