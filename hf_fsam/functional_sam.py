@@ -175,6 +175,8 @@ class FunctionalSAM:
         """Those that the model has not, as a loss's own: the leaves of the first `loss`, and what the optimizer has.
         Nothing perturbs them."""
         trainer = self.trainer
+        if loss.grad_fn is None:  # of a batch to skip
+            return []
         if self._outside is None or self._outside[0] is not trainer.model:
             inside, found = set(trainer.model.parameters()), []
             if self.engine.gradients_whole:  # elsewhere the leaves are whole weights in the place of the model's shards
