@@ -101,10 +101,10 @@ class HeadCall(ABC):
 
 def call_head(call: HeadCall, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """The deferred logits of `call`, (..., v), which depend on `hidden` (..., d), `weight` (v, d) and `bias` (v,)."""
-    return _Head.apply(call, hidden, gradient_edge(weight), gradient_edge(bias))
+    return HeadNode.apply(call, hidden, gradient_edge(weight), gradient_edge(bias))
 
 
-class _Head(torch.autograd.Function):
+class HeadNode(torch.autograd.Function):
     """The node of the autograd graph that stands for the head; its backward pass is `call.gradients`."""
 
     @staticmethod

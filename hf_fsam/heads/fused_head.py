@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_fsam.graph import autograd_nodes, parents
-from hf_fsam.heads.deferred_logits import DeferredLogits, HeadCall, LogitsNeeded, call_head, refuse_create_graph
+from hf_fsam.heads.deferred_logits import (
+    DeferredLogits,
+    HeadCall,
+    HeadNode,
+    LogitsNeeded,
+    call_head,
+    refuse_create_graph,
+)
 from hf_fsam.heads.fused_loss import (
     FusedLoss,
     Gradients,
@@ -287,15 +294,20 @@ _SUMS = ("AddBackward0", "SubBackward0", "StackBackward0", "CatBackward0")
 
 
 def is_weighed(loss: Tensor) -> bool:
-    """Whether `loss` multiplies what it took of a fused head with something else that is differentiated, as a loss
-    weight that is learned. That one's gradient depends on the loss's value, and a second pass hands on the clean one.
-    """
+    """Whether `loss` multiplies what it took of a fused head with something of another origin that is differentiated,
+    as a loss weight that is learned. That one's gradient depends on the loss's value, and a second pass hands on the
+    clean one."""
     nodes = list(autograd_nodes(loss.grad_fn))
-    fused = {node for node in nodes if getattr(node, "_forward_cls", None) is _Taken}
-    after: set[Any] = set()
-    while fresh := {node for node in nodes if not (fused | after).isdisjoint(parents(node))} - after:
-        after |= fresh
-    return any(node.name() not in _SUMS and not {*fused, *after, None}.issuperset(parents(node)) for node in after)
+    known = {None, *_from(HeadNode, nodes)}
+    return any(node.name() not in _SUMS and not known.issuperset(parents(node)) for node in _from(_Taken, nodes))
+
+
+def _from(function: type, nodes: list[Any]) -> set[Any]:
+    """Those of `nodes` that are `function`'s, or were computed from what it returned."""
+    found = {node for node in nodes if getattr(node, "_forward_cls", None) is function}
+    while fresh := {node for node in nodes if not found.isdisjoint(parents(node))} - found:
+        found |= fresh
+    return found
 
 
 class _Taken(torch.autograd.Function):

@@ -814,6 +814,17 @@ def test_a_loss_weight_that_is_learned_gets_the_gradient_of_logits_in_memory(
     assert fused.fsam.boundary.head.off == weighs
 
 
+def test_a_loss_that_its_own_logits_weigh_is_not_taken_for_one_with_a_learned_weight(tmp_path: Path) -> None:
+    def focal(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        scores, targets = shifted(outputs.logits, labels)
+        return F.cross_entropy(scores, targets) * (1 - scores.softmax(-1)).square().mean()
+
+    trainer = make_trainer(tmp_path, fsam_rho=0.1, max_steps=2, trainer={"compute_loss_func": focal})
+    trainer.fsam.engine.forward_can_be_retried = False  # a reason for logits would end the training
+    trainer.train()
+    assert trains_as_with_logits(focal, tmp_path)
+
+
 def test_what_the_clean_pass_alone_takes_for_a_log_needs_no_logits(tmp_path: Path) -> None:
     class Logs(FSAMTrainer):
         def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
