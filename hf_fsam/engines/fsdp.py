@@ -90,7 +90,6 @@ class FSDPEngine(LocalEngine):
         self._weights, averages = self._momenta(weights, optimizer)
         if not averages:
             return None
-        self._broken_off = True  # the clean pass has no backward pass
         return Ascent(model, self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
 
     def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
@@ -100,7 +99,6 @@ class FSDPEngine(LocalEngine):
     @contextmanager
     def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         with self._cleanup.after(self._put_back):
-            self.settle()
             if self._reduce_at_once:
                 self._model.set_requires_gradient_sync(True)
             self._swap_numbers(perturbation)
