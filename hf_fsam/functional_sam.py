@@ -122,7 +122,7 @@ class FunctionalSAM:
         self._checked_model: nn.Module | None = None
         self._agreed_on: nn.Module | None = None
         self._fused_head: tuple[list[nn.Module], bool, FusedHead | None] | None = None
-        self._outside: tuple[nn.Module, list[Tensor]] | None = None
+        self._leaves: tuple[nn.Module, list[Tensor]] | None = None
         self._compiled = False
 
     # ---- What the settings say ----
@@ -171,24 +171,28 @@ class FunctionalSAM:
             )
         return weights
 
-    def weights_outside_model(self, loss: Tensor) -> list[Tensor]:
-        """Those that the model has not, as a loss's own: the leaves of the first `loss`, and what the optimizer has.
-        Nothing perturbs them."""
+    def weights_outside_model(self) -> list[Tensor]:
+        """Those that the optimizer has and the model has not, as a loss's own. Nothing perturbs them. Not to be asked
+        in a pass, for which FSDP2 puts others in the place of the model's."""
         trainer = self.trainer
-        if loss.grad_fn is None:  # of a batch to skip
+        if trainer.optimizer is None or trainer.is_deepspeed_enabled:  # DeepSpeed's has partitions of the model's
             return []
-        if self._outside is None or self._outside[0] is not trainer.model:
-            inside, found = set(trainer.model.parameters()), []
-            if self.engine.gradients_whole:  # elsewhere the leaves are whole weights in the place of the model's shards
-                leaves = (getattr(node, "variable", None) for node in autograd_nodes(loss.grad_fn))
-                found = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf not in inside]
-            if (
-                trainer.optimizer is not None and not trainer.is_deepspeed_enabled
-            ):  # whose has partitions of the model's
-                groups = trainer.optimizer.param_groups
-                found += [weight for group in groups for weight in group["params"] if weight not in inside]
-            self._outside = trainer.model, list(dict.fromkeys(found))
-        return self._outside[1]
+        inside = set(trainer.model.parameters())
+        return [
+            weight for group in trainer.optimizer.param_groups for weight in group["params"] if weight not in inside
+        ]
+
+    def leaves_outside_model(self, loss: Tensor) -> list[Tensor]:
+        """Weights that the first `loss` depends on and the model has not, as a loss's own with an optimizer of its own.
+        They are not looked for where the passes have other tensors in the place of the model's."""
+        model = self.trainer.model
+        if loss.grad_fn is None or not self.engine.gradients_whole:  # the first: of a batch to skip
+            return []
+        if self._leaves is None or self._leaves[0] is not model:
+            inside = set(model.parameters())
+            leaves = (getattr(node, "variable", None) for node in autograd_nodes(loss.grad_fn))
+            self._leaves = model, [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf not in inside]
+        return self._leaves[1]
 
     def check_weights_are_trained(self, optimizer: Optimizer) -> None:
         """Warn of weights that ε would move and the optimizer does not."""

@@ -75,7 +75,7 @@ class SplitStep:
         accelerator = self.trainer.accelerator
         backward = self._of_this_loss(accelerator.backward)
         self._contexts.enter_context(self.fsam.cleanup.replaced(accelerator, "backward", backward))
-        if self.fsam.engine.gradients_whole:
+        if not self.trainer.is_deepspeed_enabled:  # which takes its step inside of `backward`, and is at θ by then
             # For a step that back-propagates by itself and steps an optimizer: it has to step from θ.
             handle = register_optimizer_step_pre_hook(lambda *_: self._end_second_pass())
             self._contexts.enter_context(self.fsam.cleanup.after(handle.remove))
@@ -109,8 +109,7 @@ class SplitStep:
             loss = args[0] if args else kwargs.get("loss")
             with self._perturbed_again() if self._is_of_the_ended_pass(loss) else nullcontext():
                 result = backward(*args, **kwargs)
-            if self.fsam.engine.gradients_whole:
-                self._end_second_pass()
+            self._end_second_pass()
             return result
 
         return checked
@@ -293,7 +292,7 @@ class SplitStep:
             average = args.fsam_ascent_scope != "rank"
             weights = fsam.perturbed_weights()
             ascents = engine.ascent(model, weights, average=average, passes=len(waiting))
-        with ascents as ascent:
+        with gradients_set_aside(fsam.weights_outside_model(), fsam.cleanup), ascents as ascent:
             for batch in waiting:
                 batch.random = RandomState.capture(args.device)
                 backward = None if momentum is not None else ascent.backward
@@ -337,9 +336,7 @@ class SplitStep:
                 if backward is None:
                     clean.differentiate(self.fsam.engine.scale(loss))
                     return
-                # FSDP2 has other tensors in the place of the weights in a pass.
-                outside = self.fsam.weights_outside_model(loss) if self.fsam.engine.gradients_whole else []
-                with gradients_set_aside(outside, self.fsam.cleanup):
+                with gradients_set_aside(self.fsam.leaves_outside_model(loss), self.fsam.cleanup):
                     backward(loss)
 
     def _take(self, window: Window, inputs: dict[str, Any]) -> MicroBatch:
