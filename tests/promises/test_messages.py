@@ -422,8 +422,8 @@ def _args(mode: str) -> Any:
 # ---- Optimizers ----
 
 
-class _LowRank(torch.optim.Optimizer):
-    """One second moment for each row of a large weight."""
+class _Keeps(torch.optim.Optimizer):
+    """Has Adam's settings, and keeps what a subclass's `kept` makes of a weight."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
@@ -432,23 +432,23 @@ class _LowRank(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
-                self.state[weight] = {"step": 1, "exp_avg_sq": weight.grad.square().mean(0)}
+                self.state[weight] = {"step": 1, **self.kept(weight)}
+
+
+class _LowRank(_Keeps):
+    """One second moment for each row of a weight."""
+
+    def kept(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg_sq": weight.grad.square().mean(0)}
 
 
 class _Quantized(Tensor):
     """Stands for a format of an optimizer's own."""
 
 
-class _EightBit(torch.optim.Optimizer):
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                average = torch.zeros_like(weight).as_subclass(_Quantized)
-                self.state[weight] = {"step": 1, "exp_avg": average, "exp_avg_sq": average}
+class _EightBit(_Keeps):
+    def kept(self, weight: Tensor) -> dict[str, Tensor]:
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(weight).as_subclass(_Quantized))
 
 
 class _ScheduleFree(torch.optim.Optimizer):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.gpu import checks
 from tests.parity.test_trl import FSAMSFTConfig, FSAMSFTTrainer, conversations, tokenizer
 from tests.toys import llama, make_trainer, sentences
 
@@ -114,3 +115,17 @@ def test_with_trls_fused_head_no_wait_comes_from_the_package(settings: dict[str,
     )
     assert any("trl" in wait.inner for wait in found)
     assert not [wait for wait in found if "/hf_fsam/" in wait.inner]
+
+
+def test_the_check_for_gpus_counts_the_waits_of_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a thread of the device's own, where no line of Python has called it."""
+    device = torch.device("npu")
+    monkeypatch.setattr(checks, "DEVICE", device)
+    x = torch.ones(4, device=device, requires_grad=True)
+    mask = torch.tensor([True, False, True, True], device=device)
+    with checks._Waits() as waits:
+        loss = x[mask].sum()
+        forward = waits.others
+        loss.backward()
+    assert waits.others > forward > 0
+    assert not waits.own
