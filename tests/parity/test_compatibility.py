@@ -105,6 +105,8 @@ def test_a_model_that_accelerates_own_configuration_compiles_trains_as_an_eager_
     graphs = graphs_compiled(compiled)
     compiled.train()
     assert graphs[0] > 0
+    assert graphs[-1] == graphs[0], f"compiled anew: {graphs}"
+    assert compiled.fsam.boundary.head is None  # as with torch_compile=True
     assert distance(weights_of(compiled.model), eager) < 1e-5
 
 

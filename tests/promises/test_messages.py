@@ -447,8 +447,13 @@ class _Quantized(Tensor):
 
 
 class _EightBit(_Keeps):
+    """Quantizes the state of large weights alone, as torchao's do."""
+
     def kept(self, weight: Tensor) -> dict[str, Tensor]:
-        return dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(weight).as_subclass(_Quantized))
+        average = torch.zeros_like(weight)
+        if weight.numel() >= 4096:
+            average = average.as_subclass(_Quantized)
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), average)
 
 
 class _ScheduleFree(torch.optim.Optimizer):
