@@ -5,6 +5,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
+from transformers.utils import logging
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def said_anew() -> None:
+    """What is said once in a process is said once in each test, whichever ran before it."""
+    logging.get_logger("hf_fsam").warning_once.cache_clear()

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from hf_fsam import FSAMMixin, FSAMTrainer
 from hf_fsam.perturbation import WeightSwap
@@ -384,8 +385,6 @@ def test_a_checkpoint_holds_clean_weights_and_the_fsam_settings(tmp_path: Path) 
 
 
 def test_resuming_with_another_rho_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from transformers.utils import logging
-
     logging.enable_propagation()
     make_trainer(tmp_path, fsam_rho=0.1, save_strategy="steps", save_steps=3).train()
     caplog.clear()
@@ -394,8 +393,6 @@ def test_resuming_with_another_rho_is_logged(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_resuming_under_a_schedule_of_rho_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from transformers.utils import logging
-
     class Falls(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             args.fsam_rho = 0.1 * (1 - state.global_step / state.max_steps)
@@ -944,9 +941,6 @@ def test_a_training_step_below_the_mixin_may_skip_a_batch_whose_loss_is_not_fini
     settings = {"fsam_variant": variant, "fsam_ascent_scope": scope, "fsam_rho": 0.5, "learning_rate": 0.0}
     trainer = make_trainer(tmp_path, trainer_class=over, max_steps=4, **settings)
     before = weights_of(trainer.model)
-    from transformers.utils import logging
-
-    logging.get_logger("hf_fsam").warning_once.cache_clear()
     logging.enable_propagation()
     trainer.train()
     assert same_bits(weights_of(trainer.model), before)
