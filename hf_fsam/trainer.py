@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim  # accelerate.utils has it only where deepspeed is installed
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
