@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import report
 from config import parse
-from data import DatasetArguments, check_rows, load_splits, load_tokenizer, on_hub
+from data import DatasetArguments, check_rows, limited, load_splits, load_tokenizer, on_hub
 from datasets import Dataset
 from finetune import ModelArguments, load_config, load_model
 from models import model_folder
@@ -83,9 +83,6 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any, met
         ]
     for documents in (splits.train, splits.validation):
         check_columns(documents, data_args.dataset, choices)
-    validation = splits.validation
-    if data_args.validation_blocks is not None:
-        validation = validation.select(range(min(data_args.validation_blocks, len(validation))))
 
     # ---- Model and training ----
     training_args.eval_on_start = True  # to know how good the model was before
@@ -95,7 +92,7 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any, met
             model=model,
             args=training_args,
             train_dataset=splits.train,
-            eval_dataset=validation,
+            eval_dataset=limited(splits.validation, data_args),
             processing_class=tokenizer,
         )
     show_progress(trainer)

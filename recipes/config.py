@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.utils import is_liger_kernel_available
 
 from hf_fsam.mistakes import did_you_mean, first_line, refused_by_libraries
@@ -115,8 +115,13 @@ def check_schedule(args: TrainingArguments) -> None:
         ) from error
 
 
-def refuse_resuming(args: TrainingArguments) -> None:
+def refuse_checkpoints(args: TrainingArguments) -> None:
     """For the recipes that test the weights of the best evaluations, which no checkpoint holds."""
+    if args.save_strategy != SaveStrategy.NO:
+        raise ValueError(
+            f"save_strategy='{args.save_strategy.value}': this recipe needs its whole training, because no checkpoint "
+            "holds the weights of its best evaluation. Set save_strategy to 'no'."
+        )
     if args.resume_from_checkpoint is not None:
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r}: this recipe needs its whole training, because no "

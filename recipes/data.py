@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 import corpus
 import tokenizers
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.table import CastError
 from huggingface_hub.constants import HF_HOME
 from models import is_path, model_folder, not_there
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
@@ -34,9 +36,12 @@ ROWS = {
 EMBEDDED = ("stdlib", "stdlib-topics", *ROWS)
 OF_STDLIB = ("stdlib", "stdlib-instructions", "stdlib-preferences")  # what `corpus_max_bytes` and the like limit
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# For pandas, which would take a class that is called None, or the text "null", for a missing one.
+AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
 END, PAD = "<|endoftext|>", "<|pad|>"
 PACKED_TOGETHER = 1000  # documents that are joined and cut into blocks; only the rest after the last block is lost
 TOKENIZER_DOCUMENTS = 200_000  # documents to train a tokenizer on, enough for 32k merges
+PART_TO_VALIDATE = 0.05
 STREAM_VALIDATION_DOCUMENTS = 1000  # instead of a fraction, since the length of a stream is not known
 STREAM_SHUFFLE_BUFFER = 10_000
 
@@ -62,7 +67,8 @@ class DatasetArguments:
         },
     )
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the documents to validate on where there is no validation split."}
+        default=PART_TO_VALIDATE,
+        metadata={"help": "Share of the documents to validate on where there is no validation split."},
     )
     text_column: str = field(default="text", metadata={"help": "Name of the column that has the text."})
     streaming: bool = field(
@@ -190,9 +196,17 @@ def load_stored(data: DatasetArguments) -> Splits:
                 f"{did_you_mean(name, parts)}"
             )
     train, validation = parts[data.train_split], parts.get(data.validation_split or "validation")
+    if validation is None and len(parts) > 1:
+        logging.getLogger(__name__).warning(
+            "dataset=%r has the splits %s, and none is called 'validation'. A part of %r is taken to validate on; for "
+            "another give validation_split.",
+            *(data.dataset, ", ".join(parts), data.train_split),
+        )
+    labels = [column for argument, column in data.columns().items() if argument == "label_column"]
     for documents in (train, validation):
         if isinstance(documents, Dataset):  # where a stream has rows without text, they are left out
             check_rows(documents, data.dataset, data.text_columns())
+            check_rows(documents, data.dataset, labels, text=False)
     key = "-".join(map(str, (data.dataset, data.dataset_config, data.train_split, data.text_column)))
     if data.streaming:
         if validation is None:
@@ -205,9 +219,29 @@ def load_stored(data: DatasetArguments) -> Splits:
                 f"{data.validation_fraction} leaves none to train on: give more, lower it, or name a validation_split."
             )
         # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
-        both = train.train_test_split(test_size=data.validation_fraction, seed=0)
-        train, validation = both["train"], both["test"]
+        if labels:
+            count = math.ceil(len(train) * data.validation_fraction)
+            validation, train = cut(train.shuffle(seed=0), count, data.text_columns())
+        else:
+            both = train.train_test_split(test_size=data.validation_fraction, seed=0)
+            train, validation = both["train"], both["test"]
     return Splits(train, validation, sha256=None, key=f"{key}-{train._fingerprint}")
+
+
+def cut(rows: Dataset, count: int, columns: list[str]) -> tuple[Dataset, Dataset]:
+    """The first `count` rows or a few more, and the others.
+
+    Rows with the same text in `columns`, as those of several people who labelled it, are all on one side: else a model
+    would be tested on texts that it has learned.
+    """
+    texts = list(zip(*(rows[column] for column in columns), strict=True))
+    first: dict[tuple[str, ...], int] = {}
+    for index, text in enumerate(texts):
+        first.setdefault(text, index)
+    together = sorted(range(len(rows)), key=lambda index: first[texts[index]])  # stable: in their order
+    while 0 < count < len(rows) and texts[together[count]] == texts[together[count - 1]]:
+        count += 1
+    return rows.select(together[:count]), rows.select(together[count:])
 
 
 def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
@@ -220,12 +254,12 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
         if path.stat().st_size == 0:
             raise ValueError(f"dataset={data.dataset!r} is an empty file: give one with rows.")
         source, options["data_files"] = BUILDERS[path.suffix], str(path)
-        if source == "text":
-            options["sample_by"] = "paragraph"
+        options |= {"text": {"sample_by": "paragraph"}, "csv": AS_WRITTEN}.get(source, {})
     elif path.is_dir():
         source = str(path)  # `datasets` finds out format and splits by the names of the files
-        if any(BUILDERS.get(file.suffix) == "text" for file in path.rglob("*")):
-            options["sample_by"] = "document"
+        kinds = {BUILDERS.get(file.suffix) for file in path.rglob("*") if file.stem != "README"} - {None}
+        if len(kinds) == 1:
+            options |= {"text": {"sample_by": "document"}, "csv": AS_WRITTEN}.get(*kinds, {})
     elif path.suffix in BUILDERS or is_path(data.dataset):
         raise FileNotFoundError(f"{not_there('dataset', data.dataset)} Give a file or folder that does.")
     else:
@@ -259,6 +293,9 @@ def what_is_broken(path: Path, error: BaseException) -> str:
                         return f"line {number} of {file.name} is no JSON ({first_line(mistake)}). Correct that line"
     while error.__cause__ is not None:  # `datasets` wraps it in errors that say less
         error = error.__cause__
+    if isinstance(error, CastError):
+        only = {*error.table_column_names} ^ {*error.requested_column_names}
+        return f"not all of its files have {', '.join(map(repr, sorted(only)))}. Give all the same columns"
     return f"{first_line(error)}. Correct the file"
 
 
@@ -403,8 +440,14 @@ def packing(sequence_length: int) -> Batched:
 def for_validation(
     documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DatasetArguments
 ) -> Dataset | IterableDataset:
-    blocks = packed(documents, tokenizer, data, "validation")
-    return blocks if data.validation_blocks is None else blocks.take(data.validation_blocks)
+    return limited(packed(documents, tokenizer, data, "validation"), data)
+
+
+def limited(rows: Dataset | IterableDataset, data: DatasetArguments) -> Dataset | IterableDataset:
+    """`validation_blocks` of the rows: of a stream the first, else drawn from all documents with a fixed seed."""
+    if data.validation_blocks is None:
+        return rows
+    return (rows.shuffle(seed=0) if isinstance(rows, Dataset) else rows).take(data.validation_blocks)
 
 
 def check_sequence_length(data: DatasetArguments, config: PretrainedConfig) -> None:

@@ -21,10 +21,12 @@ from typing import Any, Literal
 from averaging import AveragingArguments, AveragingMixin
 from config import check_best_model, parse
 from data import (
+    PART_TO_VALIDATE,
     DatasetArguments,
     Splits,
     check_sequence_length,
     for_validation,
+    limited,
     load_splits,
     load_tokenizer,
     packed,
@@ -100,7 +102,10 @@ class FinetuneDataArguments(DatasetArguments):
     label_column: str = field(default="label", metadata={"help": "For sequence_classification: the label's column."})
     old_dataset: str | None = field(
         default=None,
-        metadata={"help": "For causal_lm: text whose loss is measured too, to see what the model forgets."},
+        metadata={
+            "help": "For causal_lm: text whose loss is measured too, to see what the model forgets. Of a data set "
+            f"without a validation split it is the part that pretrain.py leaves out by default ({PART_TO_VALIDATE})."
+        },
     )
     old_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the hub."})
 
@@ -240,9 +245,11 @@ def label_names(splits: Splits, column: str) -> list[str]:
     if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         raise ValueError(f"label_column={column!r} holds {dtype}: classification needs one class a row.")
     found = {*splits.train.unique(column), *splits.validation.unique(column)}
-    if found & {None, -1}:  # -1 is how the hub's test splits hide their labels
+    if isinstance(feature, ClassLabel) and -1 in found:  # how the hub's test splits hide their labels
         raise ValueError(f"label_column={column!r} has rows without a label: choose another split, or leave them out.")
     names = list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
+    if "" in found:
+        raise ValueError(f"label_column={column!r} has rows with an empty label: give them one, or leave them out.")
     if len(found) < 2:  # of a single class Transformers makes a regression
         (only,) = found
         shown = names[only] if isinstance(feature, ClassLabel) else only
@@ -251,6 +258,15 @@ def label_names(splits: Splits, column: str) -> list[str]:
             "rows of another class, or name another column."
         )
     return names
+
+
+def head_of(names: list[str]) -> dict[str, Any]:
+    """Options of `from_pretrained`. A checkpoint that is a classifier of as many other classes keeps its head."""
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "ignore_mismatched_sizes": True,
+    }
 
 
 def encode_labelled(
@@ -289,11 +305,6 @@ class Task:
     trainer_options: dict[str, Any]
 
 
-def limited(rows: Dataset, data: FinetuneDataArguments) -> Dataset:
-    """`validation_blocks` of the rows, drawn with a fixed seed, since files are often sorted by class."""
-    return rows if data.validation_blocks is None else rows.shuffle(seed=0).take(data.validation_blocks)
-
-
 def language_model_task(data: FinetuneDataArguments, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Task:
     if data.format == "alpaca":
         train = encode_instructions(splits.train, tokenizer, data, "training")
@@ -305,6 +316,7 @@ def language_model_task(data: FinetuneDataArguments, splits: Splits, tokenizer: 
         old = DatasetArguments(
             dataset=data.old_dataset,
             dataset_config=data.old_dataset_config,
+            validation_fraction=PART_TO_VALIDATE,
             sequence_length=data.sequence_length,
             validation_blocks=data.validation_blocks,
             num_proc=data.num_proc,
@@ -328,10 +340,7 @@ def classification_task(data: FinetuneDataArguments, splits: Splits, tokenizer: 
     names = label_names(splits, data.label_column)
     return Task(
         AutoModelForSequenceClassification,
-        model_options={
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-        },
+        model_options=head_of(names),
         trainer_options={
             "train_dataset": encode_labelled(splits.train, tokenizer, data, names, "training"),
             "eval_dataset": limited(encode_labelled(splits.validation, tokenizer, data, names, "validation"), data),

@@ -1,6 +1,7 @@
 """Runs the recipe of a study once for each arm, candidate and seed, and keeps what every run found in runs.jsonl."""
 
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -131,6 +132,7 @@ class Runner:
             task.settings,
             task.seed,
             *([self.launch] if self.launch else []),
+            *([files] if (files := contents(task.settings)) else []),
         ]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
@@ -150,6 +152,8 @@ class Runner:
                 self.rows[key] = row
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
+            if not self.keep:  # not before: a study that is killed here has its row
+                shutil.rmtree(self.out / "runs" / key)
             missing = [name for name in self.study.measured if name not in row["metrics"]]
             if missing:  # the row is written all the same: with the right name, the study need not run this again
                 raise RuntimeError(
@@ -170,7 +174,8 @@ class Runner:
         file, output = folder / "run.json", folder / "output.txt"
         file.touch()
         file.chmod(0o600)  # before a token or a password is in it
-        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        # As it is written, because a recipe may read the file as YAML, where JSON's pairs of escapes are no characters.
+        file.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         try:
             code = self._call(task.arm.recipe.command(file, self.launch), output, slot)
         finally:
@@ -184,7 +189,7 @@ class Runner:
                 f"{file} and all that it printed is in {output}, which ends with:\n{tail}\nThe results of the runs "
                 "before it are kept. Once the cause is removed, the same command goes on from there."
             )
-        row = {
+        return {
             "study": self.study.name,
             "arm": task.arm.name,
             "stage": task.stage,
@@ -195,9 +200,6 @@ class Runner:
             "recipe_sha256": fingerprint(task.arm.recipe.path),
             "key": key,
         }
-        if not self.keep:
-            shutil.rmtree(folder)
-        return row
 
     def _call(self, command: list[str], output: Path, slot: int) -> int:
         environment = dict(os.environ)
@@ -287,6 +289,18 @@ def read_results(folder: Path, metric: str) -> Row:
         "train_seconds": seconds,
         **{name: results[name] for name in ("parameters", "corpus_sha256", "versions", "machine") if name in results},
     }
+
+
+def contents(settings: Settings) -> dict[str, str]:
+    """A hash of each file that a setting names, so that a corrected data set is trained on anew."""
+    paths = {name: os.path.expanduser(value) for name, value in settings.items() if isinstance(value, str)}
+    return {name: _digest(path, os.path.getmtime(path)) for name, path in paths.items() if os.path.isfile(path)}
+
+
+@functools.cache
+def _digest(path: str, changed: float) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _is_finite(value: Any) -> bool:

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,6 +92,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     results = pretrain.run(argv, AfterTrainer, AfterArguments, Path(__file__).name)
     _, data, args = parse(SETTINGS, argv, Path(__file__).name)
     folder = Path(args.output_dir)
+    state = PartialState()
+    state.wait_for_everyone()  # the main process has written the model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)
     blocks = for_validation(load_splits(data).validation, AutoTokenizer.from_pretrained(folder), data)
     before = loss_of(model, blocks)
@@ -99,7 +102,8 @@ def run(argv: list[str]) -> dict[str, Any]:
         "noise_rise": sum(loss_of(changed(model, noisy(args.noise, draw)), blocks) for draw in range(3)) / 3 - before,
         **forgetting({rate: fine_tuned(folder, rate, args) for rate in args.later_learning_rates}, args.equal_new_loss),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    if state.is_main_process:
+        (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     return results
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
 from scipy.optimize import minimize_scalar
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -46,8 +46,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
-from config import parse, refuse_resuming
-from data import check_sequence_length, load_splits, load_tokenizer
+from config import parse, refuse_checkpoints
+from data import check_sequence_length, cut, load_splits, load_tokenizer
 from finetune import FinetuneDataArguments, label_names, load_config
 from last_blocks import LastBlocksArguments, LastBlocksMixin
 from losses import generalized_cross_entropy
@@ -57,6 +57,7 @@ from momentum_sign import MomentumSignArguments, MomentumSignMixin
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
 
+TOKENS = ("input_ids", "token_type_ids")
 STOPS = ("clean", "noisy")  # the validation labels that choose an epoch
 
 
@@ -188,11 +189,11 @@ def draw(pool: Dataset, test: Dataset, data: NoisyDataArguments, classes: int, s
     pool, test = pool.shuffle(seed=seed), test.shuffle(seed=seed)
     noisy = [generator.choice(to[own]) if generator.random() < data.label_noise else own for own in pool["clean"]]
     pool, test = pool.add_column("noisy", noisy), test.add_column("noisy", test["clean"])
-    end = len(pool) if data.train_examples is None else start + data.train_examples
+    validation, train = cut(pool, start, ["text"])
     return Drawn(
-        train=pool.select(range(start, end)),
-        validation=by_length(pool.select(range(start))),
-        test=by_length(test.select(range(data.test_examples or len(test)))),
+        train=train.take(data.train_examples or len(train)),
+        validation=by_length(validation),
+        test=by_length(test.take(data.test_examples or len(test))),
     )
 
 
@@ -220,15 +221,17 @@ def by_length(rows: Dataset) -> Dataset:
 
 
 def encoded(rows: Dataset, data: NoisyDataArguments, names: list[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows {text, clean, input_ids, length}."""
+    """Rows {text, clean, length, input_ids}, and of pairs token_type_ids where the model has them."""
     labels = rows[data.label_column]
     if not isinstance(rows.features[data.label_column], ClassLabel):
         index = {name: position for position, name in enumerate(names)}
         labels = [index[str(label)] for label in labels]
     texts = [list(rows[column]) for column in (data.text_column, data.text_pair_column) if column is not None]
-    ids = tokenizer(*texts, truncation=True, max_length=data.sequence_length)["input_ids"]
+    found = tokenizer(*texts, truncation=True, max_length=data.sequence_length)
+    # Which of two texts a token is of; of one text there is nothing to tell.
+    tokens = {name: found[name] for name in TOKENS if name in found and (name == "input_ids" or len(texts) == 2)}
     words = [" ".join(row) for row in zip(*texts, strict=True)]
-    return Dataset.from_dict({"text": words, "clean": labels, "input_ids": ids, "length": list(map(len, ids))})
+    return Dataset.from_dict({"text": words, "clean": labels, "length": list(map(len, tokens["input_ids"])), **tokens})
 
 
 # ---- Model ----
@@ -236,8 +239,8 @@ def encoded(rows: Dataset, data: NoisyDataArguments, names: list[str], tokenizer
 
 def load_model(args: ModelArguments, folder: str, names: list[str], pad_token_id: int) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype="float32", num_labels=len(names), pad_token_id=pad_token_id
-    )
+        folder, dtype="float32", num_labels=len(names), pad_token_id=pad_token_id, ignore_mismatched_sizes=True
+    )  # a classifier of other classes gets a new head
     if args.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -292,26 +295,34 @@ def add_states(rows: Dataset, lower: PreTrainedModel, key: str, cache_dir: str |
     """Adds what `lower` returns for each row, (T, D) flattened, from a file if an earlier run has left it.
 
     Args:
-        key: identifies `lower`.
+        key: identifies `lower`. With it and the tokens goes the file's name, so the file has the outputs alone.
     """
 
     def run(batch: dict[str, list]) -> dict[str, list]:
-        ids = [torch.tensor(row) for row in batch["input_ids"]]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        states = lower(pad_sequence(ids, batch_first=True), attention_mask=mask).last_hidden_state  # (B, T, D)
+        padded = {
+            name: pad_sequence([torch.tensor(row) for row in values], batch_first=True)  # (B, T)
+            for name, values in batch.items()
+        }
+        ids = batch["input_ids"]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
+        states = lower(**padded, attention_mask=mask).last_hidden_state  # (B, T, D)
         return {"states": [state[: len(row)].flatten().numpy() for state, row in zip(states, ids, strict=True)]}
 
-    digest = hashlib.sha256(f"{key} {rows['input_ids'][:]}".encode()).hexdigest()[:16]
+    tokens = rows.select_columns([name for name in TOKENS if name in rows.column_names])
+    digest = hashlib.sha256(f"{key} {tokens[:]}".encode()).hexdigest()[:16]
     folder = Path(cache_dir or Path(HF_HOME) / "hf_fsam").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     # The key in place of a hash of `run`, which would take in the weights.
-    options = {"new_fingerprint": f"states{digest}", "cache_file_name": str(folder / f"states-{digest}.arrow")}
-    return rows.map(run, batched=True, batch_size=64, desc="Running the frozen layers", **options)
+    options = {"new_fingerprint": f"outputs{digest}", "cache_file_name": str(folder / f"outputs-{digest}.arrow")}
+    options |= {"remove_columns": tokens.column_names, "desc": "Running the frozen layers"}
+    states = tokens.map(run, batched=True, batch_size=64, **options)
+    return concatenate_datasets([rows, states], axis=1)
 
 
 def collating(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
+        tokens = [{name: row[name] for name in TOKENS if name in row} for row in rows]
+        batch = tokenizer.pad(tokens, return_tensors="pt")
         if "states" in rows[0]:
             del batch["input_ids"]
             states = [torch.tensor(row["states"]).view(len(row["input_ids"]), -1) for row in rows]
@@ -463,7 +474,7 @@ def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTr
     started = time.perf_counter()
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
-    refuse_resuming(args)
+    refuse_checkpoints(args)
     args.eval_strategy, args.remove_unused_columns = IntervalStrategy.EPOCH, False
     folder = model_folder(model_args.model_name_or_path)
     check_sequence_length(data, load_config(folder))

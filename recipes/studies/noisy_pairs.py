@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
-from config import parse, refuse_resuming
+from config import parse, refuse_checkpoints
 from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer
 from finetune import load_config
 from losses import generalized_cross_entropy
@@ -313,7 +313,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
-    refuse_resuming(args)
+    refuse_checkpoints(args)
     args.eval_strategy = IntervalStrategy.EPOCH
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared

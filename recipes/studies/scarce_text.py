@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import pretrain
 from averaging import AveragingArguments, AveragingMixin
-from config import parse, refuse_resuming
+from config import parse, refuse_checkpoints
 from data import DatasetArguments, Splits, load_splits, packed
 from report import main, quiet, show_progress, write_report
 
@@ -209,7 +209,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     quiet(args)
-    refuse_resuming(args)
+    refuse_checkpoints(args)
     set_seed(args.seed)
     splits = load_splits(data)
     tokenizer = pretrain.build_tokenizer(model_args, data, splits)

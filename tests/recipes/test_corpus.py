@@ -231,6 +231,35 @@ def test_an_existing_validation_split_is_used(tmp_path: Path, cache: str) -> Non
     assert (splits.train["text"][0], splits.validation["text"][0]) == ("train", "validation")
 
 
+def test_other_splits_than_validation_are_told(tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {i}"}) for i in range(10)))
+    settings = {"dataset": str(tmp_path), "cache_dir": cache}
+    assert all("train" in text for text in data.load_splits(DatasetArguments(**settings)).validation["text"])
+    assert "has the splits train, test, and none is called 'validation'" in caplog.text
+    caplog.clear()
+    splits = data.load_splits(DatasetArguments(**settings, validation_split="test"))
+    assert (len(splits.validation), caplog.text) == (10, "")
+
+
+def test_a_folder_may_have_a_readme_beside_its_tables(tmp_path: Path, cache: str) -> None:
+    (tmp_path / "README.md").write_text("What this is.")
+    (tmp_path / "train.csv").write_text("text\na\nnull\nc\n")
+    splits = data.load_splits(DatasetArguments(dataset=str(tmp_path), validation_fraction=0.3, cache_dir=cache))
+    assert {*splits.train["text"], *splits.validation["text"]} == {"a", "null", "c"}
+
+
+def test_the_validation_blocks_are_drawn_from_all_documents(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [letter * 400 for letter in "abcdefghij"]
+    arguments = DatasetArguments(sequence_length=8, validation_blocks=20)
+    documents = Dataset.from_list([{"text": text} for text in texts])
+    for rows in (documents, documents.to_iterable_dataset()):
+        blocks = list(data.for_validation(rows, tokenizer, arguments))
+        seen = {letter for block in blocks for letter in tokenizer.decode(block["input_ids"]) if letter in "abcdefghij"}
+        assert len(blocks) == 20
+        assert len(seen) >= 6 if rows is documents else len(seen) <= 3  # of a stream the first are taken
+
+
 def test_a_stream_gives_its_first_documents_to_validation(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +284,7 @@ def test_a_stream_gives_its_first_documents_to_validation(
         ({"dataset": "{folder}/empty.txt"}, ValueError, "empty.txt' is an empty file"),
         ({"dataset": "{folder}/broken.jsonl"}, ValueError, r"line 2 of broken\.jsonl is no JSON .* Correct that line"),
         ({"dataset": "{folder}/broken.csv"}, ValueError, "Expected 2 fields in line 3, saw 4. Correct the file"),
+        ({"dataset": "{folder}/columns"}, ValueError, "not all of its files have 'extra'. Give all the same columns"),
         ({"dataset": "{folder}/gap.jsonl"}, ValueError, "gap.jsonl', row 2: there is no 'text'. Give every row one"),
         ({"dataset": "{folder}/numbers.jsonl"}, ValueError, "the column 'text' holds int64, not text"),
         ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), of which .* leaves none to train on"),
@@ -283,10 +313,13 @@ def test_data_that_cannot_be_used_is_refused_by_name(
         "odd.bin": "a",
         "broken.jsonl": '{"text": "a"}\n{"text": \n{"text": "b"}\n',
         "broken.csv": "text,label\na,b\na,b,c,d\n",
+        "columns/train.csv": "text\na\n",
+        "columns/validation.csv": "text,extra\na,b\n",
         "gap.jsonl": '{"text": "a"}\n{"other": 1}\n{"text": "b"}\n',
         "numbers.jsonl": '{"text": 1}\n{"text": 2}\n',
     }
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     settings = {
         name: str(value).format(folder=tmp_path) if name == "dataset" else value for name, value in settings.items()

@@ -18,11 +18,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 import corpus
+import finetune
 import noisy_labels
 from last_blocks import LastBlocksArguments, LastBlocksMixin
 from noisy_labels import ModelArguments, NoisyDataArguments, NoisyTrainingArguments
@@ -49,14 +55,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two to four words of the class in each row."""
+    """Three to five words of the class in each row, and no row twice."""
     path, generator = tmp_path_factory.mktemp("data") / "texts.csv", random.Random(0)
+    found: dict[str, str] = {}
+    while len(found) < 400:
+        label = generator.choice(CLASSES)
+        found[" ".join(generator.choices(WORDS[label], k=generator.randint(3, 5)))] = label
     with path.open("w") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "label"])
-        for _ in range(400):
-            label = generator.choice(CLASSES)
-            rows.writerow([" ".join(generator.choices(WORDS[label], k=generator.randint(2, 4))), label])
+        csv.writer(file).writerows([("text", "label"), *found.items()])
     return str(path)
 
 
@@ -92,9 +98,10 @@ def run(folder: Path, model: str, texts: str, **settings: Any) -> dict[str, Any]
 def pool(rows: int = 600) -> Dataset:
     generator = random.Random(1)
     labels = [generator.randrange(3) for _ in range(rows)]
-    near = [["cat dog", "red red", "red apple"][label] for label in labels]  # fruit is nearest to color
+    near = ["cat dog", "red red", "red apple"]  # fruit is nearest to color
+    texts = [f"{near[label]} text{index}" for index, label in enumerate(labels)]
     ids = list(range(rows))
-    return Dataset.from_dict({"text": near, "clean": labels, "input_ids": [[each] for each in ids], "length": ids})
+    return Dataset.from_dict({"text": texts, "clean": labels, "input_ids": [[each] for each in ids], "length": ids})
 
 
 def drawn(seed: int = 0, **settings: Any) -> noisy_labels.Drawn:
@@ -131,12 +138,36 @@ def test_labels_are_confused_only_where_each_has_texts() -> None:
         noisy_labels.flips(pool(), 4, "confused")
 
 
+def test_texts_that_several_people_labelled_are_on_one_side() -> None:
+    texts = [f"text {index // 5}" for index in range(600)]
+    repeated = pool().remove_columns("text").add_column("text", texts)
+    data = NoisyDataArguments(validation_examples=100, label_noise=0.3)
+    found = noisy_labels.draw(repeated, pool(50), data, classes=3, seed=0)
+    assert not set(found.train["text"]) & set(found.validation["text"])
+    assert 100 <= len(found.validation) < 105
+    assert len(found.train) + len(found.validation) == 600
+
+
+def test_corrected_labels_are_used_where_the_outputs_of_the_frozen_layers_are_cached(
+    tmp_path: Path, model: str
+) -> None:
+    tokenizer = noisy_labels.load_tokenizer(model)
+    lower = noisy_labels.below(noisy_labels.load_model(ModelArguments(), model, CLASSES, 0), 2)
+    for labels in (["animal", "fruit"], ["fruit", "animal"]):
+        raw = Dataset.from_dict({"text": ["cat", "plum"], "label": labels})
+        rows = noisy_labels.encoded(raw, NoisyDataArguments(), CLASSES, tokenizer)
+        rows = noisy_labels.add_states(rows, lower, "key", str(tmp_path))
+        assert [CLASSES[index] for index in rows["clean"]] == labels
+    assert len(list(tmp_path.glob("*.arrow"))) == 1
+
+
 def test_a_pair_of_texts_is_read_as_one(model: str) -> None:
     rows = Dataset.from_dict({"text": ["cat", "red"], "other": ["dog", "dog red"], "label": ["animal", "color"]})
     tokenizer = BertTokenizerFast.from_pretrained(model)
     found = noisy_labels.encoded(rows, NoisyDataArguments(text_pair_column="other"), CLASSES, tokenizer)
     assert found["input_ids"][:] == [tokenizer("cat", "dog")["input_ids"], tokenizer("red", "dog red")["input_ids"]]
     assert found["text"][:] == ["cat dog", "red dog red"]
+    assert found["token_type_ids"][0] == [0, 0, 0, 1, 1]
 
 
 def test_more_texts_than_there_are_is_an_error() -> None:
@@ -233,27 +264,42 @@ def test_the_temperature_is_the_one_that_the_logits_were_scaled_by() -> None:
 # ---- Model ----
 
 
-def test_the_layers_above_the_frozen_ones_compute_what_the_whole_model_computes(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("pair", [None, "other"])
+def test_the_layers_above_the_frozen_ones_compute_what_the_whole_model_computes(
+    tmp_path: Path, model: str, pair: str | None
+) -> None:
     def load() -> BertForSequenceClassification:
         torch.manual_seed(5)
         return noisy_labels.load_model(ModelArguments(), model, CLASSES, 0).eval()
 
     tokenizer = noisy_labels.load_tokenizer(model)
-    data = NoisyDataArguments(sequence_length=8)
-    raw = Dataset.from_dict({"text": ["cat dog cow red", "plum"], "label": ["animal", "fruit"]})
+    data = NoisyDataArguments(sequence_length=12, text_pair_column=pair)
+    columns = {"text": ["cat dog cow red", "plum"], "other": ["red", "pear dog"]}
+    raw = Dataset.from_dict({**columns, "label": ["animal", "fruit"]})
     rows = noisy_labels.encoded(raw, data, CLASSES, tokenizer)
     rows = noisy_labels.add_states(rows, noisy_labels.below(load(), 2), "key", str(tmp_path))
     taken = noisy_labels.collating(tokenizer)(list(noisy_labels.with_labels(rows, "clean")))
     assert taken["labels"].tolist() == [0, 2]
     with torch.no_grad():
         found = noisy_labels.above(load(), 2)(**taken).logits
-        tokens = tokenizer(list(raw["text"]), padding=True, return_tensors="pt")
+        texts = [columns["text"]] if pair is None else [columns["text"], columns["other"]]
+        tokens = tokenizer(*texts, padding=True, return_tensors="pt")
         assert torch.allclose(found, load()(**tokens).logits, atol=1e-6)
     assert sum(weight.numel() for weight in noisy_labels.above(load(), 2).parameters()) < sum(
         weight.numel() for weight in load().parameters()
     )
     with pytest.raises(ValueError, match="frozen_layers=3 needs a model with"):
         noisy_labels.below(load(), 3)
+
+
+@pytest.mark.parametrize("names", [CLASSES[:2], [*CLASSES, "tree"]])
+def test_a_classifier_of_other_classes_gets_a_new_head(model: str, names: list[str]) -> None:
+    args = finetune.ModelArguments(model_name_or_path=model)
+    for loaded in (
+        noisy_labels.load_model(ModelArguments(), model, names, 0),
+        finetune.load_model(args, AutoModelForSequenceClassification, 0, **finetune.head_of(names)),
+    ):
+        assert loaded.classifier.out_features == len(names)
 
 
 def test_dropout_is_set_everywhere(model: str) -> None:
@@ -285,6 +331,8 @@ def test_other_weights_have_another_fingerprint(model: str) -> None:
 def test_going_on_from_a_checkpoint_is_refused(tmp_path: Path, model: str, texts: str) -> None:
     with pytest.raises(ValueError, match="this recipe needs its whole training"):
         run(tmp_path, model, texts, resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match="save_strategy='epoch': this recipe needs its whole training"):
+        run(tmp_path, model, texts, save_strategy="epoch")
 
 
 def test_a_package_is_named_with_its_cure() -> None:
@@ -375,8 +423,8 @@ def test_the_evaluated_logits_belong_to_their_rows(tmp_path: Path, model: str, t
 
 
 def test_cleanlab_leaves_out_wrong_labels_and_its_steps_are_counted(tmp_path: Path, model: str, texts: str) -> None:
-    plain = run(tmp_path / "plain", model, texts, label_noise=0.2)
-    pruned = run(tmp_path / "pruned", model, texts, label_noise=0.2, prune_folds=3)
+    plain = run(tmp_path / "plain", model, texts, label_noise=0.2, num_train_epochs=8)
+    pruned = run(tmp_path / "pruned", model, texts, label_noise=0.2, num_train_epochs=8, prune_folds=3)
     assert 0 < pruned["metrics"]["pruned"] < 60
     assert pruned["steps"] > 2.5 * plain["steps"]
     with pytest.raises(ValueError, match="prune_folds=1 leaves nothing"):

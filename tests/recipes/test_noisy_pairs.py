@@ -268,7 +268,7 @@ def test_a_missing_model_is_refused_with_the_command_that_makes_it(
         ({"pair_noise": 0.05}, "pair_noise=0.05 of 20 pairs is one pair"),
         ({"completion_length": LENGTH}, f"completion_length={LENGTH} leaves nothing of sequence_length={LENGTH}"),
         ({"train_examples": 90}, "training split .* has 60 different pairs of at most 32 and 16 tokens, and 90 are"),
-        ({"test_examples": 90}, "half of the validation split that tests .* has 20 different pairs .* and 90 are needed"),
+        ({"test_examples": 90}, "half of the validation split that tests .* has 20 different pairs .* 90 are needed"),
         ({"validation_examples": 0}, "validation_examples=0 is too small"),
         ({"generalized_q": 2.0}, "generalized_q=2.0"),
         ({"sequence_length": LENGTH + 1}, f"sequence_length={LENGTH + 1} is above"),

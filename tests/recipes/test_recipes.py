@@ -36,7 +36,7 @@ import pretrain
 import sft
 from averaging import AveragingMixin
 from data import Splits, load_splits
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[2]
@@ -408,10 +408,47 @@ def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache:
     run = run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
     assert AutoConfig.from_pretrained(run.folder).id2label == {0: "other", 1: "same"}
     path.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "label": None}])))
-    with pytest.raises(ValueError, match="label_column='label' has rows without a label"):
+    with pytest.raises(ValueError, match="row 31: there is no 'label'"):
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings)
     with pytest.raises(ValueError, match="label_column='lable' is not a column"):
         run_finetune("glue_mrpc", tmp_path / "out", cache, pretrained, **settings, label_column="lable")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("None,a,b,None", None),
+        ("-1,1,-1,1", None),
+        ("a,,b,a", "row 2: there is no 'label'"),
+        ("1,,2,1", "row 2: there is no 'label'"),
+    ],
+)
+def test_the_labels_of_a_table_are_what_is_written_there(
+    labels: str, message: str | None, tmp_path: Path, cache: str
+) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("text,label\n" + "\n".join(f"text {i},{label}" for i, label in enumerate(labels.split(","))))
+    data_args = finetune.FinetuneDataArguments(
+        task="sequence_classification", dataset=str(table), validation_fraction=0.5, cache_dir=cache
+    )
+    if message is None:
+        names = finetune.label_names(load_splits(data_args), "label")
+        assert names == sorted(set(labels.split(",")))
+    else:
+        with pytest.raises(ValueError, match=message):
+            load_splits(data_args)
+
+
+def test_texts_that_several_people_labelled_are_on_one_side(tmp_path: Path, cache: str) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("text,label\n" + "\n".join(f"text {i // 5},{'ab'[i % 2]}" for i in range(200)))
+    splits = load_splits(
+        finetune.FinetuneDataArguments(
+            task="sequence_classification", dataset=str(table), validation_fraction=0.3, cache_dir=cache
+        )
+    )
+    assert not set(splits.train["text"]) & set(splits.validation["text"])
+    assert len(splits.validation) == 60
 
 
 @pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["ham", "spam"])])
@@ -420,6 +457,13 @@ def test_a_label_that_is_the_same_in_every_row_is_refused(feature: Value | Class
         rows = Dataset.from_dict({"kind": list(labels)}).cast_column("kind", feature)
         return Splits(rows, rows, sha256=None, key="")
 
+    if feature == Value("string"):
+        with pytest.raises(ValueError, match="label_column='kind' has rows with an empty label"):
+            finetune.label_names(splits("ham", "", "spam"), "kind")
+    else:
+        hidden = Dataset.from_dict({"kind": [0, 1, -1]}, features=Features({"kind": feature}))
+        with pytest.raises(ValueError, match="label_column='kind' has rows without a label"):
+            finetune.label_names(Splits(hidden, hidden, sha256=None, key=""), "kind")
     with pytest.raises(ValueError, match=r"label_column='kind' holds 'spam' in every row, .*: add rows of another"):
         finetune.label_names(splits("spam", "spam"), "kind")
     assert finetune.label_names(splits("spam", "ham"), "kind") == ["ham", "spam"]

@@ -205,6 +205,26 @@ def test_another_script_of_the_same_name_or_another_launch_is_another_run(folder
     assert len(called(folder)) == 4
 
 
+def test_a_table_that_has_changed_is_trained_on_anew(folder: Path) -> None:
+    table, text = folder / "labels.csv", "text,label\n"
+    table.write_text(text)
+    study = {"settings": {"dataset": str(table), "long": "x" * 5000}}
+    run(study_of(folder, **study), folder)
+    before = len(called(folder))
+    run(study_of(folder, **study), folder)
+    assert len(called(folder)) == before
+    table.write_text(text + "a,b\n")
+    run(study_of(folder, **study), folder)
+    assert len(called(folder)) == 2 * before
+
+
+def test_a_recipe_that_reads_yaml_gets_every_character(folder: Path) -> None:
+    recipe = (folder / "recipe.py").read_text().replace("json.loads(Path", "__import__('yaml').safe_load(Path")
+    (folder / "recipe.py").write_text(recipe)
+    run(study_of(folder, settings={"column": "☺ 🙂 ü"}), folder)
+    assert {each["column"] for each in called(folder)} == {"☺ 🙂 ü"}
+
+
 def test_studies_share_runs_and_another_metric_repeats_none(folder: Path) -> None:
     first = study_of(folder, arms={"A": {"rate": 1}}, seeds=[0])
     run(first, folder)
