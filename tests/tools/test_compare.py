@@ -220,7 +220,7 @@ def test_a_table_that_has_changed_is_trained_on_anew(folder: Path) -> None:
 
 def test_a_recipe_that_reads_yaml_gets_every_character(folder: Path) -> None:
     recipe = (folder / "recipe.py").read_text().replace("json.loads(Path", "__import__('yaml').safe_load(Path")
-    (folder / "recipe.py").write_text(recipe)
+    (folder / "recipe.py").write_text(recipe.replace("folder = Path", "settings['column'].encode()\nfolder = Path"))
     run(study_of(folder, settings={"column": "☺ 🙂 ü"}), folder)
     assert {each["column"] for each in called(folder)} == {"☺ 🙂 ü"}
 
