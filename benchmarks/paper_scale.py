@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def runs(study: Study) -> int:
-    tuned = sum(len(arm.candidates({})) for arm in study.arms.values() if arm.tuned)
+    tuned = sum(len(arm.candidates(study.settings)) for arm in study.arms.values() if arm.tuned)
     return tuned * len(study.tuning_seeds) + len(study.arms) * len(study.seeds)
 
 

@@ -50,7 +50,7 @@ def refusals(cfg: Any) -> Iterator[tuple[str, str]]:
         if getattr(cfg, name, None):
             yield (
                 f"{name}: true, whose trainer Axolotl lets no plugin extend",
-                "train it with TRL and FSAMMixin, as docs/extending.md shows",
+                "train it with TRL and FSAMMixin, as docs/works_with.md shows",
             )
     if getattr(cfg, "rl", None) and not getattr(cfg, "trainer_cls", None):
         yield (

@@ -19,7 +19,13 @@ class AveragingArguments:
             "average_decay. swa: the mean over the steps after average_from."
         },
     )
-    average_decay: float = field(default=0.99, metadata={"help": "For ema: the share of the average kept by a step."})
+    average_decay: float = field(
+        default=0.99,
+        metadata={
+            "help": "For ema: the share of the average kept by a step. The first 1 / (1 - average_decay) steps are "
+            "averaged evenly: else the first weights would weigh far too much."
+        },
+    )
     average_from: float = field(default=0.5, metadata={"help": "For swa: the share of the training to leave out."})
 
     def __post_init__(self) -> None:
@@ -98,7 +104,7 @@ class AveragingMixin:
             return
         share = 1 / self.averaged_steps
         if self.args.weight_average == "ema":
-            share = max(share, 1 - self.args.average_decay)  # else the first weights would weigh far too much
+            share = max(share, 1 - self.args.average_decay)
         torch._foreach_lerp_(self.average, self.trained_weights(), share)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_the_average_of_the_weights_is_what_is_saved_and_measured(tmp_path: Path
     blocks = Dataset.from_dict({"input_ids": torch.stack(rows).tolist()})
     assert trainer.evaluate()["eval_loss"] == pytest.approx(after_training.loss_of(saved, blocks), rel=1e-5)
     assert same_bits(weights_of(trainer.model), seen[-1])  # the training would go on from them
+
+
+def test_the_average_that_a_page_shows_is_that_of_the_recipes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "NOISY_LABELS.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    shown = names["Average"]()
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=after_training.AfterTrainer,
+        arguments_class=after_training.AfterArguments,
+        trainer={"callbacks": [shown]},
+        weight_average="ema",
+        average_decay=0.99,
+        perturb_last=0.01,
+        max_steps=130,  # the mean of 100 steps, then the decay
+    )
+    trainer.train()
+    for ours, theirs in zip(trainer.evaluated_weights(), shown.average.module.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_forgetting_is_read_off_where_the_frontier_reaches_a_loss() -> None:
