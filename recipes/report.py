@@ -91,6 +91,19 @@ def write_report(
         task: what the hub calls the task.
     """
     trainer.save_model()  # by all processes: where the weights are sharded, each has a part of them
+    results = write_results(trainer, arguments, metrics, started, extra)
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        plot_curves(trainer.state.log_history, folder / "curves.png", f"Losses of {folder.resolve().name}")
+        trainer.create_model_card(**card)
+        add_results(folder, task, arguments["data"], metrics)
+    return results
+
+
+def write_results(
+    trainer: FSAMTrainer, arguments: dict[str, Any], metrics: dict[str, float], started: float, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The main process writes results.json. Returns what it holds. The arguments are those of :func:`write_report`."""
     history = trainer.state.log_history
     results = {
         "metrics": metrics,
@@ -107,11 +120,8 @@ def write_report(
         "history": history,
     }
     if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
-        (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-        plot_curves(history, folder / "curves.png", f"Losses of {folder.resolve().name}")
-        trainer.create_model_card(**card)
-        add_results(folder, task, arguments["data"], metrics)
+        text = json.dumps(results, indent=2, default=str)
+        Path(trainer.args.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
     return results
 
 

@@ -15,7 +15,6 @@ Labels that are noisy by themselves, such as a user's own, are used as they are 
 """
 
 import hashlib
-import json
 import random
 import sys
 import time
@@ -507,7 +506,6 @@ def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTr
     if args.prune_folds:
         rows, steps, seconds = prune(rows, args.prune_folds, len(names), train)
     trainer = train(rows)
-    history = trainer.state.log_history
     metrics = tested(trainer, drawn.test)
     metrics |= {f"best_{kind}_accuracy": best for kind, (best, _) in trainer.chosen.items()}
     flipped = drawn.train.filter(lambda row: row["clean"] != row["noisy"])
@@ -516,26 +514,14 @@ def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTr
         metrics["memorized"] = accuracy(logits, np.array(flipped["noisy"]))
     metrics["pruned"] = len(drawn.train) - len(rows)
 
-    results = {
-        "metrics": metrics,
-        "seed": args.seed,
+    extra = {
         "steps": steps + trainer.state.global_step,
-        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-        "wall_seconds": time.perf_counter() - started,
-        "train_seconds": seconds + report.training_seconds(history),
+        "train_seconds": seconds + report.training_seconds(trainer.state.log_history),
         "corpus_sha256": splits.sha256,
         "labels": names,
-        "arguments": {
-            name: report.as_dict(each) for name, each in {"model": model_args, "data": data, "training": args}.items()
-        },
-        "versions": report.versions(),
-        "machine": report.machine(args),
-        "history": history,
     }
-    if trainer.is_world_process_zero():
-        text = json.dumps(results, indent=2, default=str)
-        Path(args.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
-    return results
+    arguments = {"model": model_args, "data": data, "training": args}
+    return report.write_results(trainer, arguments, metrics, started, extra)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ training. So what early stopping would give needs no run of its own. `results.js
 Each is the cross entropy in nats per token of the completions, whatever the training's loss.
 """
 
-import json
 import random
 import sys
 import time
@@ -335,7 +334,6 @@ def run(argv: list[str]) -> dict[str, Any]:
     )
     report.show_progress(trainer)
     trainer.train()
-    history = trainer.state.log_history
     last = trainer.evaluated_weights()
     metrics = {"test_loss": trainer.loss_of(drawn.test, last)}
     for kind in STOPS:
@@ -348,25 +346,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     if len(drawn.mismatched):
         metrics["memorized"] = trainer.loss_of(drawn.mismatched, last)
 
-    results = {
-        "metrics": metrics,
-        "seed": args.seed,
-        "steps": trainer.state.global_step,
-        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-        "wall_seconds": time.perf_counter() - started,
-        "train_seconds": report.training_seconds(history),
-        "corpus_sha256": splits.sha256,
-        "arguments": {
-            name: report.as_dict(each) for name, each in {"model": model_args, "data": data, "training": args}.items()
-        },
-        "versions": report.versions(),
-        "machine": report.machine(args),
-        "history": history,
-    }
-    if trainer.is_world_process_zero():
-        text = json.dumps(results, indent=2, default=str)
-        Path(args.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
-    return results
+    arguments = {"model": model_args, "data": data, "training": args}
+    return report.write_results(trainer, arguments, metrics, started, extra={"corpus_sha256": splits.sha256})
 
 
 if __name__ == "__main__":
