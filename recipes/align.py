@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import report
 from config import parse
-from data import DatasetArguments, check_rows, limited, load_splits, load_tokenizer, on_hub
+from data import DatasetArguments, check_rows, limited, load_splits, load_tokenizer, on_hub, refuse_unused
 from datasets import Dataset
 from finetune import ModelArguments, load_config, load_model
 from models import model_folder
@@ -26,9 +26,7 @@ class AlignDataArguments(DatasetArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, instead in (("sequence_length", "max_length"), ("text_column", "TRL's own columns")):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} is for pretrain.py and finetune.py: use {instead}.")
+        refuse_unused(self, sequence_length="use max_length", text_column="use TRL's own columns")
         if self.streaming:
             raise ValueError(
                 "streaming=True is for pretrain.py: fine-tuning reads its data more than once. Set streaming=False."

@@ -116,6 +116,16 @@ class DatasetArguments:
         return [column for argument, column in self.columns().items() if argument != "label_column"]
 
 
+def refuse_unused(arguments: Any, **cures: str) -> None:
+    """
+    Raises:
+        ValueError: an argument is set of which this recipe takes no notice; its cure is given by its name.
+    """
+    for name, cure in cures.items():
+        if getattr(arguments, name) != type(arguments).__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={getattr(arguments, name)!r} is not for this recipe or task: {cure}.")
+
+
 @dataclass
 class Splits:
     train: Dataset | IterableDataset

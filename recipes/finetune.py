@@ -30,6 +30,7 @@ from data import (
     load_splits,
     load_tokenizer,
     packed,
+    refuse_unused,
 )
 from datasets import ClassLabel, Dataset
 from evaluation import (
@@ -114,9 +115,11 @@ class FinetuneDataArguments(DatasetArguments):
         if self.streaming:
             raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")
         if self.task == "sequence_classification":
-            for name, default in (("old_dataset", None), ("format", "text")):
-                if getattr(self, name) != default:
-                    raise ValueError(f"{name}={getattr(self, name)!r} is for task='causal_lm' only.")
+            of_text = "set task='causal_lm', or leave it out"
+            refuse_unused(self, old_dataset=of_text, old_dataset_config=of_text, format=of_text)
+        else:
+            of_labels = "set task='sequence_classification', or leave it out"
+            refuse_unused(self, text_pair_column=of_labels, label_column=of_labels)
 
     def columns(self) -> dict[str, str]:
         if self.task == "sequence_classification":

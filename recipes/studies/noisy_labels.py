@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
 from config import parse, refuse_checkpoints
-from data import check_sequence_length, cut, load_splits, load_tokenizer
+from data import check_sequence_length, cut, load_splits, load_tokenizer, refuse_unused
 from finetune import FinetuneDataArguments, label_names, load_config
 from last_blocks import LastBlocksArguments, LastBlocksMixin
 from losses import generalized_cross_entropy
@@ -104,6 +104,7 @@ class NoisyDataArguments(FinetuneDataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_unused(self, validation_blocks="use validation_examples and test_examples")
         if not 0 <= self.label_noise < 1:
             raise ValueError(f"label_noise={self.label_noise} is not a share: give a number from 0 to below 1.")
         for name in ("train_examples", "validation_examples", "test_examples"):

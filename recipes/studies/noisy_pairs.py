@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
 from config import parse, refuse_checkpoints
-from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer
+from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer, refuse_unused
 from finetune import load_config
 from losses import generalized_cross_entropy
 from models import model_folder
@@ -87,6 +87,11 @@ class PairsDataArguments(DatasetArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_unused(
+            self,
+            text_column="use prompt_column and completion_column",
+            validation_blocks="use validation_examples and test_examples",
+        )
         if self.streaming:
             raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")
         if not 0 <= self.pair_noise <= 1:

@@ -171,6 +171,8 @@ def test_a_pair_of_texts_is_read_as_one(model: str) -> None:
 
 
 def test_more_texts_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"validation_blocks=9 is not for .*: use validation_examples"):
+        NoisyDataArguments(validation_blocks=9)
     with pytest.raises(ValueError, match=r"training split .* has 600 rows, and 700 are needed"):
         drawn(train_examples=600)
     with pytest.raises(ValueError, match=r"validation split .* has 50 rows, and 51 are needed"):

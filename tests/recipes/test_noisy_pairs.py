@@ -272,6 +272,7 @@ def test_a_missing_model_is_refused_with_the_command_that_makes_it(
         ({"validation_examples": 0}, "validation_examples=0 is too small"),
         ({"generalized_q": 2.0}, "generalized_q=2.0"),
         ({"sequence_length": LENGTH + 1}, f"sequence_length={LENGTH + 1} is above"),
+        ({"text_column": "words"}, "text_column='words' is not for this recipe or task: use prompt_column"),
         ({"prompt_column": "question"}, "prompt_column='question' is not a column"),
         ({"streaming": True, "dataset": "x/y"}, "streaming=True is for pretrain.py"),
     ],
