@@ -32,13 +32,13 @@ def plot(study: Study, rows: list[Row], path: Path) -> None:
 def draw(study: Study, rows: list[Row]) -> Figure:
     """The differences to the baseline in a panel of full width, the other panels in a row below, one legend for those.
 
-    The panels below are the curves where the runs have any, the metric over the cost, and the metric over ρ where ρ
+    The panels below are the curves where every arm has some, the metric over the cost, and the metric over ρ where ρ
     was tuned.
     """
     final, styles = by_arm(rows, "final"), styles_of(study)
     radii = {arm: rho_curve(rows, arm, study.metrics[0], study.greater_is_better) for arm in final}
     radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
-    has_curve = any(curves_of(study, runs) for runs in final.values())
+    has_curve = all(curves_of(study, runs) for runs in final.values())
 
     others = len(styles) - 1
     heights = [1.2 + (0.12 + height_of(styles)) * others, 4.0] if others else [4.0]
@@ -125,8 +125,6 @@ def curves_of(study: Study, runs: dict[int, Row]) -> list[list[tuple[int, float]
 def plot_curves(axes: Axes, study: Study, final: Runs, styles: Styles) -> None:
     for arm, runs in final.items():
         curves = curves_of(study, runs)
-        if not curves:
-            continue
         length = min(map(len, curves))
         steps = [step for step, _ in curves[0][:length]]
         values = [[curve[point][1] for curve in curves] for point in range(length)]
