@@ -38,7 +38,7 @@ def environment(folder: Path, extra: str) -> Path:
     venv.create(folder, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     for distribution in found.values():
-        for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+        for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__", "hf_fsam"}:
             if not name.endswith(".pth") and not (packages / name).is_symlink():
                 (packages / name).symlink_to(str(distribution.locate_file(name)))
     (packages / "hf_fsam").symlink_to(ROOT / "hf_fsam")
