@@ -49,7 +49,7 @@ def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "perplexity": round(result["metrics"]["eval_perplexity"], 2),
             "next-token accuracy": round(result["metrics"]["eval_next_token_accuracy"], 4),
             "training seconds": round(result["train_seconds"], 1),
-            "cost (AdamW = 1)": round(result["train_seconds"] / baseline, 2),
+            "time (AdamW = 1)": round(result["train_seconds"] / baseline, 2),
         }
         for name, result in results.items()
     ]

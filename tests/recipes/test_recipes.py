@@ -572,7 +572,7 @@ def test_demo_compares_the_same_batches(tmp_path: Path, cache: str, capsys: pyte
     assert [row["optimizer"] for row in table] == list(demo.ARMS)
     for row, result in zip(table, written.values(), strict=True):
         assert row["validation loss"] == pytest.approx(result["metrics"]["eval_loss"], abs=1e-4)
-    assert table[0]["cost (AdamW = 1)"] == 1
+    assert table[0]["time (AdamW = 1)"] == 1
     out = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text().strip() in out
     assert str(tmp_path / "difference.png") in out
