@@ -26,7 +26,9 @@ class AlignDataArguments(DatasetArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_unused(self, sequence_length="use max_length", text_column="use TRL's own columns")
+        refuse_unused(
+            self, sequence_length="use max_length", text_column="use TRL's own columns", num_proc="use dataset_num_proc"
+        )
         if self.streaming:
             raise ValueError(
                 "streaming=True is for pretrain.py: fine-tuning reads its data more than once. Set streaming=False."

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import numpy as np
 import tokenizers
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.table import CastError
 from huggingface_hub.constants import HF_HOME
 from models import is_path, model_folder, not_there
@@ -36,8 +40,6 @@ ROWS = {
 EMBEDDED = ("stdlib", "stdlib-topics", *ROWS)
 OF_STDLIB = ("stdlib", "stdlib-instructions", "stdlib-preferences")  # what `corpus_max_bytes` and the like limit
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# For pandas, which would take a class that is called None, or the text "null", for a missing one.
-AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
 END, PAD = "<|endoftext|>", "<|pad|>"
 PACKED_TOGETHER = 1000  # documents that are joined and cut into blocks; only the rest after the last block is lost
 TOKENIZER_DOCUMENTS = 200_000  # documents to train a tokenizer on, enough for 32k merges
@@ -206,10 +208,10 @@ def load_stored(data: DatasetArguments) -> Splits:
                 f"{did_you_mean(name, parts)}"
             )
     train, validation = parts[data.train_split], parts.get(data.validation_split or "validation")
-    if validation is None and len(parts) > 1:
+    if validation is None and len(parts) > 1 and PartialState().is_main_process:
         logging.getLogger(__name__).warning(
-            "dataset=%r has the splits %s, and none is called 'validation'. A part of %r is taken to validate on; for "
-            "another give validation_split.",
+            "dataset=%r has the splits %s, and none is called 'validation': a part of %r is taken to validate on, "
+            "unless validation_split names another.",
             *(data.dataset, ", ".join(parts), data.train_split),
         )
     labels = [column for argument, column in data.columns().items() if argument == "label_column"]
@@ -231,45 +233,45 @@ def load_stored(data: DatasetArguments) -> Splits:
         # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
         if labels:
             count = math.ceil(len(train) * data.validation_fraction)
-            validation, train = cut(train.shuffle(seed=0), count, data.text_columns())
+            validation, train = cut(train, count, data.text_columns(), seed=0)
         else:
             both = train.train_test_split(test_size=data.validation_fraction, seed=0)
             train, validation = both["train"], both["test"]
     return Splits(train, validation, sha256=None, key=f"{key}-{train._fingerprint}")
 
 
-def cut(rows: Dataset, count: int, columns: list[str]) -> tuple[Dataset, Dataset]:
-    """The first `count` rows or a few more, and the others.
+def cut(rows: Dataset, count: int, columns: list[str], seed: int) -> tuple[Dataset, Dataset]:
+    """Shuffles, and cuts off `count` rows or a few more. Returns them and the others.
 
     Rows with the same text in `columns`, as those of several people who labelled it, are all on one side: else a model
-    would be tested on texts that it has learned.
+    would be tested on texts that it has learned. Where no text is there twice, the order is that of `rows.shuffle`.
     """
-    texts = list(zip(*(rows[column] for column in columns), strict=True))
-    first: dict[tuple[str, ...], int] = {}
-    for index, text in enumerate(texts):
-        first.setdefault(text, index)
-    together = sorted(range(len(rows)), key=lambda index: first[texts[index]])  # stable: in their order
-    while 0 < count < len(rows) and texts[together[count]] == texts[together[count - 1]]:
-        count += 1
-    return rows.select(together[:count]), rows.select(together[count:])
+    same: dict[tuple[str, ...], list[int]] = {}
+    for index, text in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
+        same.setdefault(text, []).append(index)
+    groups = list(same.values())
+    order: list[int] = []
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if len(order) < count <= len(order) + len(groups[group]):
+            count = len(order) + len(groups[group])
+        order += groups[group]
+    return rows.select(order[:count]), rows.select(order[count:])
 
 
 def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
     """All splits of a local path or of a data set on the hub."""
     path = Path(data.dataset).expanduser()
     options: dict[str, Any] = {"streaming": data.streaming, "cache_dir": data.cache_dir}
+    kind, part = None, ""
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"dataset={data.dataset!r} ends in {path.suffix!r}: give one of {', '.join(BUILDERS)}.")
         if path.stat().st_size == 0:
             raise ValueError(f"dataset={data.dataset!r} is an empty file: give one with rows.")
         source, options["data_files"] = BUILDERS[path.suffix], str(path)
-        options |= {"text": {"sample_by": "paragraph"}, "csv": AS_WRITTEN}.get(source, {})
+        kind, part = source, "paragraph"
     elif path.is_dir():
-        source = str(path)  # `datasets` finds out format and splits by the names of the files
-        kinds = {BUILDERS.get(file.suffix) for file in path.rglob("*") if file.stem != "README"} - {None}
-        if len(kinds) == 1:
-            options |= {"text": {"sample_by": "document"}, "csv": AS_WRITTEN}.get(*kinds, {})
+        source, kind, part = str(path), kind_of(path), "document"  # `datasets` finds the splits by the files' names
     elif path.suffix in BUILDERS or is_path(data.dataset):
         raise FileNotFoundError(f"{not_there('dataset', data.dataset)} Give a file or folder that does.")
     else:
@@ -280,6 +282,10 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
             raise ValueError(
                 f"dataset={source!r} is no data set of the recipes.{meant} For one of the hub give owner/name."
             )
+    if kind == "text":
+        options["sample_by"] = part
+    elif kind == "csv":  # else pandas takes 01 for 1
+        options["converters"] = dict.fromkeys(data.columns().values(), str)
     try:
         return dict(load_dataset(source, data.dataset_config, **options))
     except Exception as error:  # no network, an unknown name, a malformed file, and more
@@ -289,6 +295,13 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
             f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded from the hub "
             f"({first_line(error)}). Without a network use one of {', '.join(EMBEDDED)}, or a path."
         ) from error
+
+
+def kind_of(folder: Path) -> str | None:
+    """What most of the folder's files are, by which `datasets` reads it."""
+    kinds = {**BUILDERS, ".tsv": "csv"}
+    files = [file for file in folder.rglob("*") if file.suffix in kinds and file.name not in FILES_TO_IGNORE]
+    return Counter(kinds[file.suffix] for file in files).most_common(1)[0][0] if files else None
 
 
 def what_is_broken(path: Path, error: BaseException) -> str:
@@ -305,7 +318,7 @@ def what_is_broken(path: Path, error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, CastError):
         only = {*error.table_column_names} ^ {*error.requested_column_names}
-        return f"not all of its files have {', '.join(map(repr, sorted(only)))}. Give all the same columns"
+        return f"not all of its rows have {', '.join(map(repr, sorted(only)))}. Give all the same columns"
     return f"{first_line(error)}. Correct the file"
 
 
@@ -322,7 +335,8 @@ def check_rows(documents: Dataset, name: str, columns: list[str], text: bool = T
         if documents.data.column(column).null_count:
             row = next(index for index, value in enumerate(documents[column], start=1) if value is None)
             raise ValueError(
-                f"dataset={name!r}, row {row}: there is no {column!r}. Give every row one, or take that row out."
+                f"dataset={name!r}, row {row}: there is no {column!r}. Give every row one (in a CSV file NA, None and "
+                "null count as none), or take that row out."
             )
         dtype = getattr(documents.features[column], "dtype", "list")
         if text and dtype not in ("string", "large_string"):
@@ -457,7 +471,9 @@ def limited(rows: Dataset | IterableDataset, data: DatasetArguments) -> Dataset 
     """`validation_blocks` of the rows: of a stream the first, else drawn from all documents with a fixed seed."""
     if data.validation_blocks is None:
         return rows
-    return (rows.shuffle(seed=0) if isinstance(rows, Dataset) else rows).take(data.validation_blocks)
+    if isinstance(rows, IterableDataset):
+        return rows.take(data.validation_blocks)
+    return rows.shuffle(seed=0).select(range(min(data.validation_blocks, len(rows))))
 
 
 def check_sequence_length(data: DatasetArguments, config: PretrainedConfig) -> None:

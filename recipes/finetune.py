@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     check_model("finetune.py")
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,11 +116,15 @@ class FinetuneDataArguments(DatasetArguments):
         if self.streaming:
             raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")
         if self.task == "sequence_classification":
-            of_text = "set task='causal_lm', or leave it out"
+            of_text = "it is for task='causal_lm', so leave it out"
             refuse_unused(self, old_dataset=of_text, old_dataset_config=of_text, format=of_text)
         else:
-            of_labels = "set task='sequence_classification', or leave it out"
+            of_labels = "it is for task='sequence_classification', so leave it out"
             refuse_unused(self, text_pair_column=of_labels, label_column=of_labels)
+            if self.format == "alpaca":
+                refuse_unused(self, text_column="format='alpaca' has columns of its own")
+            if self.old_dataset is None:
+                refuse_unused(self, old_dataset_config="it is for old_dataset, which is not set")
 
     def columns(self) -> dict[str, str]:
         if self.task == "sequence_classification":
@@ -250,7 +255,9 @@ def label_names(splits: Splits, column: str) -> list[str]:
     found = {*splits.train.unique(column), *splits.validation.unique(column)}
     if isinstance(feature, ClassLabel) and -1 in found:  # how the hub's test splits hide their labels
         raise ValueError(f"label_column={column!r} has rows without a label: choose another split, or leave them out.")
-    names = list(feature.names) if isinstance(feature, ClassLabel) else [str(name) for name in sorted(found)]
+    numbers = all(re.fullmatch(r"-?\d+", str(name)) for name in found)  # also as text, as a table has them
+    ordered = sorted(map(str, found), key=(lambda name: (int(name), name)) if numbers else None)
+    names = list(feature.names) if isinstance(feature, ClassLabel) else ordered
     if "" in found:
         raise ValueError(f"label_column={column!r} has rows with an empty label: give them one, or leave them out.")
     if len(found) < 2:  # of a single class Transformers makes a regression
@@ -319,7 +326,6 @@ def language_model_task(data: FinetuneDataArguments, splits: Splits, tokenizer: 
         old = DatasetArguments(
             dataset=data.old_dataset,
             dataset_config=data.old_dataset_config,
-            validation_fraction=PART_TO_VALIDATE,
             sequence_length=data.sequence_length,
             validation_blocks=data.validation_blocks,
             num_proc=data.num_proc,

@@ -12,9 +12,9 @@ Trainer's sampler draws from `seed` alone.
 
 Every run that ends adds a line to OUT/runs.jsonl, without tokens and passwords. A run whose line is there is not
 repeated, even by another study. So a study that was killed goes on where it was, within a run from its last checkpoint
-if the recipe saves any. A run is identified by its script, settings, seed and --launch, and by what is in the files
-that its settings name, such as a table of labels. Other files (a folder, modules beside the script) are not looked at,
-so choose another --out when they have changed.
+if the recipe saves any. A run is identified by its script, settings, seed and --launch. It is repeated when a file
+that its settings name, such as a table of labels, has changed since. Other files (those of a folder, modules beside the
+script) are not looked at, so choose another --out when they have changed.
 
 At the end the table is in OUT/STUDY.md and the plots are in OUT/STUDY.png. The first one is a forest plot: every arm's
 mean difference to the baseline with its 95 % interval, and what the arm costs.

@@ -38,7 +38,7 @@ def draw(study: Study, rows: list[Row]) -> Figure:
     final, styles = by_arm(rows, "final"), styles_of(study)
     radii = {arm: rho_curve(rows, arm, study.metrics[0], study.greater_is_better) for arm in final}
     radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
-    has_curve = all(curves_of(study, runs) for runs in final.values())
+    has_curve = bool(final) and all(curves_of(study, runs) for runs in final.values())
 
     others = len(styles) - 1
     heights = [1.2 + (0.12 + height_of(styles)) * others, 4.0] if others else [4.0]

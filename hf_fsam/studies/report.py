@@ -18,6 +18,14 @@ Row = dict[str, Any]
 ALIKE = ("corpus_sha256", "versions", "machine")  # what all runs of a table should have in common
 
 
+def alike(values: Sequence[Any]) -> bool:
+    """Whether they are equal; of mappings, in the keys that all have."""
+    if all(isinstance(value, dict) for value in values):
+        shared = set.intersection(*map(set, values))
+        values = [{key: value[key] for key in shared} for value in values]
+    return len({canonical(value) for value in values}) == 1
+
+
 @dataclass(frozen=True)
 class Difference:
     """The mean of paired differences, and half the width of its 95 % interval by Student's t: NaN for a single pair."""
@@ -178,7 +186,7 @@ def setting(study: Study, rows: list[Row], command: str) -> list[str]:
     if any(arm.tuned for arm in study.arms.values()):
         notes.append("- !: tuned to the edge of what was tried")
     # Of the runs that tuned as well, since the table rests on what they chose.
-    mixed = [name for name in ALIKE if len({canonical(row.get(name)) for row in rows}) > 1]
+    mixed = [name for name in ALIKE if not alike([row.get(name) for row in rows])]
     if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe.path)) for row in rows):
         mixed.append("their recipe, which has changed since some of them")
     if mixed:

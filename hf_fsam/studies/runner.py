@@ -1,7 +1,6 @@
 """Runs the recipe of a study once for each arm, candidate and seed, and keeps what every run found in runs.jsonl."""
 
 import fcntl
-import functools
 import hashlib
 import json
 import math
@@ -86,6 +85,7 @@ class Runner:
         for slot in range(parallel):
             self._slots.put(slot)
         self._writing = threading.Lock()
+        self._files: dict[str, str | None] = {}
         self._stopped = self._checked = False
         self._processes: set[subprocess.Popen] = set()
 
@@ -132,12 +132,22 @@ class Runner:
             task.settings,
             task.seed,
             *([self.launch] if self.launch else []),
-            *([files] if (files := contents(task.settings)) else []),
         ]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
     def _is_missing(self, key: str) -> bool:
-        return not set(self.study.measured) <= self.rows.get(key, {"metrics": {}})["metrics"].keys()
+        row = self.rows.get(key)
+        if row is None or not set(self.study.measured) <= row["metrics"].keys():
+            return True
+        # Older rows don't say. A file that a run has written itself was not there before it.
+        return any(self._contents(row["settings"][name]) != before for name, before in row.get("files", {}).items())
+
+    def _contents(self, name: str) -> str | None:
+        """A hash of the file of that name, as it was when this study first looked; None where there is none."""
+        if name not in self._files:
+            path = os.path.expanduser(name)
+            self._files[name] = fingerprint(Path(path)) if os.path.isfile(path) else None
+        return self._files[name]
 
     def _run_once(self, key: str, task: Task) -> tuple[float, bool]:
         """Runs the task unless its row is there. Returns its weight and whether it ran now."""
@@ -166,6 +176,7 @@ class Runner:
         folder = self.out / "runs" / key
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"disable_tqdm": True, **task.settings, "seed": task.seed, "output_dir": str(folder)}
+        read = {name: self._contents(value) for name, value in task.settings.items() if isinstance(value, str)}
         # The newest complete checkpoint of a run that was killed: the Trainer writes the state last.
         complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
         checkpoint = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -179,7 +190,7 @@ class Runner:
         try:
             code = self._call(task.arm.recipe.command(file, self.launch), output, slot)
         finally:
-            file.write_text(json.dumps(masked(settings), indent=1) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(masked(settings), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             printed = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
             output.write_text(without_secrets(printed, settings), encoding="utf-8")
         if code != 0:
@@ -195,6 +206,7 @@ class Runner:
             "stage": task.stage,
             "seed": task.seed,
             "settings": masked(task.settings),
+            "files": {name: contents for name, contents in read.items() if contents is not None},
             "resumed": checkpoint is not None,
             **read_results(folder, self.study.tune_on),
             "recipe_sha256": fingerprint(task.arm.recipe.path),
@@ -289,18 +301,6 @@ def read_results(folder: Path, metric: str) -> Row:
         "train_seconds": seconds,
         **{name: results[name] for name in ("parameters", "corpus_sha256", "versions", "machine") if name in results},
     }
-
-
-def contents(settings: Settings) -> dict[str, str]:
-    """A hash of each file that a setting names, so that a corrected data set is trained on anew."""
-    paths = {name: os.path.expanduser(value) for name, value in settings.items() if isinstance(value, str)}
-    return {name: _digest(path, os.path.getmtime(path)) for name, path in paths.items() if os.path.isfile(path)}
-
-
-@functools.cache
-def _digest(path: str, changed: float) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _is_finite(value: Any) -> bool:

@@ -431,5 +431,6 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def fingerprint(script: Path) -> str:
-    return hashlib.sha256(script.read_bytes()).hexdigest()[:16]
+def fingerprint(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -56,6 +56,7 @@ from momentum_sign import MomentumSignArguments, MomentumSignMixin
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
 
+ONE_PROCESS = "one process prepares the data, so leave it out"
 TOKENS = ("input_ids", "token_type_ids")
 STOPS = ("clean", "noisy")  # the validation labels that choose an epoch
 
@@ -104,7 +105,7 @@ class NoisyDataArguments(FinetuneDataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_unused(self, validation_blocks="use validation_examples and test_examples")
+        refuse_unused(self, validation_blocks="use validation_examples and test_examples", num_proc=ONE_PROCESS)
         if not 0 <= self.label_noise < 1:
             raise ValueError(f"label_noise={self.label_noise} is not a share: give a number from 0 to below 1.")
         for name in ("train_examples", "validation_examples", "test_examples"):
@@ -186,14 +187,24 @@ def draw(pool: Dataset, test: Dataset, data: NoisyDataArguments, classes: int, s
             )
     to = flips(pool, classes, data.label_noise_kind)
     generator = random.Random(seed)
-    pool, test = pool.shuffle(seed=seed), test.shuffle(seed=seed)
-    noisy = [generator.choice(to[own]) if generator.random() < data.label_noise else own for own in pool["clean"]]
-    pool, test = pool.add_column("noisy", noisy), test.add_column("noisy", test["clean"])
-    validation, train = cut(pool, start, ["text"])
+
+    def flipped(rows: Dataset) -> Dataset:
+        labels = rows["clean"][:]
+        noisy = [generator.choice(to[own]) if generator.random() < data.label_noise else own for own in labels]
+        return rows.add_column("noisy", noisy)
+
+    validation, train = map(flipped, cut(pool, start, ["text"], seed))
+    count = data.train_examples or max(1, len(train))
+    if len(train) < count:
+        raise ValueError(
+            f"Of {len(pool)} rows, {len(validation)} validate, since rows with the same text stay together, and "
+            f"{len(train)} are left of the {count} to train on: lower train_examples or validation_examples."
+        )
+    test = test.shuffle(seed=seed).select(range(data.test_examples or len(test)))
     return Drawn(
-        train=train.take(data.train_examples or len(train)),
+        train=train.select(range(count)),
         validation=by_length(validation),
-        test=by_length(test.take(data.test_examples or len(test))),
+        test=by_length(test.add_column("noisy", test["clean"][:])),
     )
 
 
@@ -229,7 +240,7 @@ def encoded(rows: Dataset, data: NoisyDataArguments, names: list[str], tokenizer
     texts = [list(rows[column]) for column in (data.text_column, data.text_pair_column) if column is not None]
     found = tokenizer(*texts, truncation=True, max_length=data.sequence_length)
     # Which of two texts a token is of; of one text there is nothing to tell.
-    tokens = {name: found[name] for name in TOKENS if name in found and (name == "input_ids" or len(texts) == 2)}
+    tokens = {name: found[name] for name in TOKENS if name in found and name in TOKENS[: len(texts)]}
     words = [" ".join(row) for row in zip(*texts, strict=True)]
     return Dataset.from_dict({"text": words, "clean": labels, "length": list(map(len, tokens["input_ids"])), **tokens})
 
@@ -438,8 +449,10 @@ def prune(
 
     probabilities = np.zeros((len(rows), classes))
     steps, seconds = 0, 0.0
+    numbers: dict[str, int] = {}
+    texts = np.array([numbers.setdefault(text, len(numbers)) for text in rows["text"][:]])
     for fold in range(folds):
-        held_out = np.arange(fold, len(rows), folds)
+        held_out = np.flatnonzero(texts % folds == fold)  # so that no fold has a text of another
         trainer = train(rows.select(np.setdiff1d(np.arange(len(rows)), held_out)))
         logits = trainer.logits_of(rows.select(held_out), trainer.chosen["noisy"][1])
         probabilities[held_out] = torch.from_numpy(logits).softmax(dim=-1).numpy()

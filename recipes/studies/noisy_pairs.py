@@ -91,6 +91,7 @@ class PairsDataArguments(DatasetArguments):
             self,
             text_column="use prompt_column and completion_column",
             validation_blocks="use validation_examples and test_examples",
+            num_proc="one process prepares the data, so leave it out",
         )
         if self.streaming:
             raise ValueError("streaming=True is for pretrain.py: fine-tuning goes over its data more than once.")

@@ -244,9 +244,26 @@ def test_other_splits_than_validation_are_told(tmp_path: Path, cache: str, caplo
 
 def test_a_folder_may_have_a_readme_beside_its_tables(tmp_path: Path, cache: str) -> None:
     (tmp_path / "README.md").write_text("What this is.")
-    (tmp_path / "train.csv").write_text("text\na\nnull\nc\n")
+    (tmp_path / "train.csv").write_text("text\na\n07\nc\n")
     splits = data.load_splits(DatasetArguments(dataset=str(tmp_path), validation_fraction=0.3, cache_dir=cache))
-    assert {*splits.train["text"], *splits.validation["text"]} == {"a", "null", "c"}
+    assert {*splits.train["text"], *splits.validation["text"]} == {"a", "07", "c"}
+
+
+def test_a_folder_of_texts_may_have_other_files_beside_them(tmp_path: Path, cache: str) -> None:
+    for index, text in enumerate(["a\n\nb", "c", "d"]):
+        (tmp_path / f"{index}.txt").write_text(text)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "meta.csv").write_text("a,b\n")
+    splits = data.load_splits(DatasetArguments(dataset=str(tmp_path), validation_fraction=0.3, cache_dir=cache))
+    assert {*splits.train["text"], *splits.validation["text"]} == {"a\n\nb", "c", "d"}
+
+
+def test_other_columns_of_a_long_table_are_read_as_before(tmp_path: Path, cache: str) -> None:
+    """pandas reads 10,000 rows at a time, and the column has to be of numbers in each."""
+    table = tmp_path / "long.csv"
+    table.write_text("text,score\n" + "".join(f"text {i},{0.5 if i < 10_000 else 'NA'}\n" for i in range(10_010)))
+    splits = data.load_splits(DatasetArguments(dataset=str(table), cache_dir=cache))
+    assert splits.train.features["score"].dtype == "float64"
 
 
 def test_the_validation_blocks_are_drawn_from_all_documents(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -284,7 +301,7 @@ def test_a_stream_gives_its_first_documents_to_validation(
         ({"dataset": "{folder}/empty.txt"}, ValueError, "empty.txt' is an empty file"),
         ({"dataset": "{folder}/broken.jsonl"}, ValueError, r"line 2 of broken\.jsonl is no JSON .* Correct that line"),
         ({"dataset": "{folder}/broken.csv"}, ValueError, "Expected 2 fields in line 3, saw 4. Correct the file"),
-        ({"dataset": "{folder}/columns"}, ValueError, "not all of its files have 'extra'. Give all the same columns"),
+        ({"dataset": "{folder}/columns"}, ValueError, "not all of its rows have 'extra'. Give all the same columns"),
         ({"dataset": "{folder}/gap.jsonl"}, ValueError, "gap.jsonl', row 2: there is no 'text'. Give every row one"),
         ({"dataset": "{folder}/numbers.jsonl"}, ValueError, "the column 'text' holds int64, not text"),
         ({"dataset": "{folder}/one.jsonl"}, ValueError, r"1 document\(s\), of which .* leaves none to train on"),

@@ -148,6 +148,13 @@ def test_texts_that_several_people_labelled_are_on_one_side() -> None:
     assert len(found.train) + len(found.validation) == 600
 
 
+def test_too_few_texts_are_left_where_rows_stay_together() -> None:
+    repeated = pool(20).remove_columns("text").add_column("text", [f"text {index % 2}" for index in range(20)])
+    data = NoisyDataArguments(validation_examples=5, train_examples=15)
+    with pytest.raises(ValueError, match=r"Of 20 rows, 10 validate, .* 10 are left of the 15 to train on"):
+        noisy_labels.draw(repeated, pool(50), data, classes=3, seed=0)
+
+
 def test_corrected_labels_are_used_where_the_outputs_of_the_frozen_layers_are_cached(
     tmp_path: Path, model: str
 ) -> None:

@@ -35,7 +35,7 @@ import finetune
 import pretrain
 import sft
 from averaging import AveragingMixin
-from data import Splits, load_splits
+from data import Splits, cut, load_splits
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import ModelCard
 
@@ -417,8 +417,9 @@ def test_pairs_of_sentences_with_labels_from_a_local_file(tmp_path: Path, cache:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("None,a,b,None", None),
         ("-1,1,-1,1", None),
+        ("01,1,2,10", None),
+        ("TRUE,true,TRUE,true", None),
         ("a,,b,a", "row 2: there is no 'label'"),
         ("1,,2,1", "row 2: there is no 'label'"),
     ],
@@ -433,7 +434,7 @@ def test_the_labels_of_a_table_are_what_is_written_there(
     )
     if message is None:
         names = finetune.label_names(load_splits(data_args), "label")
-        assert names == sorted(set(labels.split(",")))
+        assert names == list(dict.fromkeys(labels.split(",")))  # numbers in their order
     else:
         with pytest.raises(ValueError, match=message):
             load_splits(data_args)
@@ -449,6 +450,15 @@ def test_texts_that_several_people_labelled_are_on_one_side(tmp_path: Path, cach
     )
     assert not set(splits.train["text"]) & set(splits.validation["text"])
     assert len(splits.validation) == 65
+
+
+def test_texts_with_many_rows_are_not_preferred(cache: str) -> None:
+    rows = Dataset.from_dict({"text": [f"many {i // 5}" for i in range(1000)] + [f"one {i}" for i in range(1000)]})
+    first, others = cut(rows, 600, ["text"], seed=0)
+    for side in (first, others):
+        assert 0.4 < sum(text.startswith("many") for text in side["text"]) / len(side) < 0.6
+    alone = rows.select(range(1000, 2000))
+    assert cut(alone, 300, ["text"], seed=3)[0]["text"][:] == alone.shuffle(seed=3)["text"][:300]
 
 
 @pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["ham", "spam"])])
@@ -505,7 +515,12 @@ def test_pretraining_on_a_stream(tmp_path: Path, cache: str, pretrained: Run, mo
             "old_dataset='stdlib' is not for this recipe",
         ),
         ("finetune_packages", {"format": "alpaca"}, ValueError, "format='alpaca' is not for this recipe or task"),
-        ("finetune_topics", {"label_column": "kind"}, ValueError, "label_column='kind' is not for .*: set task='seq"),
+        (
+            "finetune_topics",
+            {"label_column": "kind"},
+            ValueError,
+            "label_column='kind' is not for .*='seq",
+        ),
         ("finetune_topics", {"streaming": True, "dataset": "x/y"}, ValueError, "streaming=True is for pretrain.py"),
         ("finetune_packages", {"dataset": "stdlib"}, ValueError, "label_column='label' is not a column of 'stdlib'"),
         ("finetune_topics", {"format": "alpaca"}, ValueError, "format='alpaca', instruction='instruction' is not a"),

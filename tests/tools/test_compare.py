@@ -216,6 +216,22 @@ def test_a_table_that_has_changed_is_trained_on_anew(folder: Path) -> None:
     table.write_text(text + "a,b\n")
     run(study_of(folder, **study), folder)
     assert len(called(folder)) == 2 * before
+    run(study_of(folder, **study), folder)
+    assert len(called(folder)) == 2 * before
+
+
+def test_a_file_that_is_written_during_a_study_changes_no_run(folder: Path) -> None:
+    recipe = (folder / "recipe.py").read_text()
+    (folder / "recipe.py").write_text(recipe + "Path(settings['predictions']).write_text(str(settings))\n")
+    (folder / "table.csv").write_text("a")
+    study = {"settings": {"predictions": str(folder / "out.txt"), "dataset": str(folder / "table.csv")}}
+    with Runner(study_of(folder, **study), folder / "out") as runner:
+        runner.advance = lambda weight, ran: (folder / "table.csv").write_text("b")  # the user edits it
+        run_study(runner.study, runner)
+    before = len(called(folder))
+    (folder / "table.csv").write_text("a")
+    run(study_of(folder, **study), folder)
+    assert len(called(folder)) == before
 
 
 def test_a_recipe_that_reads_yaml_gets_every_character(folder: Path) -> None:
