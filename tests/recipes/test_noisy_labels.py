@@ -23,6 +23,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
+    TrainerState,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -438,6 +439,25 @@ def test_cleanlab_leaves_out_wrong_labels_and_its_steps_are_counted(tmp_path: Pa
     assert pruned["steps"] > 2.5 * plain["steps"]
     with pytest.raises(ValueError, match="prune_folds=1 leaves nothing"):
         NoisyTrainingArguments(output_dir=str(tmp_path), prune_folds=1)
+
+
+def test_no_fold_of_cleanlab_has_a_text_of_another() -> None:
+    class Stands:
+        """What `prune` asks of a trainer."""
+
+        def __init__(self, rows: Dataset) -> None:
+            self.texts, self.chosen = set(rows["text"]), {"noisy": (0.0, None)}
+            self.state = TrainerState(global_step=1, log_history=[{"train_runtime": 1.0}])
+
+        def logits_of(self, rows: Dataset, epoch: None) -> np.ndarray:
+            held_out.append(len(rows))
+            assert not self.texts & set(rows["text"])
+            return np.random.default_rng(0).normal(size=(len(rows), 3)).astype("float32")
+
+    held_out: list[int] = []
+    rows = pool(60).remove_columns("text").add_column("text", [f"text {index // 2}" for index in range(60)])
+    noisy_labels.prune(rows.add_column("noisy", rows["clean"][:]), 4, 3, Stands)
+    assert sum(held_out) == 60
 
 
 @pytest.mark.slow
