@@ -56,7 +56,6 @@ from momentum_sign import MomentumSignArguments, MomentumSignMixin
 from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 from hf_fsam.cleanup import Cleanup
 
-ONE_PROCESS = "one process prepares the data, so leave it out"
 TOKENS = ("input_ids", "token_type_ids")
 STOPS = ("clean", "noisy")  # the validation labels that choose an epoch
 
@@ -105,7 +104,11 @@ class NoisyDataArguments(FinetuneDataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_unused(self, validation_blocks="use validation_examples and test_examples", num_proc=ONE_PROCESS)
+        refuse_unused(
+            self,
+            validation_blocks="use validation_examples and test_examples",
+            num_proc="one process prepares the data, so leave it out",
+        )
         if not 0 <= self.label_noise < 1:
             raise ValueError(f"label_noise={self.label_noise} is not a share: give a number from 0 to below 1.")
         for name in ("train_examples", "validation_examples", "test_examples"):

@@ -119,6 +119,16 @@ def test_results_that_hold_only_metrics_make_a_table(folder: Path) -> None:
     assert (folder / "out" / "study.png").stat().st_size > 1000
 
 
+def test_versions_are_compared_where_both_runs_say(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0])
+    rows = [
+        row(arm, 0, 1.0, versions={"torch": "2.13.0", **more}) for arm, more in (("A", {}), ("B", {"python": "3.11"}))
+    ]
+    assert "CAUTION" not in "\n".join(setting(study, rows, "command"))
+    rows[0]["versions"]["torch"] = "2.8.0"
+    assert "the runs differ in versions" in "\n".join(setting(study, rows, "command"))
+
+
 def test_runs_of_another_recipe_or_corpus_are_pointed_out(folder: Path) -> None:
     study = study_of(folder, arms={"A": {}, "B": {}}, seeds=[0])
     rows = run(study, folder)
