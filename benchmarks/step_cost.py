@@ -234,6 +234,7 @@ def synchronize() -> None:
 
 def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
     dtype = getattr(torch, args.dtype)
+    there = torch.get_default_device() if GPU is None else torch.accelerator.current_accelerator()
     if args.model:
         args.vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
         return lambda: AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
@@ -246,7 +247,12 @@ def model_maker(args: argparse.Namespace) -> Callable[[], nn.Module]:
         max_position_embeddings=args.length,
         tie_word_embeddings=args.tied,
     )
-    return lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def make() -> nn.Module:
+        with torch.device(there):  # a billion random numbers take the host many seconds
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    return make
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
     make gpu                                               # all checks, without those that have been done
     make gpu GPU_ARGS="--budget 1800"                      # the most valuable checks, in half an hour
+    make gpu GPU_ARGS="--jobs 6"                           # six at a time; those that measure time last, one by one
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --only head theta --redo head
     python -m benchmarks.gpu --device cpu --toy            # tries the checks themselves, without a GPU
@@ -26,7 +27,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "
 DONE = ("passed", "failed", "crashed", "timed out")  # the others are: missing, not here, out of budget
 GRACE = 15  # seconds between asking a process to end and ending it
 Entry = dict[str, Any]
+RUNNING: set[subprocess.Popen] = set()
 
 
 def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
@@ -63,20 +67,38 @@ def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
     out = args.out or ROOT / ("outputs" if args.toy else "benchmarks/results") / f"gpu_{slug}"
     entries: dict[str, Entry] = read(out)
     end = time.monotonic() + args.budget if args.budget else float("inf")
-    for name in [name for name in checks if not args.only or name in args.only]:
+    writing = threading.Lock()
+
+    def do(name: str) -> None:
         known = entries.get(name, {})
         same = all(known.get(key) == here[key] for key in ("machine", "sources"))
         if same and known["status"] in DONE and name not in args.redo:
             print(f"{name}: {known['status']}, as before", flush=True)
-            continue
+            return
         left = end - time.monotonic()
         if left < 1:
             print(f"{name}: not begun, the budget of {args.budget} s is spent", flush=True)
-            continue
+            return
         print(f"{name}: at most {min(checks[name].limit, left):.0f} s", flush=True)
-        entries[name] = here | run(module, name, checks[name], args, machine["type"], left)
-        write(out, {name: entries[name] for name in checks if name in entries}, argv)
-        print(f"{name}: {entries[name]['status']}, {entries[name]['seconds']} s", flush=True)
+        entry = here | run(module, name, checks[name], args, machine["type"], left)
+        with writing:
+            entries[name] = entry
+            write(out, {name: entries[name] for name in checks if name in entries}, argv)
+        print(f"{name}: {entry['status']}, {entry['seconds']} s", flush=True)
+
+    chosen = [name for name in checks if not args.only or name in args.only]
+    together = [name for name in chosen if args.jobs > 1 and not checks[name].timed]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            list(pool.map(do, together))
+        except BaseException:  # also Ctrl-C, which the checks, in sessions of their own, do not see
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(RUNNING):
+                end_session(process)
+            raise
+    for name in chosen:
+        if name not in together:
+            do(name)
     print(f"{out}.md")
     asked = [entries[name]["status"] for name in args.only or checks if name in entries]
     return int(any(status in ("failed", "crashed", "timed out") for status in asked))
@@ -98,6 +120,7 @@ def run(module: str, name: str, check: Check, args: argparse.Namespace, device: 
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(device), stdout=file, stderr=file, start_new_session=True
             )
+            RUNNING.add(process)
             try:
                 code = process.wait(min(check.limit, left))
                 cut = ""
@@ -105,12 +128,13 @@ def run(module: str, name: str, check: Check, args: argparse.Namespace, device: 
                 cut = "timed out" if check.limit <= left else "out of budget"
             finally:  # also after Ctrl-C, and in case a check that has ended left processes behind
                 end_session(process)
+                RUNNING.discard(process)
         entry["seconds"] = round(time.monotonic() - started, 1)
         entry["rows"] = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
         failed = any(row["ok"] is False for row in entry["rows"])
         entry["status"] = cut or ("crashed" if code or not entry["rows"] else "failed" if failed else "passed")
         if entry["status"] != "passed":
-            entry["said"] = log.read_text("utf-8", errors="replace")[-4000:]
+            entry["said"] = log.read_text("utf-8", errors="replace")[-20_000:]
     return entry
 
 
@@ -186,12 +210,15 @@ def hash_of_sources() -> str:
 
 def commit() -> str:
     """The commit of the repository, with a "+" if files differ from it."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return "no git here"
     return asked.stdout.strip() or "no git here"
 
 
@@ -246,6 +273,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these checks only")
     parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="run these again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="seconds for all checks together")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="checks at a time, but for those that measure time (default: 1)"
+    )
     parser.add_argument("--device", choices=["cpu"], help="device (default: the accelerator that PyTorch finds)")
     parser.add_argument("--toy", action="store_true", help="run at a size that a CPU takes minutes for")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")

@@ -36,12 +36,14 @@ class Check:
         limit: the seconds that it may take.
         needs: the packages that it needs.
         cpu: whether it shows something on a CPU.
+        timed: whether it measures time, so that nothing may run beside it.
     """
 
     rows: Callable[[bool], Iterator[Row]]
     limit: int
     needs: tuple[str, ...] = ()
     cpu: bool = True
+    timed: bool = False
 
     @functools.cached_property
     def about(self) -> str:

@@ -538,7 +538,7 @@ def suite(arguments: str, toy: bool, toy_arguments: str = "") -> Rows:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(chosen)]
     cores = os.cpu_count() or 1
     if importlib.util.find_spec("xdist") is not None and cores >= 8 and not toy:
-        command += ["-n", "4", "--dist", "worksteal"]
+        command += ["-n", str(cores // 2), "--dist", "worksteal"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
     bad = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -603,9 +603,9 @@ CHECKS: dict[str, Check] = {
     "dropout": Check(dropout, 180),
     "waits": Check(waits, 120),
     "memory": Check(memory, 120),
-    "cost_0.5B": Check(partial(cost, "0.5B", "bfloat16"), 240),
-    "cost_1B": Check(partial(cost, "1B", "bfloat16"), 240),
-    "head_cost": Check(head_cost, 120),
+    "cost_0.5B": Check(partial(cost, "0.5B", "bfloat16"), 240, timed=True),
+    "cost_1B": Check(partial(cost, "1B", "bfloat16"), 240, timed=True),
+    "head_cost": Check(head_cost, 120, timed=True),
     "optimizers": Check(optimizers, 120),
     **{name: Check(partial(engine, name), 180, ("deepspeed",) if "zero" in name else ()) for name in ENGINES},
     "overlap": Check(overlap, 120, ("deepspeed",), cpu=False),
@@ -617,8 +617,8 @@ CHECKS: dict[str, Check] = {
     ),
     "determinism": Check(determinism, 120),
     "fused_head": Check(partial(suite, "tests/unit/test_fused_head.py"), 480, ("pytest",), cpu=False),
-    "cost_0.5B_mixed": Check(partial(cost, "0.5B", "float32"), 300),
-    "cost_1B_mixed": Check(partial(cost, "1B", "float32"), 300),
+    "cost_0.5B_mixed": Check(partial(cost, "0.5B", "float32"), 300, timed=True),
+    "cost_1B_mixed": Check(partial(cost, "1B", "float32"), 300, timed=True),
     "steps": Check(
         partial(suite, f"tests/unit/test_step.py {COMPATIBILITY} -k 'not compiled'"),
         480,

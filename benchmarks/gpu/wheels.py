@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 WANTED = ("deepspeed", "datasets", "evaluate", "trl", "tokenizers", "scikit-learn", "pyyaml", "matplotlib", "scipy")
-WANTED += ("tqdm", "pytest", "pytest-timeout", "pytest-xdist", "liger-kernel")
+WANTED += ("tqdm", "peft", "pytest", "pytest-timeout", "pytest-xdist", "liger-kernel")
 BASE = ("torch", "transformers", "accelerate", "peft")
 # The machine that the wheels are for: Python 3.12 on Linux, x86-64.
 TARGET = {"python_version": "3.12", "python_full_version": "3.12.3", "platform_machine": "x86_64"}

@@ -56,7 +56,7 @@ def packageless(toy):
     yield Row("never", 1)
 
 CHECKS = {
-    "good": Check(good, 60),
+    "good": Check(good, 60, timed=True),
     "hangs": Check(hangs, 3),
     "bad": Check(bad, 60),
     "crashes": Check(crashes, 60),
@@ -139,6 +139,13 @@ def test_the_budget_is_for_all_together(tmp_path: Path, module: str) -> None:
     assert {name: entry["status"] for name, entry in entries.items()} == {"hangs": "out of budget"}
     _, entries = run(out, module, "--only", "hangs")  # which is no answer
     assert order(out) == ["hangs", "hangs"]
+    assert entries["hangs"]["status"] == "timed out"
+
+
+def test_jobs_run_at_once_and_those_that_measure_time_after_them(tmp_path: Path, module: str) -> None:
+    _, entries = run(tmp_path / "gpu_here", module, "--only", "good", "hangs", "bad", "--jobs", "2")
+    assert order(tmp_path / "gpu_here")[-1] == "good"  # the first of the list, had it not measured time
+    assert list(entries) == ["good", "hangs", "bad"]
     assert entries["hangs"]["status"] == "timed out"
 
 
