@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The modules, and trained weights against plain PyTorch: what every set of versions has to pass (docs/versions.md).
 CORE := tests/unit tests/parity
 
-.PHONY: install test test-all test-quantized test-newest test-lowest test-docker test-axolotl demo docs gpu lint dist clean
+.PHONY: install test test-all test-quantized test-triton test-newest test-lowest test-docker test-axolotl demo docs gpu lint dist clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,11 @@ test-all: install lint
 test-quantized: install
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/quantized --upgrade bitsandbytes
 	PYTHONPATH=$(VENV)/quantized $(VENV)/bin/python -m pytest tests/parity/test_qlora.py $(PYTEST_ARGS)
+
+# The kernel of a GPU, on the CPU in Triton's interpreter. Where Triton is installed, torch and others change their ways.
+test-triton: install
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/triton --upgrade triton
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(VENV)/bin/python -m pytest tests/unit/test_perturbation.py -k 'not hundred_million' $(PYTEST_ARGS)
 
 # With the newest releases that pyproject.toml admits, in an environment of its own: 6 GB, with PyPI's torch for CUDA.
 test-newest:

@@ -1,19 +1,25 @@
 """The perturbation ε = ρ · d / ‖d‖₂ of a list of weights. Nothing but tensors goes in and comes out."""
 
+import functools
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Changes the gradients (second argument) of the weights (first argument) in place, towards what ε is to go along.
 Direction = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 # Bits of a float32 mantissa that the narrower format drops.
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 # How many numbers are worked on at a time. Temporaries take 14 bytes a number: they have to stay small beside one copy
 # of the weights, and on a CPU they should fit its cache.
@@ -75,10 +81,36 @@ def perturb(
     # d may be 0, or so short that ρ / ‖d‖ is infinite. The weights stay where they are then.
     scale = torch.where(finite & scale.isfinite(), scale, 0.0)
     along = torch.zeros_like(direction_norm)  # (), ⟨θ'−θ, ε⟩
-    for weight, gradient in zip(weights, gradients, strict=True):
+    kernel = fused_move(scale.device.type)
+    for_kernel: list[tuple[Tensor, Tensor]] = []
+    others: list[tuple[Tensor, Tensor]] = []
+    for pair in zip(weights, gradients, strict=True):
+        (for_kernel if kernel and kernel.takes(*pair) else others).append(pair)
+    if kernel and for_kernel:
+        along += kernel.move(for_kernel, scale, generator, passes_dtype)
+    for weight, gradient in others:
         for theta, chunk in chunks(weight, gradient):
             along += _move(theta, chunk, scale, generator, passes_dtype)
     return Perturbation(list(weights), list(gradients), gradient_norm, along / rho, ~finite)
+
+
+@functools.cache
+def fused_move(device_type: str) -> ModuleType | None:
+    """The module `fused_move`, where its kernel runs: on NVIDIA's GPUs, and on the CPU in Triton's interpreter. None
+    elsewhere, and where Triton or the C compiler that it needs is missing."""
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (device_type != "cuda" or torch.version.hip is not None):
+        return None
+    try:
+        from hf_fsam import fused_move
+
+        one = torch.ones(1, device=device_type)
+        generator = torch.Generator(device_type)
+        fused_move.move([(one, one.clone())], one.sum(), generator, torch.bfloat16)
+    except Exception as error:  # Triton raises many kinds of error, and the chunks do the same work
+        logger.warning(f"hf_fsam: the weights are moved without a Triton kernel, which costs time ({error}).")
+        return None
+    return fused_move
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -112,7 +144,7 @@ def _perturbed(theta: Tensor, epsilon: Tensor, generator: torch.Generator, passe
     a pass rounds, θ+ε would be θ again where ε is shorter than half a gap. So θ moves by the difference between θ+ε and
     θ, both rounded with the same noise: its mean is ε, and it is a whole number of gaps, which a pass keeps.
     """
-    if theta.dtype == torch.float32 and passes_dtype in _DROPPED_BITS:
+    if theta.dtype == torch.float32 and passes_dtype in DROPPED_BITS:
         noise = _noise(theta, passes_dtype, generator)
         return theta + (_cut_off(theta + epsilon, noise, passes_dtype) - _cut_off(theta, noise, passes_dtype))
     return stochastic_round(theta + epsilon, theta.dtype, generator)
@@ -125,20 +157,20 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     far smaller than the gap between two numbers. Stochastic rounding leaves all of it along the direction, in
     expectation. Where `dtype` is as wide as `x`, `x` comes back unchanged.
     """
-    if dtype not in _DROPPED_BITS:
+    if dtype not in DROPPED_BITS:
         return x.to(dtype)
     return _cut_off(x, _noise(x, dtype, generator), dtype).to(dtype)
 
 
 def _noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Uniform in the bits that `dtype` drops, int32, in the shape of x."""
-    return torch.randint(0, 1 << _DROPPED_BITS[dtype], x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return torch.randint(0, 1 << DROPPED_BITS[dtype], x.shape, dtype=torch.int32, device=x.device, generator=generator)
 
 
 def _cut_off(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """A neighbor of float32 `x` in `dtype`, as float32: noise below the bits that stay carries into them with the right
     probability, and then the rest is cut off."""
-    return (noise + x.view(torch.int32)).bitwise_and_(-(1 << _DROPPED_BITS[dtype])).view(torch.float32)
+    return (noise + x.view(torch.int32)).bitwise_and_(-(1 << DROPPED_BITS[dtype])).view(torch.float32)
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -217,9 +217,8 @@ def cross_entropy_sum(fused: FusedLoss, needs: tuple[bool, bool, bool]) -> Gradi
 
     The gradient is taken now, while a tile's logits are at hand: all that a backward pass adds to it is one factor.
     """
-    assert fused.targets is not None
     hidden, weight, bias = fused.hidden, fused.weight, fused.bias  # (n, d), (v, d), (v,)
-    wide, smoothing, device = fused.wide, fused.smoothing, hidden.device
+    wide, device = fused.wide, hidden.device
     grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if any(needs) else None  # (n, d)
     grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if needs[1] else None  # (v, d)
     grad_bias = torch.zeros(len(weight), dtype=wide, device=device) if needs[2] else None  # (v,)
@@ -229,29 +228,17 @@ def cross_entropy_sum(fused: FusedLoss, needs: tuple[bool, bool, bool]) -> Gradi
         narrow = replace(fused, weight=weight.to(fused.dtype))
         for tokens in tiles(len(hidden), len(weight), hidden.shape[1], device):
             h = hidden[tokens].to(fused.dtype)  # (tile, d)
-            z = fused.transform.apply_(narrow.head_output(h))  # (tile, v)
-            target = fused.targets[tokens].unsqueeze(-1)  # (tile, 1)
-            p = torch.softmax(z, -1, out=fused.cache_for(tokens))  # (tile, v)
-            # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
-            top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()  # (tile, 1), (tile,)
-            log_sum[tokens] = top.squeeze(-1) + rest
-            # Each token's loss is taken from its largest logit, and not from log Σ exp z: of the confident tokens'
-            # little would be left after the subtraction.
-            losses = rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)  # (tile,)
-            if smoothing:
-                losses += smoothing * (top - z.mean(-1, keepdim=True)).squeeze(-1)
-            if fused.counted is not None:
-                losses.masked_fill_(~fused.counted[tokens], 0.0)
+            losses, log_sum[tokens], u = _cross_entropies(narrow, h, tokens, grad_hidden is not None)
             total += losses.sum()
-            if grad_hidden is None:
+            if grad_hidden is None or u is None:
                 continue
-            u = _times(fused.subtract_targets_(p, tokens), fused.transform.slope(z)).to(fused.dtype)  # (tile, v)
             fused.cache(tokens, u)
             _add_product(grad_hidden[tokens], u, narrow.weight)
             if grad_weight is not None:
                 _add_product(grad_weight, u.t(), h)
             if grad_bias is not None:
                 grad_bias += u.sum(0, dtype=wide)
+            del u  # before the next tile takes its memory
     fused.log_sum, fused.value = log_sum, total
     if grad_hidden is None:
         return None
@@ -261,6 +248,35 @@ def cross_entropy_sum(fused: FusedLoss, needs: tuple[bool, bool, bool]) -> Gradi
         None if grad_weight is None else grad_weight.to(sum_dtype(weight)),
         None if grad_bias is None or bias is None else grad_bias.to(sum_dtype(bias)),
     )
+
+
+def _cross_entropies(
+    fused: FusedLoss, h: Tensor, tokens: slice, with_cotangent: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of some tokens, whose hidden states are h (tile, d): the cross entropy of each, (tile,); log Σ exp z of each,
+    (tile,); and the cotangent ∂value/∂a in the head's dtype, (tile, v), if it is asked for.
+
+    A function of its own, so that the logits' memory is free again before the next tile's are made.
+    """
+    assert fused.targets is not None
+    target, smoothing = fused.targets[tokens].unsqueeze(-1), fused.smoothing  # (tile, 1)
+    z = fused.transform.apply_(fused.head_output(h))  # (tile, v)
+    p = torch.softmax(z, -1, out=fused.cache_for(tokens))  # (tile, v)
+    # The largest probability is no less than 1 / v: its logarithm is exact where the target's may be −∞.
+    top, rest = z.amax(-1, keepdim=True), p.amax(-1).log_().neg_()  # (tile, 1), (tile,)
+    # Each token's loss is taken from its largest logit, and not from log Σ exp z: of the confident tokens' little would
+    # be left after the subtraction.
+    losses = rest + (1 - smoothing) * (top - z.gather(-1, target)).squeeze(-1)  # (tile,)
+    if smoothing:
+        losses += smoothing * (top - z.mean(-1, keepdim=True)).squeeze(-1)
+    if fused.counted is not None:
+        losses.masked_fill_(~fused.counted[tokens], 0.0)
+    log_sum = top.squeeze(-1) + rest
+    if not with_cotangent:
+        return losses, log_sum, None
+    slope = fused.transform.slope(z)
+    del z
+    return losses, log_sum, _times(fused.subtract_targets_(p, tokens), slope).to(fused.dtype)
 
 
 def log_sum_exp(fused: FusedLoss) -> None:

@@ -1,4 +1,10 @@
-"""The perturbation of a list of tensors: its length, its direction, its rounding, its way back."""
+"""The perturbation of a list of tensors: its length, its direction, its rounding, its way back.
+
+On a GPU (HF_FSAM_TEST_DEVICE=cuda) and in Triton's interpreter (`make test-triton`) the weights are moved by the
+kernel of fused_move.py, and otherwise by plain PyTorch. What has to be true is the same.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,14 +13,21 @@ from torch import Tensor
 from hf_fsam import perturbation
 from hf_fsam.optimizer_state import SecondMoment, precondition
 from hf_fsam.perturbation import WeightSwap, chunks, norm, own_storage, perturb, stochastic_round
+from tests.toys import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device_of_the_tests() -> Iterator[None]:
+    with DEVICE:
+        yield
 
 
 def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def _pair(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(7)
+    generator = _generator(7)
     weights = [torch.randn(shape, generator=generator).mul_(0.02).to(dtype) for shape in shapes]
     return weights, [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
@@ -65,7 +78,7 @@ def test_directions_are_applied_in_turn_after_the_norm_that_is_logged() -> None:
 
 def test_large_tensors_are_perturbed_in_chunks_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perturb(*_pair((37, 5), (64,)), 0.1, _generator())
-    monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
+    monkeypatch.setitem(perturbation._CHUNK, DEVICE.type, 16)
     pieces = perturb(*_pair((37, 5), (64,)), 0.1, _generator())
     assert all(map(torch.equal, whole.values, pieces.values))
     assert pieces.radius.item() == pytest.approx(whole.radius.item(), rel=1e-5)
@@ -75,7 +88,7 @@ def test_large_tensors_are_perturbed_in_chunks_with_the_same_outcome(monkeypatch
 def test_chunks_have_a_greatest_length_and_make_up_the_tensor(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(perturbation._CHUNK, "cpu", 16)
+    monkeypatch.setitem(perturbation._CHUNK, DEVICE.type, 16)
     count = torch.Size(shape).numel()
     tensor = torch.arange(count).view(shape)
     pieces = [piece for (piece,) in chunks(tensor)]
@@ -87,7 +100,7 @@ def test_chunks_have_a_greatest_length_and_make_up_the_tensor(
 def test_tensors_on_two_devices_or_in_two_layouts_are_cut_at_the_same_places() -> None:
     """A shard that is offloaded, and its gradient: what is a chunk differs."""
     shape = (3, 1 << 19)
-    offloaded, elsewhere = torch.empty(shape), torch.empty(shape, device="meta")
+    offloaded, elsewhere = torch.empty(shape, device="cpu"), torch.empty(shape, device="meta")
     assert len(list(chunks(offloaded))) > len(list(chunks(elsewhere)))
     transposed = torch.empty(shape[::-1], device="meta").t()
     cut = list(chunks(offloaded, elsewhere, transposed))
@@ -174,6 +187,50 @@ def test_stochastic_rounding_has_the_right_mean_and_only_neighbours(dtype: torch
         assert 0 in gap
         # Its standard error is gap/2/√200000, a thousandth of the gap.
         assert column.double().mean().item() == pytest.approx(number.item(), abs=0.01 * gap.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_perturbed_weight_is_a_neighbour_of_what_it_should_be_and_right_in_the_mean(dtype: torch.dtype) -> None:
+    count, eps = 100_000, torch.finfo(dtype).eps
+    theta = torch.tensor([1.0, -1.0, 0.02, -3.0], dtype=dtype)
+    weights = [theta.repeat(count), theta.repeat(count)]
+    gradients = [weight.clone() for weight in weights]
+    length = norm(gradients).item()
+    result = perturb(weights, gradients, 0.3 * eps * length, _generator())  # so that θ+ε is θ (1 + 0.3 eps)
+    values = torch.stack(result.values).view(-1, 4).double()
+    for column, number in zip(values.T, theta.double(), strict=True):
+        gap = column.unique() - number
+        assert len(gap) == 2
+        assert 0 in gap
+        wanted = number.item() * (1 + 0.3 * eps)
+        assert column.mean().item() == pytest.approx(wanted, abs=0.01 * gap.abs().max().item())
+    assert not torch.equal(*result.values)  # each weight has noise of its own
+
+
+@pytest.mark.parametrize("passes_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_seed_decides_the_noise(dtype: torch.dtype, passes_dtype: torch.dtype) -> None:
+    def values(seed: int) -> Tensor:
+        result = perturb(*_pair((3, 4099), dtype=dtype), 1e-3, _generator(seed), passes_dtype=passes_dtype)
+        return result.values[0].clone()
+
+    assert torch.equal(values(1), values(1))
+    rounded = dtype == torch.bfloat16 or (dtype == torch.float32 and passes_dtype == torch.bfloat16)
+    assert torch.equal(values(1), values(2)) != rounded
+
+
+def test_weights_whose_numbers_do_not_lie_in_a_row_are_perturbed_alike() -> None:
+    """A view that is transposed or has gaps goes another way where a kernel takes the others."""
+    weights, gradients = _pair((64, 48), (64, 48), (64, 48))
+    plain = perturb([w.clone() for w in weights], [g.clone() for g in gradients], 0.1, _generator())
+    weights[1], gradients[1] = (x[1].t().contiguous().t() for x in (weights, gradients))
+    wide = torch.zeros(64, 96)
+    wide[:, ::2] = gradients[2]
+    gradients[2] = wide[:, ::2]
+    views = perturb(weights, gradients, 0.1, _generator())
+    for value, other in zip(views.values, plain.values, strict=True):
+        torch.testing.assert_close(value, other)
+    assert views.radius.item() == pytest.approx(0.1, rel=1e-4)
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-5, 1e-4])
