@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
-from hf_fsam.perturbation import chunks
+from hf_fsam.perturbation import chunks, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class SecondMoment:
 
     def divide(self, gradient: Tensor) -> None:
         """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place; g is left as it is where t = 0."""
+        kernels = triton_kernels(gradient.device.type)
+        if kernels and kernels.takes(gradient, self.average):
+            kernels.divide(gradient, self.average, self.beta, self.step, self.eps)
+            return
         # The device alone may know t. Where t is 0, so is v, and dividing by 0 / 1 + 1 is right without asking.
         stepped = torch.as_tensor(self.step > 0)  # ()
         correction = torch.where(stepped, (1 - self.beta**self.step) ** 0.5, 1.0)  # ()

@@ -81,13 +81,13 @@ def perturb(
     # d may be 0, or so short that ρ / ‖d‖ is infinite. The weights stay where they are then.
     scale = torch.where(finite & scale.isfinite(), scale, 0.0)
     along = torch.zeros_like(direction_norm)  # (), ⟨θ'−θ, ε⟩
-    kernel = fused_move(scale.device.type)
+    kernels = triton_kernels(scale.device.type)
     for_kernel: list[tuple[Tensor, Tensor]] = []
     others: list[tuple[Tensor, Tensor]] = []
     for pair in zip(weights, gradients, strict=True):
-        (for_kernel if kernel and kernel.takes(*pair) else others).append(pair)
-    if kernel and for_kernel:
-        along += kernel.move(for_kernel, scale, generator, passes_dtype)
+        (for_kernel if kernels and kernels.takes(*pair[::-1]) else others).append(pair)
+    if kernels and for_kernel:
+        along += kernels.move(for_kernel, scale, generator, passes_dtype)
     for weight, gradient in others:
         for theta, chunk in chunks(weight, gradient):
             along += _move(theta, chunk, scale, generator, passes_dtype)
@@ -95,22 +95,21 @@ def perturb(
 
 
 @functools.cache
-def fused_move(device_type: str) -> ModuleType | None:
-    """The module `fused_move`, where its kernel runs: on NVIDIA's GPUs, and on the CPU in Triton's interpreter. None
-    elsewhere, and where Triton or the C compiler that it needs is missing."""
+def triton_kernels(device_type: str) -> ModuleType | None:
+    """The module `kernels`, where it runs: on NVIDIA's GPUs, and on the CPU in Triton's interpreter. None elsewhere, and
+    where Triton or the C compiler that it needs is missing."""
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and (device_type != "cuda" or torch.version.hip is not None):
         return None
     try:
-        from hf_fsam import fused_move
+        from hf_fsam import kernels
 
         one = torch.ones(1, device=device_type)
-        generator = torch.Generator(device_type)
-        fused_move.move([(one, one.clone())], one.sum(), generator, torch.bfloat16)
-    except Exception as error:  # Triton raises many kinds of error, and the chunks do the same work
-        logger.warning(f"hf_fsam: the weights are moved without a Triton kernel, which costs time ({error}).")
+        kernels.move([(one, one.clone())], one.sum(), torch.Generator(device_type), torch.bfloat16)
+    except Exception as error:  # Triton raises many kinds of error, and plain PyTorch does the same work
+        logger.warning(f"hf_fsam: Triton's kernels do not start, so that the perturbation takes more time ({error}).")
         return None
-    return fused_move
+    return kernels
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

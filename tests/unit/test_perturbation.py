@@ -1,7 +1,7 @@
 """The perturbation of a list of tensors: its length, its direction, its rounding, its way back.
 
 On a GPU (HF_FSAM_TEST_DEVICE=cuda) and in Triton's interpreter (`make test-triton`) the weights are moved by the
-kernel of fused_move.py, and otherwise by plain PyTorch. What has to be true is the same.
+kernels of kernels.py, and otherwise by plain PyTorch. What has to be true is the same.
 """
 
 from collections.abc import Iterator
@@ -121,6 +121,20 @@ def test_a_second_moment_that_has_averaged_nothing_yet_leaves_the_gradient(step:
     before = [g.clone() for g in gradients]
     precondition(gradients, [SecondMoment(torch.zeros_like(g), 0.999, step, 1e-8) for g in gradients])
     assert all(map(torch.equal, gradients, before))
+
+
+@pytest.mark.parametrize("step", [1, 7.0, torch.tensor(7.0, device=DEVICE), torch.tensor(7)], ids=repr)
+@pytest.mark.parametrize("beta", [0.0, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_moment_divides(dtype: torch.dtype, beta: float, step: float | Tensor) -> None:
+    _, gradients = _pair((37, 130), (0,), dtype=dtype)
+    averages = [g.square() for g in reversed(gradients[:1])] + [gradients[1]]
+    averages[0][0] = 0.0
+    t = float(step)
+    wanted = gradients[0].double() / ((averages[0].double() / (1 - beta**t)).sqrt() + 1e-3)
+    precondition(gradients, [SecondMoment(v, beta, step, 1e-3) for v in averages])
+    # 1 − 0.999 has lost four digits of float32.
+    torch.testing.assert_close(gradients[0].double(), wanted, rtol=1e-4 if dtype == torch.float32 else 0.02, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -1,10 +1,11 @@
-"""One Triton kernel that moves a weight along its gradient: θ and g are read once, and θ' is written once.
+"""What is done to every weight in a step, as Triton kernels: all is read once and written once.
 
-In plain PyTorch (`perturbation.py`) the same takes a dozen kernels and 90 bytes of traffic for every number of a
-bfloat16 weight, where 6 do. The noise of the rounding comes from Triton's generator (Philox), and is drawn again from
-the same seed and never stored. Written for Triton 3.6 and later.
+In plain PyTorch (`perturbation.py`, `optimizer_state.py`) a move takes a dozen kernels and 90 bytes of traffic for
+every number of a bfloat16 weight, where one kernel and 6 bytes do. Its noise comes from Triton's generator (Philox) and
+is never stored. Written for Triton 3.6 and later.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -67,14 +68,55 @@ def _move(
     tl.store(along_at + program, along)
 
 
-def takes(theta: Tensor, gradient: Tensor) -> bool:
-    """Whether :func:`move` can move `theta` along `gradient`, two tensors of one shape and dtype."""
-    return (
-        theta.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and theta.device == gradient.device
-        and theta.is_contiguous()
-        and gradient.is_contiguous()
+@triton.jit
+def _divide(
+    gradient_at, average_at, step_at, step, log2_beta, eps, numbers, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numbers
+    gradient = tl.load(gradient_at + at, mask=inside, other=0.0).to(tl.float32)
+    average = tl.load(average_at + at, mask=inside, other=0.0).to(tl.float32)
+    t = step
+    if ON_DEVICE:
+        t = tl.load(step_at).to(tl.float32)
+    # Where t is 0, so is v, and dividing by 0 / 1 + 1 leaves g.
+    correction = tl.where(t > 0, tl.sqrt(1.0 - tl.exp2(t * log2_beta)), 1.0)
+    divided = gradient / (tl.sqrt(average) / correction + tl.where(t > 0, eps, 1.0))
+    tl.store(gradient_at + at, divided.to(gradient_at.dtype.element_ty), mask=inside)
+
+
+def takes(gradient: Tensor, other: Tensor) -> bool:
+    """Whether the kernels can work on `gradient` together with `other`, its weight or its second moment."""
+    return gradient.device == other.device and all(
+        tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and tensor.is_contiguous()
+        for tensor in (gradient, other)
     )
+
+
+def divide(gradient: Tensor, average: Tensor, beta: float, step: float | Tensor, eps: float) -> None:
+    """g → g / (√v̂ + eps) with v̂ = v / (1 − βᵗ), in place; g is left as it is where t = 0.
+
+    Args:
+        gradient, average: g and v, such that :func:`takes` says yes.
+        beta, step, eps: β, t and eps. The step may be a tensor of shape (), on any device.
+    """
+    if not gradient.numel():
+        return
+    on_device = isinstance(step, Tensor) and step.device == gradient.device
+    log2_beta = math.log2(beta) if beta > 0 else -math.inf
+    with torch.cuda.device_of(gradient):
+        _divide[(triton.cdiv(gradient.numel(), 4 * _QUARTER),)](
+            gradient,
+            average,
+            step if on_device else average,
+            0.0 if on_device else float(step),
+            log2_beta,
+            eps,
+            gradient.numel(),
+            on_device,
+            4 * _QUARTER,
+            num_warps=8,
+        )
 
 
 def move(
