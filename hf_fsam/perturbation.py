@@ -96,7 +96,7 @@ def perturb(
 
 @functools.cache
 def triton_kernels(device_type: str) -> ModuleType | None:
-    """The module `kernels`, where it runs: on NVIDIA's GPUs, and on the CPU in Triton's interpreter. None elsewhere, and
+    """The module `kernels`, where it runs: on NVIDIA's GPUs, and on the CPU in Triton's interpreter. None elsewhere and
     where Triton or the C compiler that it needs is missing."""
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and (device_type != "cuda" or torch.version.hip is not None):
