@@ -33,10 +33,12 @@ test-quantized: install
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/quantized --upgrade bitsandbytes
 	PYTHONPATH=$(VENV)/quantized $(VENV)/bin/python -m pytest tests/parity/test_qlora.py $(PYTEST_ARGS)
 
-# The kernel of a GPU, on the CPU in Triton's interpreter. Where Triton is installed, torch and others change their ways.
+# The kernels for GPUs: compiled, and run in Triton's interpreter, where tests with millions of numbers take minutes. In a
+# folder of its own, because torch and others change their ways where Triton is installed.
 test-triton: install
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/triton --upgrade triton
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(VENV)/bin/python -m pytest tests/unit/test_perturbation.py -k 'not hundred_million' $(PYTEST_ARGS)
+	PYTHONPATH=$(VENV)/triton $(VENV)/bin/python -m pytest tests/unit/test_kernels.py $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(VENV)/bin/python -m pytest tests/unit/test_perturbation.py -k 'not million and not keeps_the_radius and not passes_in_bfloat16' $(PYTEST_ARGS)
 
 # With the newest releases that pyproject.toml admits, in an environment of its own: 6 GB, with PyPI's torch for CUDA.
 test-newest:

@@ -106,6 +106,7 @@ def triton_kernels(device_type: str) -> ModuleType | None:
 
         one = torch.ones(1, device=device_type)
         kernels.move([(one, one.clone())], one.sum(), torch.Generator(device_type), torch.bfloat16)
+        kernels.divide(one.clone(), one, 0.9, 1, 1e-8)
     except Exception as error:  # Triton raises many kinds of error, and plain PyTorch does the same work
         logger.warning(f"hf_fsam: Triton's kernels do not start, so that the perturbation takes more time ({error}).")
         return None

@@ -221,6 +221,16 @@ def test_a_perturbed_weight_is_a_neighbour_of_what_it_should_be_and_right_in_the
     assert not torch.equal(*result.values)  # each weight has noise of its own
 
 
+def test_float32_weights_move_by_whole_gaps_of_what_the_passes_round_to_and_right_in_the_mean() -> None:
+    count, gap = 100_000, 2.0**-7  # of bfloat16 between 1 and 2
+    theta = torch.full((count,), 1.00123)
+    rho = 0.3 * gap * count**0.5
+    result = perturb([theta], [torch.ones(count)], rho, _generator(), passes_dtype=torch.bfloat16)
+    moved = (result.values[0] - theta).double()
+    assert moved.unique().tolist() == pytest.approx([0, gap], abs=1e-6)
+    assert moved.mean().item() == pytest.approx(0.3 * gap, rel=0.02)
+
+
 @pytest.mark.parametrize("passes_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_seed_decides_the_noise(dtype: torch.dtype, passes_dtype: torch.dtype) -> None:
