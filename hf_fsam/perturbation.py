@@ -108,7 +108,10 @@ def triton_kernels(device_type: str) -> ModuleType | None:
         kernels.move([(one, one.clone())], one.sum(), torch.Generator(device_type), torch.bfloat16)
         kernels.divide(one.clone(), one, 0.9, 1, 1e-8)
     except Exception as error:  # Triton raises many kinds of error, and plain PyTorch does the same work
-        logger.warning(f"hf_fsam: Triton's kernels do not start, so that the perturbation takes more time ({error}).")
+        logger.warning(
+            f"hf_fsam: the kernels of hf_fsam/kernels.py do not start ({error}). PyTorch's own take more time for the "
+            "same. Install triton and a C compiler."
+        )
         return None
     return kernels
 

@@ -4,12 +4,14 @@ On a GPU (HF_FSAM_TEST_DEVICE=cuda) and in Triton's interpreter (`make test-trit
 kernels of kernels.py, and otherwise by plain PyTorch. What has to be true is the same.
 """
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+import hf_fsam
 from hf_fsam import perturbation
 from hf_fsam.optimizer_state import SecondMoment, precondition
 from hf_fsam.perturbation import WeightSwap, chunks, norm, own_storage, perturb, stochastic_round
@@ -163,6 +165,21 @@ def test_a_gradient_too_short_to_be_scaled_moves_nothing() -> None:
 
 def test_no_weights_at_all() -> None:
     assert perturb([], [], 0.1, _generator()).radius == 0
+
+
+def test_without_triton_plain_pytorch_moves_the_weights_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # asks for the kernels on the CPU, too
+    monkeypatch.delattr(hf_fsam, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "hf_fsam.kernels", None)  # an import of it fails
+    perturbation.triton_kernels.cache_clear()
+    try:
+        for _ in range(2):
+            assert perturb(*_pair((3, 4)), 0.3, _generator()).radius.item() == pytest.approx(0.3, rel=1e-5)
+    finally:
+        perturbation.triton_kernels.cache_clear()
+    assert caplog.text.count("do not start") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
