@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
-from hf_fsam.perturbation import chunks, triton_kernels
+from hf_fsam.kernels import kernels_for
+from hf_fsam.perturbation import chunks
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SecondMoment:
 
     def divide(self, gradient: Tensor) -> None:
         """g → g / (√v̂ + eps) with v̂ = v / (1 − β₂ᵗ), in place; g is left as it is where t = 0."""
-        kernels = triton_kernels(gradient.device.type)
+        kernels = kernels_for(gradient.device.type)
         if kernels and kernels.takes(gradient, self.average):
             kernels.divide(gradient, self.average, self.beta, self.step, self.eps)
             return

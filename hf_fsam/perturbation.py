@@ -1,19 +1,15 @@
 """The perturbation ε = ρ · d / ‖d‖₂ of a list of weights. Nothing but tensors goes in and comes out."""
 
-import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from hf_fsam.kernels import kernels_for
 
 # Changes the gradients (second argument) of the weights (first argument) in place, towards what ε is to go along.
 Direction = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
@@ -81,39 +77,17 @@ def perturb(
     # d may be 0, or so short that ρ / ‖d‖ is infinite. The weights stay where they are then.
     scale = torch.where(finite & scale.isfinite(), scale, 0.0)
     along = torch.zeros_like(direction_norm)  # (), ⟨θ'−θ, ε⟩
-    kernels = triton_kernels(scale.device.type)
+    kernels = kernels_for(scale.device.type)
     for_kernel: list[tuple[Tensor, Tensor]] = []
     others: list[tuple[Tensor, Tensor]] = []
-    for pair in zip(weights, gradients, strict=True):
-        (for_kernel if kernels and kernels.takes(*pair[::-1]) else others).append(pair)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        (for_kernel if kernels and kernels.takes(gradient, weight) else others).append((weight, gradient))
     if kernels and for_kernel:
-        along += kernels.move(for_kernel, scale, generator, passes_dtype)
+        along += kernels.move(for_kernel, scale, generator, passes_dtype, DROPPED_BITS)
     for weight, gradient in others:
         for theta, chunk in chunks(weight, gradient):
             along += _move(theta, chunk, scale, generator, passes_dtype)
     return Perturbation(list(weights), list(gradients), gradient_norm, along / rho, ~finite)
-
-
-@functools.cache
-def triton_kernels(device_type: str) -> ModuleType | None:
-    """The module `kernels`, where it runs: on NVIDIA's GPUs, and on the CPU in Triton's interpreter. None elsewhere and
-    where Triton or the C compiler that it needs is missing."""
-    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and (device_type != "cuda" or torch.version.hip is not None):
-        return None
-    try:
-        from hf_fsam import kernels
-
-        one = torch.ones(1, device=device_type)
-        kernels.move([(one, one.clone())], one.sum(), torch.Generator(device_type), torch.bfloat16)
-        kernels.divide(one.clone(), one, 0.9, 1, 1e-8)
-    except Exception as error:  # Triton raises many kinds of error, and plain PyTorch does the same work
-        logger.warning(
-            f"hf_fsam: the kernels of hf_fsam/kernels.py do not start ({error}). PyTorch's own take more time for the "
-            "same. Install triton and a C compiler."
-        )
-        return None
-    return kernels
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

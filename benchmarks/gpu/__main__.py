@@ -43,7 +43,6 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "
 DONE = ("passed", "failed", "crashed", "timed out")  # the others are: missing, not here, out of budget
 GRACE = 15  # seconds between asking a process to end and ending it
 Entry = dict[str, Any]
-RUNNING: set[subprocess.Popen] = set()
 
 
 def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
     out = args.out or ROOT / ("outputs" if args.toy else "benchmarks/results") / f"gpu_{slug}"
     entries: dict[str, Entry] = read(out)
     end = time.monotonic() + args.budget if args.budget else float("inf")
-    writing = threading.Lock()
+    writing, processes = threading.Lock(), Processes()
 
     def do(name: str) -> None:
         known = entries.get(name, {})
@@ -80,7 +79,9 @@ def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
             print(f"{name}: not begun, the budget of {args.budget} s is spent", flush=True)
             return
         print(f"{name}: at most {min(checks[name].limit, left):.0f} s", flush=True)
-        entry = here | run(module, name, checks[name], args, machine["type"], left)
+        entry = here | run(module, name, checks[name], args, machine["type"], left, processes)
+        if processes.stopped:
+            return
         with writing:
             entries[name] = entry
             write(out, {name: entries[name] for name in checks if name in entries}, argv)
@@ -93,8 +94,7 @@ def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
             list(pool.map(do, together))
         except BaseException:  # also Ctrl-C, which the checks, in sessions of their own, do not see
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in tuple(RUNNING):
-                end_session(process)
+            processes.stop()
             raise
     for name in chosen:
         if name not in together:
@@ -104,7 +104,37 @@ def main(argv: list[str] | None = None, module: str = CHECKS) -> int:
     return int(any(status in ("failed", "crashed", "timed out") for status in asked))
 
 
-def run(module: str, name: str, check: Check, args: argparse.Namespace, device: str, left: float) -> Entry:
+class Processes:
+    """Those of the checks that run, several at a time. Once they are stopped none begins, and none is recorded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+        self.stopped = False
+
+    def start(self, command: list[str], **arguments: Any) -> subprocess.Popen:
+        with self._lock:
+            if self.stopped:
+                raise RuntimeError("The checks have been stopped.")
+            process = subprocess.Popen(command, start_new_session=True, **arguments)
+            self._running.add(process)
+        return process
+
+    def ended(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        with self._lock:
+            self.stopped = True
+            running = tuple(self._running)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(end_session, running))
+
+
+def run(
+    module: str, name: str, check: Check, args: argparse.Namespace, device: str, left: float, processes: Processes
+) -> Entry:
     """Runs one check within its limit and the seconds that are `left`. Returns its result."""
     entry: Entry = {"about": check.about, "status": "", "seconds": 0.0, "limit": check.limit, "rows": [], "said": ""}
     missing = [package for package in check.needs if importlib.util.find_spec(package) is None]
@@ -117,10 +147,7 @@ def run(module: str, name: str, check: Check, args: argparse.Namespace, device: 
         command = [sys.executable, "-m", "benchmarks.gpu.check", module, name, str(rows), "toy" if args.toy else "full"]
         started = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(device), stdout=file, stderr=file, start_new_session=True
-            )
-            RUNNING.add(process)
+            process = processes.start(command, cwd=ROOT, env=environment(device), stdout=file, stderr=file)
             try:
                 code = process.wait(min(check.limit, left))
                 cut = ""
@@ -128,7 +155,7 @@ def run(module: str, name: str, check: Check, args: argparse.Namespace, device: 
                 cut = "timed out" if check.limit <= left else "out of budget"
             finally:  # also after Ctrl-C, and in case a check that has ended left processes behind
                 end_session(process)
-                RUNNING.discard(process)
+                processes.ended(process)
         entry["seconds"] = round(time.monotonic() - started, 1)
         entry["rows"] = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
         failed = any(row["ok"] is False for row in entry["rows"])
@@ -287,7 +314,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="print what to download for a machine that has torch, transformers, accelerate, peft and what they need, "
         "or the packages in the file FREEZE, which is its `pip freeze`",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: at least one check has to run")
+    return args
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 from benchmarks import step_cost
 from benchmarks.gpu.check import Check, Row
 from benchmarks.peak_memory import PeakMemory
-from hf_fsam import FSAMTrainer
+from hf_fsam import FSAMTrainer, perturbation
 from hf_fsam.engines.deepspeed_internals import gathering_stream
 from hf_fsam.heads import deferred_logits
 from hf_fsam.heads.fused_loss import FusedLoss, Gradients, LogitTransform, cross_entropy_sum, vjp
@@ -399,6 +399,36 @@ def memory(toy: bool) -> Rows:
 
 # Time -----------------------------------------------------------------------------------------------------------------
 
+
+def kernels(toy: bool) -> Rows:
+    """Compares the Triton kernels with plain PyTorch: the radius of a perturbation of 0.8B weights, and its time."""
+    count, side = (4, 64) if toy else (200, 2048)
+    for dtype, passes_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        name = f"{str(dtype)[6:]} weights, passes in {str(passes_dtype)[6:]}"
+        weights = [torch.randn(side, side, device=DEVICE).mul_(0.02).to(dtype) for _ in range(count)]
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        ways = {"kernels": perturbation.kernels_for, "plain": lambda device_type: None}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(3 if toy else 10):
+            for way, kernels_for in ways.items():
+                gradients = [torch.randn_like(weight) for weight in weights]
+                perturbation.kernels_for = kernels_for
+                synchronize()
+                start = time.perf_counter()
+                result = perturbation.perturb(weights, gradients, RHO, generator, passes_dtype=passes_dtype)
+                synchronize()
+                seconds[way].append(time.perf_counter() - start)
+                off = abs(float(result.radius) / RHO - 1)
+                del gradients, result
+                if off >= 0.01:
+                    yield below(f"{name}, {way}: radius / ρ, off by", off, 0.01)
+        perturbation.kernels_for = ways["kernels"]
+        for way, times in seconds.items():
+            yield Row(f"{name}, {way}", f"{1e3 * statistics.median(times):.1f} ms")
+        share = statistics.median(a / b for a, b in zip(seconds["kernels"], seconds["plain"], strict=True))
+        yield Row(f"{name}: kernels' time / plain's", f"{share:.2f}", "<= 0.3", None if toy else share <= 0.3)
+
+
 TOY_MODEL = "--hidden 64 --layers 1 --vocabulary 128 --length 32 --batch 2 --rounds 3 --threads 1"
 MODELS = {  # each with the goal for the time of a step, as a multiple of the plain step
     "0.5B": (1.85, "--hidden 896 --intermediate 4864 --layers 24 --vocabulary 151936 --tied --batch 8 --length 1024"),
@@ -541,7 +571,7 @@ def suite(arguments: str, toy: bool, toy_arguments: str = "") -> Rows:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(chosen)]
     cores = os.cpu_count() or 1
     if importlib.util.find_spec("xdist") is not None and cores >= 8 and not toy:
-        command += ["-n", str(cores // 2), "--dist", "worksteal"]
+        command += ["-n", str(min(8, cores // 2)), "--dist", "worksteal"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
     bad = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -588,6 +618,15 @@ CHECKS: dict[str, Check] = {
     "head": Check(head, 120),
     "theta": Check(theta, 120),
     "half": Check(half, 120, cpu=False),
+    "perturbation": Check(
+        partial(
+            suite,
+            "tests/unit/test_perturbation.py",
+            toy_arguments="tests/unit/test_perturbation.py -k 'seed_decides'",
+        ),
+        120,
+        ("pytest",),
+    ),
     "parity": Check(
         partial(
             suite,
@@ -609,6 +648,7 @@ CHECKS: dict[str, Check] = {
     "cost_0.5B": Check(partial(cost, "0.5B", "bfloat16"), 240, timed=True),
     "cost_1B": Check(partial(cost, "1B", "bfloat16"), 240, timed=True),
     "head_cost": Check(head_cost, 120, timed=True),
+    "kernels": Check(kernels, 120, ("triton",), cpu=False, timed=True),
     "optimizers": Check(optimizers, 120),
     **{name: Check(partial(engine, name), 180, ("deepspeed",) if "zero" in name else ()) for name in ENGINES},
     "overlap": Check(overlap, 120, ("deepspeed",), cpu=False),
@@ -619,15 +659,6 @@ CHECKS: dict[str, Check] = {
         cpu=False,
     ),
     "determinism": Check(determinism, 120),
-    "perturbation": Check(
-        partial(
-            suite,
-            "tests/unit/test_perturbation.py",
-            toy_arguments="tests/unit/test_perturbation.py -k 'seed_decides'",
-        ),
-        120,
-        ("pytest",),
-    ),
     "fused_head": Check(partial(suite, "tests/unit/test_fused_head.py"), 480, ("pytest",), cpu=False),
     "cost_0.5B_mixed": Check(partial(cost, "0.5B", "float32"), 300, timed=True),
     "cost_1B_mixed": Check(partial(cost, "1B", "float32"), 300, timed=True),

@@ -1035,7 +1035,7 @@ ELSEWHERE = {
     "and these take no fsam_* fields": "test_training_arguments_that_trl_cannot_take_name_the_class_that_it_can",
     "fsam_direction returned something": "as the row before",
     "The ascent has no gradient": "as the row before",
-    "the kernels of hf_fsam/kernels.py do not start": "test_without_triton_plain_pytorch_moves_the_weights_and_says_so",
+    "the Triton kernels do not start": "test_without_triton_plain_pytorch_moves_the_weights_and_says_so",
     "weights on different ": "test_processes_that_do_not_agree_on_the_weights_are_told",
     "ddp_static_graph=True": "test_a_static_graph_is_refused_where_ddp_would_follow_it",
     "hf_fsam uses a name of DeepSpeed": "test_a_deepspeed_without_a_name_that_is_used_is_refused_before_training",
