@@ -153,14 +153,14 @@ def divide(gradient: Tensor, average: Tensor, beta: float, step: float | Tensor,
 
 
 def try_out(device_type: str) -> None:
-    """Compile and run the kernels once in every form.
+    """Compile and run the kernels once for each dtype, and each that the passes may round to.
 
     Raises:
         AssertionError: one does something else than it should; and whatever Triton raises where it can't run.
     """
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         theta = torch.ones(_BLOCK + 1, dtype=dtype, device=device_type)
-        for passes_dtype in (torch.float32, torch.bfloat16):
+        for passes_dtype in (torch.float32, torch.bfloat16, torch.float16):
             gradient = torch.ones_like(theta)
             along = move(
                 [(theta, gradient)],
