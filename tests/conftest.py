@@ -1,5 +1,6 @@
 """Every test runs offline, on the CPU unless HF_FSAM_TEST_DEVICE says otherwise, with one thread for each process."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,13 @@ import torch
 from transformers.utils import logging
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Accelerate collects garbage after each training, and would search all objects of torch and transformers, which
+    is a quarter of the time of a short test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -195,13 +195,16 @@ class ScarceTrainer(AveragingMixin, FSAMTrainer):
 
     def test(self, blocks: Dataset) -> dict[str, float]:
         """The losses on the test blocks. Leaves the model with the weights of the lowest validation loss."""
-        last = self.predict(blocks).metrics["test_loss"]
+        last = self.loss_on(blocks)
         if self.stopped is None:  # no validation loss was finite
             return {"test_loss": last, "test_loss_stopped": math.nan, "step_stopped": 0}
         self.average = None  # or it would be tested again
         torch._foreach_copy_(self.trained_weights(), self.stopped)
-        stopped = self.predict(blocks).metrics["test_loss"]
-        return {"test_loss": last, "test_loss_stopped": stopped, "step_stopped": self.step_stopped}
+        return {"test_loss": last, "test_loss_stopped": self.loss_on(blocks), "step_stopped": self.step_stopped}
+
+    def loss_on(self, blocks: Dataset) -> float:
+        """Not by `predict`, which would keep the logits of all blocks."""
+        return super().evaluate(blocks, metric_key_prefix="test")["test_loss"]
 
 
 def run(argv: list[str]) -> dict[str, Any]:

@@ -271,6 +271,8 @@ def main(train: Callable[..., tuple[Any, ...]]) -> None:
     shard_on_cpu()
     for index, case in enumerate(json.loads((folder / "cases.json").read_text())):
         start_anew()
+        gc.collect()
+        gc.freeze()  # what is imported by now: Accelerate has garbage looked for in it after each training
         result = train(folder, **case)
         if PartialState().is_main_process:
             torch.save(result, folder / f"{index}.pt")

@@ -2,7 +2,6 @@
 undisturbed."""
 
 import contextlib
-import gc
 import json
 import os
 import random
@@ -268,16 +267,11 @@ def strike_lines(folder: Path, setting: str, error: type[BaseException], every: 
     places = [index for index, line in enumerate(lines) if line not in lines[:index]]
     assert len(places) > 100
     wrong: list[str] = []
-    gc.collect()
-    gc.freeze()  # the Trainer collects garbage before each training, and would search all objects of torch
-    try:
-        for at in places[offset::every]:
-            found = subject.wrong(at, error)
-            if found:
-                wrong += found
-                subject = Subject(folder, **SETTINGS[setting])
-    finally:
-        gc.unfreeze()
+    for at in places[offset::every]:
+        found = subject.wrong(at, error)
+        if found:
+            wrong += found
+            subject = Subject(folder, **SETTINGS[setting])
     assert not wrong, "\n".join(["", *wrong])
 
 
