@@ -172,7 +172,9 @@ def test_jobs_run_at_once_and_those_that_measure_time_after_them(tmp_path: Path,
 def test_jobs_that_are_interrupted_end_and_are_not_recorded(tmp_path: Path, module: str) -> None:
     out = tmp_path / "gpu_here"
     arguments = ["--device", "cpu", "--toy", "--out", str(out), "--only", "one", "--jobs", "2"]
-    code = f"from benchmarks.gpu.__main__ import main; main({arguments}, {module!r})"
+    # Or it would ignore the signal where the tests were started in the background of a shell.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from benchmarks.gpu.__main__ import main; main({arguments}, {module!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "order").exists():
         time.sleep(0.1)
