@@ -241,6 +241,7 @@ class FunctionalSAM:
         if begins:
             self.due = active and self.trainer.fsam_is_due()
         if not (active and self.due):
+            self.settle()  # a step that was broken off, and survived, may have been a split one
             return False
         self.cleanup.run()  # what Ctrl-C on the way out of the last step has left
         self.engine.restore()

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_fsam import batches
 from hf_fsam.counters import Counters
-from hf_fsam.engines import Ascent, gradients_set_aside, unwrapped
+from hf_fsam.engines import Ascent, gradients_set_aside
 from hf_fsam.forward_state import RandomState
 from hf_fsam.functional_sam import FunctionalSAM, MicroBatch, Window
 from hf_fsam.graph import node_count, node_number
@@ -186,9 +186,9 @@ class SplitStep:
         cotangents = batch.clean if fsam.splits else None
         if self.trainer.args.fsam_variant == "logit":
             batch.random.restore()
-            with perturbed, fsam.uncounted(model), fsam.unlogged():
+            with perturbed, fsam.uncounted(model), fsam.unlogged(), engine.without_sync(model) as inner:
                 cotangents = CleanPass(UnperturbedHead(engine.detached_weights_stay), stops_at_boundary=True)
-                self._run(cotangents, call, unwrapped(self.trainer.accelerator, model), batch.inputs)
+                self._run(cotangents, call, inner, batch.inputs)
             self.moved, perturbed = cotangents, nullcontext()
         batch.random.restore()
         self.second = second = SecondPass(batch.clean, cotangents)
@@ -292,7 +292,11 @@ class SplitStep:
             average = args.fsam_ascent_scope != "rank"
             weights = fsam.perturbed_weights()
             ascents = engine.ascent(model, weights, average=average, passes=len(waiting))
-        with gradients_set_aside(fsam.weights_outside_model(), fsam.cleanup), ascents as ascent:
+        with (
+            gradients_set_aside(fsam.weights_outside_model(), fsam.cleanup),
+            engine.without_sync(model) as inner,
+            ascents as ascent,
+        ):
             for batch in waiting:
                 batch.random = RandomState.capture(args.device)
                 backward = None if momentum is not None else ascent.backward
@@ -300,13 +304,13 @@ class SplitStep:
                     ascended = fsam.ascent_inputs(batch)
                     if ascended is not batch.inputs:
                         with fsam.uncounted(model), fsam.unlogged():
-                            self._run(CleanPass(unperturbed, records=False), call, ascent.model, ascended, backward)
+                            self._run(CleanPass(unperturbed, records=False), call, inner, ascended, backward)
                         batch.random.restore()
                         backward = None
                 # The cotangents of `logit` are those at θ+ε.
                 records = backward is None or args.fsam_variant != "logit"
                 batch.clean = CleanPass(unperturbed, stops_at_boundary=backward is None, records=records)
-                self._run(batch.clean, call, ascent.model, batch.inputs, backward)
+                self._run(batch.clean, call, inner, batch.inputs, backward)
                 if args.fsam_offload_hidden_states:
                     batch.clean.offload()
         return ascent

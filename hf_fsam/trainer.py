@@ -162,6 +162,12 @@ class FSAMMixin(Seam):
             self.fsam.training, self.fsam.probes = False, []
             self.fsam.drop()
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # The Trainer's own (5.23), which begins again after running out of memory in a step. It makes its engine anew
+        # out of the weights, so they have to be at θ.
+        self.fsam.settle()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's look ahead: it fetches all micro-batches of an optimizer step before it trains on the first."""
         fsam = self.fsam

@@ -129,6 +129,13 @@ def refuse_checkpoints(args: TrainingArguments) -> None:
         )
 
 
+def evaluate_each_epoch(args: TrainingArguments) -> None:
+    """For the recipes whose early stopping chooses among the epochs, whatever `eval_strategy` says."""
+    if args.eval_delay:
+        raise ValueError(f"eval_delay={args.eval_delay}: this recipe evaluates after every epoch. Leave it out.")
+    args.eval_strategy = IntervalStrategy.EPOCH
+
+
 def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:
     """The Trainer would find out at its first evaluation, or never."""
     if args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.NO:

@@ -348,6 +348,8 @@ class Probe:
                     vector = moved
                     if abs(eigenvalue - before) <= tolerance * abs(eigenvalue) or not float(norm(vector)) > 0:
                         break
+            except torch.OutOfMemoryError:  # a RuntimeError, too, and no fault of the model's
+                raise
             except RuntimeError as error:
                 logger.warning_once(f"No Hessian for this model, so fsam/top_curvature is not logged: {error}")
                 return math.nan

@@ -7,13 +7,13 @@ from accelerate.utils import DistributedType
 from hf_fsam.engines.base import Ascent, Engine
 from hf_fsam.engines.deepspeed import select_deepspeed_engine
 from hf_fsam.engines.fsdp import select_fsdp_engine
-from hf_fsam.engines.local import LocalEngine, gradients_set_aside, unwrapped
+from hf_fsam.engines.local import LocalEngine, gradients_set_aside
 from hf_fsam.refusals import refusals
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["Ascent", "Engine", "LocalEngine", "gradients_set_aside", "select_engine", "unwrapped"]
+__all__ = ["Ascent", "Engine", "LocalEngine", "gradients_set_aside", "select_engine"]
 
 
 def select_engine(trainer: "Trainer") -> Engine:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,12 @@ class Ascent:
     """The clean passes of a window, and the gradients that they leave.
 
     Attributes:
-        model: what to call in these passes.
         backward: back-propagates a loss, in the loss scaler's units, and adds to the gradients.
         weights: what is perturbed, in the form in which this process holds it: weights or shards. Filled when the
             passes have ended.
         gradients: one for each of them; or the momentum, where ε is to go along that.
     """
 
-    model: nn.Module
     backward: Callable[[Tensor], None]
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -62,14 +60,22 @@ class Engine(ABC):
     def ascent(
         self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int
     ) -> AbstractContextManager[Ascent]:
-        """The passes inside add to the ascent's gradients. The training's gradients, those of weights that are not
-        perturbed too, are afterwards what they were before.
+        """The passes inside add to the ascent's gradients, and are made :meth:`without_sync`. The training's gradients,
+        those of weights that are not perturbed too, are afterwards what they were before.
 
         Args:
             weights: the trainable weights of `model` that are perturbed. ε is 0 elsewhere.
             average: the gradients are averaged over all processes; else each process has its own.
             passes: how many passes there will be.
         """
+
+    def without_sync(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """What to call in passes that no backward pass of the training follows, so that nothing waits for one.
+
+        Not the bare module: where it is wrapped and then compiled, that would run uncompiled, and Inductor draws other
+        dropout masks than PyTorch.
+        """
+        return nullcontext(model)
 
     @abstractmethod
     def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:

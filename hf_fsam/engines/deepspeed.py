@@ -214,6 +214,11 @@ class _DeepSpeedEngine(Engine):
     def scale(self, loss: Tensor) -> Tensor:
         return loss * internals.loss_scale(self._engine)
 
+    @contextmanager
+    def without_sync(self, model: nn.Module) -> Iterator[nn.Module]:
+        # The module inside, because the engine's own forward pass announces a backward pass of the training.
+        yield self._engine.module
+
     def _around_step(
         self, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
     ) -> AbstractContextManager[None]:
@@ -238,11 +243,8 @@ class WholeDeepSpeedEngine(_DeepSpeedEngine, LocalEngine):
     detached_weights_stay = True
     forward_can_be_retried = gradients_whole = False  # DeepSpeed follows the passes with hooks of its own
 
-    @contextmanager
-    def no_sync_model(self, model: nn.Module) -> Iterator[nn.Module]:
-        # The module inside, because the engine's own forward pass announces a backward pass of the training.
-        with internals.gradients_to(self._engine, self._cleanup, take=lambda weight: None):
-            yield self._engine.module
+    def _ascending(self, model: nn.Module) -> AbstractContextManager[None]:
+        return internals.gradients_to(self._engine, self._cleanup, take=lambda weight: None)
 
     def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
         if internals.shards_optimizer(self._engine):
@@ -284,7 +286,7 @@ class _ShardsEngine(_DeepSpeedEngine, Generic[_Shards]):
             moment.to(self.accelerator.device, shard.dtype, copy=True).view_as(shard)
             for moment, shard in zip(held.moments(name), shards, strict=True)
         ]
-        return Ascent(self._engine.module, lambda loss: None, shards, moments)
+        return Ascent(lambda loss: None, shards, moments)
 
     def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterator[SecondMoment] | None:
         if not internals.has_stepped(self._engine):
@@ -354,7 +356,7 @@ class _ShardingEngine(_ShardsEngine[_Shards]):
             if weight in perturbed:
                 bucket.add(weight, gradient)
 
-        ascent = Ascent(engine.module, backward)
+        ascent = Ascent(backward)
         with (
             gradients_set_aside(trainable(engine.module), self._cleanup),
             internals.gradients_to(engine, self._cleanup, take),

@@ -59,12 +59,20 @@ class FSDPEngine(LocalEngine):
         self._away: list[list[Tensor]] = []  # [shard, where its θ is]
 
     @contextmanager
+    def without_sync(self, model: nn.Module) -> Iterator[nn.Module]:
+        self._model = model
+        at_theta = not self._away
+        if at_theta:
+            self.settle()
+        self._broken_off = True  # until the end
+        yield model
+        self._broken_off = not at_theta
+
+    @contextmanager
     def ascent(self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int) -> Iterator[Ascent]:
         if not average:
             raise ValueError(RANK_SET_LATE)
-        self._model, self._weights = model, []
-        self.settle()
-        self._broken_off = True  # until the end
+        self._weights = []
         # In an accumulation window the Trainer has FSDP reduce the gradients at its end alone. Until then they would
         # wait unsharded, and be reduced with the ascent of the next micro-batch.
         self._reduce_at_once = passes == 1
@@ -77,20 +85,19 @@ class FSDPEngine(LocalEngine):
             self._backward(loss)
 
         with gradients_set_aside(trainable(model), self._cleanup):
-            ascent = Ascent(model, backward)
+            ascent = Ascent(backward)
             with self._cleanup.after(lambda: self._model.set_requires_gradient_sync(self.accelerator.sync_gradients)):
                 yield ascent
-            self._broken_off = False
             self._weights = [weight for weight in weights if weight.grad is not None]
             ascent.weights = [_local(weight) for weight in self._weights]
             ascent.gradients = [_local(weight.grad) for weight in self._weights]
 
     def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
-        self._model, self._reduce_at_once = model, True
+        self._reduce_at_once = True
         self._weights, averages = self._momenta(weights, optimizer)
         if not averages:
             return None
-        return Ascent(model, self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
+        return Ascent(self._backward, [_local(each) for each in self._weights], [_local(m) for m in averages])
 
     def second_moments(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> Iterable[SecondMoment | None] | None:
         moments = super().second_moments(optimizer, self._weights) or ()

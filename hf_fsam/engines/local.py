@@ -1,7 +1,7 @@
 """One process, or DDP: every process holds every weight whole."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -33,8 +33,8 @@ class LocalEngine(Engine):
     @contextmanager
     def ascent(self, model: nn.Module, weights: Sequence[Tensor], *, average: bool, passes: int) -> Iterator[Ascent]:
         average = average and self.accelerator.num_processes > 1
-        with gradients_set_aside(trainable(model), self._cleanup), self.no_sync_model(model) as inner:
-            ascent = Ascent(inner, self._backward)
+        with gradients_set_aside(trainable(model), self._cleanup), self._ascending(model):
+            ascent = Ascent(self._backward)
             yield ascent
             bucket = Bucket(_REDUCED_AT_ONCE, self._average)
             for weight in weights:
@@ -54,9 +54,8 @@ class LocalEngine(Engine):
                 ascent.gradients.append(gradient)
             bucket.flush()
 
-    @contextmanager
-    def no_sync_model(self, model: nn.Module) -> Iterator[nn.Module]:
-        """What to call in the passes of an ascent, so that nothing takes them for passes of the training."""
+    def _ascending(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, nothing takes the backward passes of an ascent for those of the training."""
         hooks = "_post_accumulate_grad_hooks"  # read in torch 2.13
         if any(getattr(weight, hooks, None) for weight in model.parameters()):
             raise ValueError(
@@ -64,12 +63,20 @@ class LocalEngine(Engine):
                 "in the backward pass: they would act on the ascent's gradient too. Remove them, or set "
                 "fsam_variant='none'."
             )
+        return nullcontext()
+
+    @contextmanager
+    def without_sync(self, model: nn.Module) -> Iterator[nn.Module]:
         ddp = next((each for each in model.modules() if isinstance(each, DistributedDataParallel)), None)
         if ddp is None:
             yield model
             return
-        # `no_sync` sets the same. It has to be set in the forward passes too, where DDP prepares its reducer.
-        with self._cleanup.replaced(ddp, "require_backward_grad_sync", False):
+        # `no_sync` sets the latter. It has to be set in the forward passes too, where DDP prepares its reducer. DDP
+        # sets the former there, unless the pass breaks off: then this process alone would broadcast buffers once more.
+        with (
+            self._cleanup.after(lambda: setattr(ddp, "require_forward_param_sync", False)),
+            self._cleanup.replaced(ddp, "require_backward_grad_sync", False),
+        ):
             yield model
 
     def _average(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
@@ -81,7 +88,7 @@ class LocalEngine(Engine):
 
     def momentum(self, model: nn.Module, weights: Sequence[Tensor], optimizer: Optimizer) -> Ascent | None:
         found, averages = self._momenta(weights, optimizer)
-        return Ascent(unwrapped(self.accelerator, model), self._backward, found, averages) if found else None
+        return Ascent(self._backward, found, averages) if found else None
 
     def _momenta(self, weights: Sequence[Tensor], optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         # `has_stepped` may make the host wait for the device, so it is asked only until the answer is yes.
@@ -135,9 +142,3 @@ def gradients_set_aside(weights: Sequence[Tensor], cleanup: Cleanup | None = Non
         for weight in weights:
             weight.grad = None
         yield
-
-
-def unwrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """`model` without its wrappers, which would wait for a backward pass of the training. In one process a compiled
-    model stays compiled; in several, Accelerate 1.15 would take DDP out of the compiled model for good."""
-    return accelerator.unwrap_model(model, keep_torch_compile=accelerator.num_processes == 1)

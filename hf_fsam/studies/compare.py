@@ -104,7 +104,8 @@ def run_study(study: Study, runner: Runner) -> list[Row]:
             if min(losses) == math.inf and arm.name == study.baseline:
                 raise RuntimeError(
                     f"{study.name}: {arm.name}: no candidate ended with a finite {study.tune_on}, so there is "
-                    "nothing to compare with. Give candidates at which training does not diverge."
+                    "nothing to compare with. Give candidates at which training does not diverge "
+                    "and comes to where that is measured."
                 )
             # That another arm diverges with every candidate is a result: it goes into the table with its first one.
             chosen[arm.name] = candidates[arm.name][losses.index(min(losses))]

@@ -98,19 +98,19 @@ def pairs(runs: dict[int, Row], base: dict[int, Row], metric: str) -> list[tuple
 
 
 def difference(runs: dict[int, Row], base: dict[int, Row], metric: str) -> Difference | None:
-    """Of an arm to the baseline, over the seeds with which neither diverged. None: there is no such seed."""
+    """Of an arm to the baseline, over the seeds with which both have a value. None: there is no such seed."""
     found = [value - other for value, other in pairs(runs, base, metric) if value is not None and other is not None]
     return Difference.of(found) if found else None
 
 
 def verdict(study: Study, runs: dict[int, Row], base: dict[int, Row]) -> str:
-    """On an arm, by the metric that decides. A run that diverged leaves no other verdict."""
+    """On an arm, by the metric that decides. A run without a value, as one that diverged, leaves no other verdict."""
     found = pairs(runs, base, study.metrics[0])
-    diverged, base_diverged = (sum(pair[side] is None for pair in found) for side in (0, 1))
-    if diverged:
-        return f"diverged {diverged}/{len(found)}"
-    if base_diverged:
-        return f"{study.baseline} diverged {base_diverged}/{len(found)}"
+    missing, base_missing = (sum(pair[side] is None for pair in found) for side in (0, 1))
+    if missing:
+        return f"no value {missing}/{len(found)}"
+    if base_missing:
+        return f"{study.baseline}: no value {base_missing}/{len(found)}"
     compared = difference(runs, base, study.metrics[0])
     return compared.verdict(study.greater_is_better) if compared else ""
 
@@ -129,12 +129,12 @@ def tuned(study: Study, arm: str, rows: list[Row]) -> str:
 
 def spread(values: list[float | None]) -> str:
     finite = [value for value in values if value is not None]
-    diverged = f" ({len(values) - len(finite)} diverged)" if len(finite) < len(values) else ""
+    missing = f" ({len(values) - len(finite)} without a value)" if len(finite) < len(values) else ""
     if not finite:
-        return diverged.strip()
+        return missing.strip()
     if len(finite) == 1:
-        return f"{finite[0]:.4f}{diverged}"
-    return f"{statistics.fmean(finite):.4f} ± {statistics.stdev(finite):.4f}{diverged}"
+        return f"{finite[0]:.4f}{missing}"
+    return f"{statistics.fmean(finite):.4f} ± {statistics.stdev(finite):.4f}{missing}"
 
 
 def cost(runs: dict[int, Row], base: dict[int, Row]) -> float:
@@ -185,6 +185,8 @@ def setting(study: Study, rows: list[Row], command: str) -> list[str]:
     )
     if any(arm.tuned for arm in study.arms.values()):
         notes.append("- !: tuned to the edge of what was tried")
+    if any(row["metrics"][name] is None for row in final for name in study.metrics):
+        notes.append("- without a value: the run diverged, or never came to where it would be measured")
     # Of the runs that tuned as well, since the table rests on what they chose.
     mixed = [name for name in ALIKE if not alike([row.get(name) for row in rows])]
     if any(row.get("recipe_sha256") not in (None, fingerprint(study.arms[row["arm"]].recipe.path)) for row in rows):

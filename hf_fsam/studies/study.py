@@ -19,8 +19,9 @@
         fsam_variant: functional
         fsam_rho: [0.02, 0.1]
 
-Some keys of an arm are not settings, and `like` does not hand them on: `longer: 2` trains for twice the steps, epochs
-and warmup; `recipe` is another script; `passes` is the cost of a step, where the `fsam_*` settings do not give it.
+Some keys of an arm are not settings: `longer: 2` trains for twice the steps, epochs and warmup, from which an arm that
+is `like` it starts; `recipe` is another script, and `passes` is the cost of a step, where the `fsam_*` settings do not
+give it, and `like` hands on neither.
 
 `extends: other.yaml` takes all keys of another study beside the file, and changes those that follow it; `settings` are
 added to the other's. Then `arms` can be a list, which keeps those of the other's arms alone.
@@ -120,11 +121,11 @@ class Arm:
                     )
             if not training_length(fixed):
                 raise ValueError(f"{self.name}: longer={self.longer} needs max_steps or num_train_epochs.")
-            if fixed.get("max_steps", -1) > 0:
+            if (fixed.get("max_steps") or -1) > 0:
                 fixed["max_steps"] = round(fixed["max_steps"] * self.longer)
             else:  # the Trainer takes a fraction of an epoch
                 fixed["num_train_epochs"] *= self.longer
-            if fixed.get("warmup_steps", 0) >= 1:  # a value below 1 is a share of the training, which grows with it
+            if (fixed.get("warmup_steps") or 0) >= 1:  # a value below 1 is a share of the training, which grows with it
                 fixed["warmup_steps"] = round(fixed["warmup_steps"] * self.longer)
         return [{**fixed, **dict(zip(lists, values, strict=True))} for values in itertools.product(*lists.values())]
 
@@ -309,15 +310,20 @@ def load_studies(
     yield study
 
 
-def _extended(path: Path) -> Settings:
-    """Read the keys of a study, and under them those of the study that it extends."""
+def _extended(path: Path, above: tuple[Path, ...] = ()) -> Settings:
+    """Read the keys of a study, and under them those of the study that it extends.
+
+    above: the studies that extend it.
+    """
+    if path in above:
+        raise ValueError(f"{path}: extends: {' → '.join(each.name for each in (*above, path))} is a circle: break it.")
     raw = read_yaml(path)
     if "extends" not in raw:
         return raw
     name = raw.pop("extends")
     if not isinstance(name, str) or Path(name).name != name:
         raise ValueError(f"{path}: extends={name!r} is not the name of a file beside it, from where its paths lead.")
-    other = _extended(path.parent / name)
+    other = _extended(path.parent / name, (*above, path))
     if isinstance(raw.get("settings") or {}, dict):
         raw["settings"] = {**(other.get("settings") or {}), **(raw.get("settings") or {})}
     chosen, arms = raw.get("arms"), other.get("arms") or {}

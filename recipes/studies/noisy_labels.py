@@ -35,7 +35,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
-    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -45,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
-from config import parse, refuse_checkpoints
+from config import evaluate_each_epoch, parse, refuse_checkpoints
 from data import check_sequence_length, cut, load_splits, load_tokenizer, refuse_unused
 from finetune import FinetuneDataArguments, label_names, load_config
 from last_blocks import LastBlocksArguments, LastBlocksMixin
@@ -141,6 +140,11 @@ class NoisyTrainingArguments(MomentumSignArguments, LastBlocksArguments, Averagi
     def __post_init__(self) -> None:
         if not 0 < self.generalized_q <= 1:
             raise ValueError(f"generalized_q={self.generalized_q} is not above 0 and at most 1.")
+        if self.loss == "generalized" and (self.label_smoothing_factor or self.feature_decay):
+            raise ValueError(
+                f"loss='generalized' with label_smoothing_factor={self.label_smoothing_factor} and feature_decay="
+                f"{self.feature_decay}: these are other losses. Choose one, and leave the others out."
+            )
         if self.feature_decay and self.fsam_variant != "none":
             raise ValueError(
                 f"feature_decay={self.feature_decay} is a loss of the features, which come before the boundary of "
@@ -491,7 +495,8 @@ def run(argv: list[str], trainer_class: type[NoisyLabelsTrainer] = NoisyLabelsTr
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
     refuse_checkpoints(args)
-    args.eval_strategy, args.remove_unused_columns = IntervalStrategy.EPOCH, False
+    evaluate_each_epoch(args)
+    args.remove_unused_columns = False
     folder = model_folder(model_args.model_name_or_path)
     check_sequence_length(data, load_config(folder))
     tokenizer = load_tokenizer(folder)

@@ -30,7 +30,6 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     EvalPrediction,
-    IntervalStrategy,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
-from config import parse, refuse_checkpoints
+from config import evaluate_each_epoch, parse, refuse_checkpoints
 from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer, refuse_unused
 from finetune import load_config
 from losses import generalized_cross_entropy
@@ -123,6 +122,11 @@ class PairsTrainingArguments(AveragingArguments, FSAMTrainingArguments):
     def __post_init__(self) -> None:
         if not 0 <= self.generalized_q <= 1:
             raise ValueError(f"generalized_q={self.generalized_q} is not a number from 0 to 1.")
+        if self.generalized_q and self.label_smoothing_factor:
+            raise ValueError(
+                f"generalized_q={self.generalized_q} and label_smoothing_factor={self.label_smoothing_factor} are two "
+                "losses: choose one."
+            )
         super().__post_init__()
 
 
@@ -319,7 +323,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     report.quiet(args)
     refuse_checkpoints(args)
-    args.eval_strategy = IntervalStrategy.EPOCH
+    evaluate_each_epoch(args)
     model_args.model_name_or_path = model_folder(model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path)  # so that a missing model is found before the data is prepared
     check_sequence_length(data, config)

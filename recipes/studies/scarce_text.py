@@ -81,10 +81,16 @@ class ScarceTrainingArguments(AveragingArguments, FSAMTrainingArguments):
         if not 0 < self.masked_weight <= 1:
             raise ValueError(f"masked_weight={self.masked_weight} is not above 0 and at most 1.")
         super().__post_init__()
+        if self.masked_inputs and (self.dataloader_num_workers or self.world_size > 1):
+            raise ValueError(
+                f"masked_inputs={self.masked_inputs} with dataloader_num_workers={self.dataloader_num_workers} and "
+                f"{self.world_size} processes: each worker and process would draw the same masks. Leave the workers "
+                "out, and train in one process."
+            )
 
 
 SETTINGS = (ScarceModelArguments, DatasetArguments, ScarceTrainingArguments)
-METRICS = (*pretrain.METRICS, "test_loss_stopped", "test_loss", "step_stopped")
+METRICS = ("eval_loss", "test_loss_stopped", "test_loss", "step_stopped")
 
 # ---- Data ----
 
@@ -213,6 +219,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     model_args, data, args = parse(SETTINGS, argv, Path(__file__).name)
     quiet(args)
     refuse_checkpoints(args)
+    if data.streaming:
+        raise ValueError("streaming=True is for pretrain.py: scarce text is read more than once.")
     set_seed(args.seed)
     splits = load_splits(data)
     tokenizer = pretrain.build_tokenizer(model_args, data, splits)

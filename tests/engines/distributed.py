@@ -72,6 +72,20 @@ def gated(model: nn.Module) -> nn.Module:
     return model
 
 
+class TokenNorm(nn.BatchNorm1d):
+    """Of (B, T, C), over all tokens."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.transpose(1, 2)).transpose(1, 2)
+
+
+def normed(model: nn.Module) -> nn.Module:
+    """A GPT-2 that keeps running statistics."""
+    transformer: Any = model.transformer
+    transformer.ln_f = nn.Sequential(TokenNorm(transformer.ln_f.weight.numel()), transformer.ln_f)
+    return model
+
+
 def without_labels(rows: list[dict[str, Tensor]], which: Sequence[int]) -> list[dict[str, Tensor]]:
     """The rows, those among them with nothing to learn from."""
     return [

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.engines.distributed import ENGINES, train_distributed
-from tests.toys import gpt2, same_bits
+from tests.toys import distance, gpt2, same_bits
 
 pytest.importorskip("deepspeed", reason="pip install hf-fsam[deepspeed]")
 
@@ -93,6 +93,20 @@ def test_one_process_that_raises_takes_the_run_down(engine: str, tmp_path: Path)
     with pytest.raises(AssertionError, match="struck in the second pass"):
         train_distributed(tmp_path / "run", PROCESSES, settings_of(engine) | struck)
     assert time.monotonic() - began < 120  # the group's own limit is half an hour
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ddp", "zero1"))]
+)
+def test_after_running_out_of_memory_it_begins_again_at_theta(engine: str, tmp_path: Path) -> None:
+    memory = {"struck": {"kind": "memory", "step": 0}, "auto_find_batch_size": True, "per_device_train_batch_size": 2}
+    again, wanted = train_distributed(
+        tmp_path / "run",
+        PROCESSES,
+        settings_of(engine) | memory | {"max_steps": 2},
+        settings_of(engine) | {"max_steps": 2},
+    )
+    assert distance(again.weights, wanted.weights) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])

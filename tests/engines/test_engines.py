@@ -280,12 +280,27 @@ def test_two_processes_end_where_plain_torch_does(engine: str, case: str, traine
     assert facts["ddp"] or engine != "ddp"  # a compiled model may lose it on the way
     assert facts["depth"] == 0  # the ascent's backward passes leave ZeRO's own count of them alone
     if settings["fsam_variant"] in ("functional", "logit"):
-        assert facts["fused"] == (settings.get("fsam_fused_head", True) and not settings.get("reads"))
+        off = settings.get("reads") or settings.get("torch_compile") or not settings.get("fsam_fused_head", True)
+        assert facts["fused"] == (not off)
     weights = {name: weights[name] for name in wanted}  # the adapters alone
     assert distance(wanted, start) > 1e-3  # an engine that loses the update would otherwise look alike
     assert distance(weights, wanted) < SAME
     if settings["fsam_variant"] != "none":
         assert logs[0]["fsam/radius"] == pytest.approx(BASE["fsam_rho"], rel=1e-4)
+
+
+def test_running_statistics_are_those_of_plain_ddp(tmp_path: Path) -> None:
+    """DDP hands the first process's to all, once a step. The weights stay where they are, and so does all else."""
+    cases = {name: VARIANTS[name] for name in ("none", "sam", "logit")}
+    cases["momentum"] = VARIANTS["functional"] | {"fsam_ascent_direction": "momentum"}
+    settings = BASE | ENGINES["ddp"] | {"statistics": True, "learning_rate": 0.0}
+    plain, *split = train_distributed(tmp_path / "run", PROCESSES, *(settings | case for case in cases.values()))
+    one, other = ({n: s for n, s in each.items() if "running" in n} for each in plain.facts["statistics"])
+    assert one.keys() == other.keys() != set()
+    assert distance(one, other) > 1e-3
+    for case, ended in zip(list(cases)[1:], split, strict=True):
+        for each, wanted in zip(ended.facts["statistics"], (one, other), strict=True):
+            assert distance({name: each[name] for name in wanted}, wanted) < 1e-6, case
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in LONG])

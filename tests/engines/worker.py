@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -26,7 +27,7 @@ from benchmarks.collectives import Collectives
 from benchmarks.peak_memory import PeakMemory
 from hf_fsam import FSAMTrainer, perturbation
 from hf_fsam.heads import fused_loss
-from tests.engines.distributed import gated, without_labels
+from tests.engines.distributed import gated, normed, without_labels
 from tests.toys import WIDE, adapted, gpt2, llama, make_trainer, sentences
 
 KEPT = fused_loss._KEPT["cpu"]
@@ -83,7 +84,8 @@ def whole(model: nn.Module, deepspeed: bool) -> tuple[dict[str, Tensor], dict[st
 
 def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
     """In the second pass of `step` (from 0), on one process or on all: "kill" and "terminate" send that signal,
-    "hang" waits for ever, "raise" raises between forward and backward. "write" changes the logits in place in the clean
+    "hang" waits for ever, "raise" raises between forward and backward, and "memory" what auto_find_batch_size takes for
+    too little memory. "write" changes the logits in place in the clean
     pass before."""
     compute_loss, calls = trainer.compute_loss, 0
 
@@ -99,6 +101,9 @@ def strike(trainer: Any, kind: str, step: int, rank: int | None = None) -> None:
             if kind == "raise":
                 compute_loss(*args, **kwargs)
                 raise RuntimeError("struck in the second pass")
+            if kind == "memory":
+                compute_loss(*args, **kwargs)
+                raise RuntimeError("CUDA out of memory.")
             if kind == "hang":
                 time.sleep(10_000)
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[kind])
@@ -174,6 +179,7 @@ def train(
     wide: bool = False,
     untied: bool = False,
     sometimes: bool = False,
+    statistics: bool = False,
     reads: bool | str = False,
     measured: bool = False,
     rows: int = 24,
@@ -197,6 +203,7 @@ def train(
         wide: a Llama of a million weights, in place of GPT-2 of seven thousand.
         untied: a Llama of six thousand, whose head is a matrix of its own; no cotangent is kept, as of a large model.
         sometimes: GPT-2 with a weight that not every row uses, :func:`tests.engines.distributed.gated`.
+        statistics: GPT-2 with running ones, :func:`tests.engines.distributed.normed`.
         reads: a metric takes the logits; "one": on the first process alone, and not before its fifth pass.
         measured: find out what :class:`Measured` tells.
         rows, masked: of the data, :func:`tests.toys.sentences`.
@@ -222,6 +229,8 @@ def train(
         model.register_forward_hook(read)
     if sometimes:
         gated(model)
+    if statistics:
+        normed(model)
     trainer = make_trainer(
         folder,
         adapted(model) if lora else model,
@@ -250,6 +259,7 @@ def train(
     if save_to is not None:
         trainer.save_model(save_to)
     weights, masters = whole(trainer.model, trainer.is_deepspeed_enabled)
+    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     facts = {
         "processes": trainer.args.world_size,
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
@@ -258,6 +268,7 @@ def train(
         "fused": bool(trainer.fsam.boundary.head and not trainer.fsam.boundary.head.off),
         "ddp": hasattr(trainer.model_wrapped, "no_sync"),
         "loss": loss,
+        "statistics": gather_object([buffers]),
     }
     if measured:
         facts |= {"peak": callback.peak, "calls": dict(callback.collectives.calls), "bytes": callback.collectives.bytes}

@@ -262,6 +262,8 @@ def test_the_decay_of_features_adds_their_norms_to_the_loss(tmp_path: Path, mode
     assert float(loss) == pytest.approx(float((plain + 0.1 * norms).detach()), rel=1e-5)
     with pytest.raises(ValueError, match=r"feature_decay=0\.1 is a loss of the features"):
         NoisyTrainingArguments(output_dir=str(tmp_path), feature_decay=0.1)
+    with pytest.raises(ValueError, match=r"loss='generalized' with label_smoothing_factor=0\.1"):
+        NoisyTrainingArguments(output_dir=str(tmp_path), loss="generalized", label_smoothing_factor=0.1)
 
 
 def test_the_temperature_is_the_one_that_the_logits_were_scaled_by() -> None:
@@ -343,6 +345,8 @@ def test_going_on_from_a_checkpoint_is_refused(tmp_path: Path, model: str, texts
         run(tmp_path, model, texts, resume_from_checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="save_strategy='epoch': this recipe needs its whole training"):
         run(tmp_path, model, texts, save_strategy="epoch")
+    with pytest.raises(ValueError, match=r"eval_delay=2.*: this recipe evaluates after every epoch"):
+        run(tmp_path, model, texts, eval_delay=2)
 
 
 def test_a_package_is_named_with_its_cure() -> None:

@@ -271,6 +271,8 @@ def test_a_missing_model_is_refused_with_the_command_that_makes_it(
         ({"test_examples": 90}, "half of the validation split that tests .* has 20 different pairs .* 90 are needed"),
         ({"validation_examples": 0}, "validation_examples=0 is too small"),
         ({"generalized_q": 2.0}, "generalized_q=2.0"),
+        ({"generalized_q": 0.2, "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 are two losses"),
+        ({"eval_delay": 9}, "this recipe evaluates after every epoch"),
         ({"sequence_length": LENGTH + 1}, f"sequence_length={LENGTH + 1} is above"),
         ({"text_column": "words"}, "text_column='words' is not for this recipe or task: use prompt_column"),
         ({"prompt_column": "question"}, "prompt_column='question' is not a column"),

@@ -289,6 +289,7 @@ def test_results_have_the_test_losses_and_the_model_is_the_stopped_one(tmp_path:
     [
         ({"masked_inputs": 0.6}, "masked_inputs=0.6 is not a share: give a number from 0 to 0.5"),
         ({"masked_weight": 0}, "masked_weight=0 is not above 0 and at most 1"),
+        ({"masked_inputs": 0.2, "dataloader_num_workers": 2}, "would draw the same masks"),
         ({"average_decay": 1}, "average_decay=1 is not a share"),
         ({"weight_average": "ema", "save_strategy": "steps"}, "weight_average='ema' keeps the average in memory"),
     ],

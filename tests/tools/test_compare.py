@@ -299,10 +299,10 @@ def test_candidates_that_diverge_are_not_chosen(folder: Path) -> None:
     rows = run(study, folder)
     assert [row["settings"]["diverge"] for row in rows if row["stage"] == "final"] == [False, True, False, True]
     assert rows[0]["metrics"]["eval_loss"] is None
-    assert "2 diverged" in "\n".join(table(study, rows))
-    assert "diverged 2/2" in "\n".join(table(study, rows))
+    assert "2 without a value" in "\n".join(table(study, rows))
+    assert "no value 2/2" in "\n".join(table(study, rows))
     study = study_of(folder, arms={"A": {"rate": 3}, "B": {"diverge": [True], "rate": [3, 4]}}, seeds=[0, 1])
-    assert "diverged 2/2" in "\n".join(table(study, run(study, folder)))  # with every candidate: a result, too
+    assert "no value 2/2" in "\n".join(table(study, run(study, folder)))  # with every candidate: a result, too
     study = study_of(folder, arms={"A": {"diverge": [True], "rate": [1, 2]}})
     with pytest.raises(RuntimeError, match="no candidate ended with a finite eval_loss"):
         run(study, folder)

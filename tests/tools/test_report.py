@@ -58,12 +58,12 @@ def test_an_arm_that_diverged_with_one_seed_is_not_called_better(folder: Path) -
     rows = [row("A", seed, 2.0) for seed in range(3)] + [row("B", seed, 1.0 + 0.01 * seed) for seed in range(2)]
     rows.append(row("B", 2, None))
     line = next(line for line in table(study, rows) if line.startswith("| B"))
-    assert "diverged 1/3" in line
+    assert "no value 1/3" in line
     assert "better" not in line
     rows = [row("A", seed, 2.0 if seed else None) for seed in range(3)]
     rows += [row("B", seed, 2.5 + 0.01 * seed) for seed in range(3)]
     line = next(line for line in table(study, rows) if line.startswith("| B"))
-    assert "A diverged 1/3" in line
+    assert "A: no value 1/3" in line
     assert "worse" not in line
 
 
@@ -211,11 +211,11 @@ def test_the_forest_says_that_an_arm_or_the_baseline_diverged(folder: Path) -> N
     forest = draw(study, rows).axes[0]
     assert list(dots(forest)) == ["B"]
     (text,) = forest.texts
-    assert (text.get_text(), text.get_position()[1]) == ("diverged 1/3", 1)
+    assert (text.get_text(), text.get_position()[1]) == ("no value 1/3", 1)
     rows[0]["metrics"]["eval_loss"] = None
     forest = draw(study, rows).axes[0]
     assert not dots(forest)
-    assert texts(forest.texts) == ["A diverged 1/3", "diverged 1/3"]
+    assert texts(forest.texts) == ["A: no value 1/3", "no value 1/3"]
 
 
 def test_a_single_seed_has_a_dot_and_no_interval(folder: Path) -> None:

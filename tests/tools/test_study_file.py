@@ -33,6 +33,10 @@ def test_a_study_extends_another(folder: Path) -> None:
     path.write_text(yaml.safe_dump({"extends": "study.yaml", "arms": ["SGD"]}))
     with pytest.raises(ValueError, match=r"'SGD' is not in study\.yaml, which has 'AdamW', 'FSAM'"):
         list(load_studies(path))
+    path.write_text(yaml.safe_dump({"extends": "third.yaml"}))
+    (folder / "third.yaml").write_text(yaml.safe_dump({"extends": path.name}))
+    with pytest.raises(ValueError, match=f"extends: {path.name} → third.yaml → {path.name} is a circle"):
+        list(load_studies(path))
 
 
 def test_longer_multiplies_the_length_in_the_settings(folder: Path) -> None:
@@ -46,6 +50,8 @@ def test_longer_multiplies_the_length_in_the_settings(folder: Path) -> None:
     (settings,) = study.arms["A3"].candidates(study.settings)
     assert settings["num_train_epochs"] == 1.5  # not whole, and not none
     assert (settings["max_steps"], settings["warmup_steps"]) == (-1, 0.1)  # no length, a share
+    study = study_of(folder, arms=arms, settings={"max_steps": None, "num_train_epochs": 1, "warmup_steps": None})
+    assert study.arms["A2"].candidates(study.settings)[0]["num_train_epochs"] == 2
     assert study.total_weight() > 0
 
 
