@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 import hf_fsam
+from hf_fsam import cli
+from hf_fsam.cli import COMMANDS as COMMANDS_OF_OURS
 from hf_fsam.seam import Seam
 from tests.toys import llama, sentences
 
@@ -128,6 +130,20 @@ def test_every_public_name_and_argument_is_documented() -> None:
         assert f"| `{field.name}` | {default} | " in table, field.name
     api = PAGES["api.md"].read_text(encoding="utf-8")
     assert set(re.findall(r"^::: hf_fsam\.(\w+)$", api, re.M)) == set(hf_fsam.__all__)
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_OURS)
+def test_every_option_of_a_command_is_in_the_docs(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["hf-fsam", command, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    options = set(re.findall(r"^  (?:-\w, )?--(\w+)", capsys.readouterr().out, re.M))
+    ours = {option for option in options if not re.match("(no_)?fsam_|help$", option)}
+    assert ours
+    page = PAGES["commands.md"].read_text(encoding="utf-8")
+    assert [option for option in ours if not re.search(rf"`--{option}\b", page)] == []
 
 
 def test_the_readme_is_read_in_four_minutes() -> None:
