@@ -240,11 +240,12 @@ class FunctionalSAM:
         active = self.active  # checks the settings that the next line may use
         if begins:
             self.due = active and self.trainer.fsam_is_due()
+        if self._engine is not None:  # what Ctrl-C on the way out of the last split step has left
+            self.cleanup.run()
+            self._engine.restore()
         if not (active and self.due):
-            self.settle()  # a step that was broken off, and survived, may have been a split one
+            self.settle()
             return False
-        self.cleanup.run()  # what Ctrl-C on the way out of the last step has left
-        self.engine.restore()
         self.attach()
         if begins:
             self.means.count_step()

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_fsam import batches
 from hf_fsam.counters import Counters
 from hf_fsam.engines import Ascent, gradients_set_aside
-from hf_fsam.forward_state import RandomState
+from hf_fsam.forward_state import RandomState, running_statistics
 from hf_fsam.functional_sam import FunctionalSAM, MicroBatch, Window
 from hf_fsam.graph import node_count, node_number
 from hf_fsam.heads import trl
@@ -238,15 +238,17 @@ class SplitStep:
             MicroBatch(each, inputs if each is self.fetched else trainer._prepare_inputs(each)) for each in fetched
         ]
         momentum = self._momentum(model) if args.fsam_ascent_direction == "momentum" else None
-        counters, head = Counters(trainer), fsam.boundary.head
+        head = fsam.boundary.head
         deferring = head is not None and not head.off
+        again = (Counters(trainer).restore, running_statistics(model)) if deferring else ()
         try:
             ascent = self._clean_passes(call, model, waiting, momentum)
         except LogitsNeeded as error:
             if head is None or not deferring or not engine.forward_can_be_retried:
                 raise
             head.turn_off(str(error))
-            counters.restore()
+            for put_back in again:
+                put_back()
             waiting[0].random.restore()
             ascent = self._clean_passes(call, model, waiting, momentum)
         turns = getattr(trainer.fsam_direction, "__func__", None) is not Seam.fsam_direction
@@ -299,18 +301,17 @@ class SplitStep:
         ):
             for batch in waiting:
                 batch.random = RandomState.capture(args.device)
-                backward = None if momentum is not None else ascent.backward
-                if backward is not None:
-                    ascended = fsam.ascent_inputs(batch)
-                    if ascended is not batch.inputs:
-                        with fsam.uncounted(model), fsam.unlogged():
-                            self._run(CleanPass(unperturbed, records=False), call, inner, ascended, backward)
-                        batch.random.restore()
-                        backward = None
+                ascended = batch.inputs if momentum is not None else fsam.ascent_inputs(batch)
+                elsewhere = ascended is not batch.inputs
+                backward = None if momentum is not None or elsewhere else ascent.backward
                 # The cotangents of `logit` are those at θ+ε.
                 records = backward is None or args.fsam_variant != "logit"
                 batch.clean = CleanPass(unperturbed, stops_at_boundary=backward is None, records=records)
                 self._run(batch.clean, call, inner, batch.inputs, backward)
+                if elsewhere:  # second, because DDP broadcasts buffers in the first pass, which so has to count
+                    batch.random.restore()
+                    with fsam.uncounted(model), fsam.unlogged():
+                        self._run(CleanPass(unperturbed, records=False), call, inner, ascended, ascent.backward)
                 if args.fsam_offload_hidden_states:
                     batch.clean.offload()
         return ascent

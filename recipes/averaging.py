@@ -99,13 +99,15 @@ class AveragingMixin:
         ):
             return
         self.averaged_steps += 1
+        # In bfloat16 an average would not move: its small steps would be rounded off.
+        weights = [weight.float() for weight in self.trained_weights()]
         if self.average is None:
-            self.average = [weight.clone() for weight in self.trained_weights()]
+            self.average = [weight.clone() for weight in weights]
             return
         share = 1 / self.averaged_steps
         if self.args.weight_average == "ema":
             share = max(share, 1 - self.args.average_decay)
-        torch._foreach_lerp_(self.average, self.trained_weights(), share)
+        torch._foreach_lerp_(self.average, weights, share)
 
 
 class _Update(TrainerCallback):

@@ -40,8 +40,9 @@ class Engine(ABC):
 
     Attributes:
         detached_weights_stay: a weight that was detached in a clean pass stays at θ while the weights are at θ+ε.
-        forward_can_be_retried: a forward pass of the ascent that raised has exchanged nothing with another process and
-            leaves nothing half done, so that it can be made again. An engine that gathers weights on the way can't.
+        forward_can_be_retried: a forward pass of the ascent that raised has exchanged nothing with another process that
+            its repetition would, and leaves nothing half done, so that it can be made again. An engine that gathers
+            weights on the way can't.
         gradients_whole: a plain backward pass leaves the whole gradients of this process in `.grad`, and nothing else
             takes notice of it.
         perturbs_shards: every process perturbs other numbers than the others. The radius is that of all together.

@@ -36,7 +36,7 @@ def draw(study: Study, rows: list[Row]) -> Figure:
     was tuned.
     """
     final, styles = by_arm(rows, "final"), styles_of(study)
-    radii = {arm: rho_curve(rows, arm, study.metrics[0], study.greater_is_better) for arm in final}
+    radii = {arm: rho_curve(study, rows, arm) for arm in final}
     radii = {arm: curve for arm, curve in radii.items() if len(curve) > 1}
     has_curve = bool(final) and all(curves_of(study, runs) for runs in final.values())
 
@@ -126,7 +126,8 @@ def plot_curves(axes: Axes, study: Study, final: Runs, styles: Styles) -> None:
     for arm, runs in final.items():
         curves = curves_of(study, runs)
         length = min(map(len, curves))
-        steps = [step for step, _ in curves[0][:length]]
+        # The mean over the seeds, whose trainings may differ in length where each has pruned its data.
+        steps = [statistics.fmean(curve[point][0] for curve in curves) for point in range(length)]
         values = [[curve[point][1] for curve in curves] for point in range(length)]
         axes.plot(steps, [statistics.fmean(each) for each in values], **{**styles[arm], "marker": ""})
         low, high = ([pick(each) for each in values] for pick in (min, max))
@@ -170,19 +171,23 @@ def plot_radii(axes: Axes, study: Study, radii: dict[str, list[tuple[float, floa
     axes.grid(alpha=0.3)
 
 
-def rho_curve(rows: list[Row], arm: str, metric: str, greater_is_better: bool = False) -> list[tuple[float, float]]:
-    """(ρ, mean of the metric) for every ρ above zero that was tried in tuning and did not diverge, at its best other
-    settings."""
-    found: dict[float, dict[str, list[float | None]]] = {}
+def rho_curve(study: Study, rows: list[Row], arm: str) -> list[tuple[float, float]]:
+    """(ρ, mean of the first metric) for every ρ above zero that was tried in tuning and left a value with every seed,
+    at the other settings that tuning would choose with it."""
+    found: dict[float, dict[str, list[Row]]] = {}
     for row in rows:
         rho = row["settings"].get("fsam_rho")
         if row["stage"] == "tuning" and row["arm"] == arm and rho:
             others = str(sorted((name, str(value)) for name, value in row["settings"].items() if name != "fsam_rho"))
-            found.setdefault(rho, {}).setdefault(others, []).append(row["metrics"][metric])
-    best = max if greater_is_better else min
+            found.setdefault(rho, {}).setdefault(others, []).append(row)
+    best = max if study.greater_is_better else min
     curve = []
     for rho, groups in sorted(found.items()):
-        finite = [[value for value in values if value is not None] for values in groups.values() if None not in values]
-        if finite:
-            curve.append((rho, best(map(statistics.fmean, finite))))
+        means = [
+            tuple(statistics.fmean(row["metrics"][name] for row in runs) for name in (study.tune_on, study.metrics[0]))
+            for runs in groups.values()
+            if all(row["metrics"][name] is not None for row in runs for name in (study.tune_on, study.metrics[0]))
+        ]
+        if means:
+            curve.append((rho, best(means)[1]))
     return curve

@@ -19,9 +19,9 @@
         fsam_variant: functional
         fsam_rho: [0.02, 0.1]
 
-Some keys of an arm are not settings: `longer: 2` trains for twice the steps, epochs and warmup, from which an arm that
-is `like` it starts; `recipe` is another script, and `passes` is the cost of a step, where the `fsam_*` settings do not
-give it, and `like` hands on neither.
+Some keys of an arm are not settings: `longer: 2` multiplies steps, epochs and warmup, and `like` hands on what comes of
+that. It does not hand on `recipe`, another script, and `passes`, the cost of a step, where the `fsam_*` settings do not
+give it.
 
 `extends: other.yaml` takes all keys of another study beside the file, and changes those that follow it; `settings` are
 added to the other's. Then `arms` can be a list, which keeps those of the other's arms alone.

@@ -81,6 +81,10 @@ class ScarceTrainingArguments(AveragingArguments, FSAMTrainingArguments):
         if not 0 < self.masked_weight <= 1:
             raise ValueError(f"masked_weight={self.masked_weight} is not above 0 and at most 1.")
         super().__post_init__()
+        if self.masked_weight != 1 and not self.masked_inputs:
+            raise ValueError(
+                f"masked_weight={self.masked_weight} has no effect without masked_inputs: set a share, or leave it out."
+            )
         if self.masked_inputs and (self.dataloader_num_workers or self.world_size > 1):
             raise ValueError(
                 f"masked_inputs={self.masked_inputs} with dataloader_num_workers={self.dataloader_num_workers} and "

@@ -293,6 +293,7 @@ def test_running_statistics_are_those_of_plain_ddp(tmp_path: Path) -> None:
     """DDP hands the first process's to all, once a step. The weights stay where they are, and so does all else."""
     cases = {name: VARIANTS[name] for name in ("none", "sam", "logit")}
     cases["momentum"] = VARIANTS["functional"] | {"fsam_ascent_direction": "momentum"}
+    cases["first"] = VARIANTS["functional"] | {"first": 5}
     settings = BASE | ENGINES["ddp"] | {"statistics": True, "learning_rate": 0.0}
     plain, *split = train_distributed(tmp_path / "run", PROCESSES, *(settings | case for case in cases.values()))
     one, other = ({n: s for n, s in each.items() if "running" in n} for each in plain.facts["statistics"])

@@ -9,9 +9,11 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -52,7 +54,11 @@ def test_the_python_blocks_of_a_page_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "page", "model": llama(), "dataset": sentences()}
+    monkeypatch.syspath_prepend(ROOT / "recipes")  # averaging.py, which a page has its readers copy
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # or the classes of a page could not be pickled
+    names = vars(module)
+    names |= {"model": llama(), "dataset": sentences()}
     for block in PYTHON:
         if block.page == page and block.reason is None:
             exec(compile("\n" * block.line + block.code, PAGES[page], "exec"), names)

@@ -29,6 +29,7 @@ def scarce_trainer(folder: Path, share: float = 0.0, **arguments: Any) -> scarce
     collators: dict[str, Any] = {"data_collator": default_data_collator}
     if share:
         collators["train_collator"] = scarce_text.MaskedInputs(share, MASK, seed=3)
+        arguments["masked_inputs"] = share
     return make_trainer(
         folder,
         trainer_class=scarce_text.ScarceTrainer,
@@ -288,6 +289,7 @@ def test_results_have_the_test_losses_and_the_model_is_the_stopped_one(tmp_path:
     ("wrong", "said"),
     [
         ({"masked_inputs": 0.6}, "masked_inputs=0.6 is not a share: give a number from 0 to 0.5"),
+        ({"masked_weight": 0.5}, "masked_weight=0.5 has no effect without masked_inputs"),
         ({"masked_weight": 0}, "masked_weight=0 is not above 0 and at most 1"),
         ({"masked_inputs": 0.2, "dataloader_num_workers": 2}, "would draw the same masks"),
         ({"average_decay": 1}, "average_decay=1 is not a share"),

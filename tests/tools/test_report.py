@@ -98,9 +98,19 @@ def test_tuned_values_at_the_edge_are_marked_and_the_radius_has_a_curve(folder: 
     lines = table(study, rows)
     assert any("learning_rate 3 " in line for line in lines)  # of 1, 3, 5
     assert any("rho 0.2!" in line for line in lines)  # of 0.1, 0.2
-    curve = rho_curve(rows, "FSAM", "eval_loss")
+    curve = rho_curve(study, rows, "FSAM")
     assert [rho for rho, _ in curve] == [0.1, 0.2]
     assert curve[0][1] == pytest.approx(12 + 0.01)  # 2 + (0.1 - 0.2)² + 0.1 · 100
+
+
+def test_the_curve_of_the_radii_has_the_settings_that_tuning_chose(folder: Path) -> None:
+    study = study_of(folder, arms={"A": {"fsam_rho": [0.1, 0.2], "rate": [1, 2]}}, metrics=["test_loss", "eval_loss"])
+    study.tune_on = "eval_loss"
+    rows = []
+    for rho, rate, tuning, test in ((0.1, 1, 1.0, 5.0), (0.1, 2, 2.0, 4.0), (0.2, 1, 3.0, 6.0), (0.2, 2, 2.5, None)):
+        rows.append(row("A", 100, tuning) | {"stage": "tuning", "settings": {"fsam_rho": rho, "rate": rate}})
+        rows[-1]["metrics"]["test_loss"] = test
+    assert rho_curve(study, rows, "A") == [(0.1, 5.0), (0.2, 6.0)]
 
 
 def test_results_that_hold_only_metrics_make_a_table(folder: Path) -> None:
