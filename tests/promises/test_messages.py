@@ -1060,6 +1060,7 @@ ELSEWHERE = {
     "is no setting of {}.": "test_names_that_a_recipe_does_not_have_are_told_before_its_first_run",
     "is no metric of {}, which": "as the row before",
     "is not in {}, which has": "test_a_study_extends_another",
+    "is a circle: break it": "test_a_study_extends_another",
     "pip install 'hf-fsam[studies]'": "test_cli.py",
     "give a JSON file of one object": "test_run.py",
     " has no attribute ": "test_cli.py",
