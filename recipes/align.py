@@ -37,6 +37,9 @@ class AlignDataArguments(DatasetArguments):
     def columns(self) -> dict[str, str]:
         return {}
 
+    def input_columns(self) -> list[str]:
+        return ["prompt"]
+
 
 SETTINGS = (ModelArguments, AlignDataArguments)  # and TRL's
 METRICS = tuple(f"eval_{name}" for name in ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"))

@@ -117,6 +117,11 @@ class DatasetArguments:
         """Those of them that hold text."""
         return [column for argument, column in self.columns().items() if argument != "label_column"]
 
+    def input_columns(self) -> list[str]:
+        """Those that hold what the model is given to answer, some of which a data set may lack. Rows that are alike
+        there stay together where a part is split off to validate on."""
+        return []
+
 
 def refuse_unused(arguments: Any, **cures: str) -> None:
     """
@@ -231,9 +236,9 @@ def load_stored(data: DatasetArguments) -> Splits:
                 f"{data.validation_fraction} leaves none to train on: give more, lower it, or name a validation_split."
             )
         # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
-        if labels:
+        if inputs := [column for column in data.input_columns() if column in train.column_names]:
             count = math.ceil(len(train) * data.validation_fraction)
-            validation, train = cut(train, count, data.text_columns(), seed=0)
+            validation, train = cut(train, count, inputs, seed=0)
         else:
             both = train.train_test_split(test_size=data.validation_fraction, seed=0)
             train, validation = both["train"], both["test"]
@@ -243,12 +248,13 @@ def load_stored(data: DatasetArguments) -> Splits:
 def cut(rows: Dataset, count: int, columns: list[str], seed: int) -> tuple[Dataset, Dataset]:
     """Shuffles, and cuts off `count` rows or a few more. Returns them and the others.
 
-    Rows with the same text in `columns`, as those of several people who labelled it, are all on one side: else a model
-    would be tested on texts that it has learned. Where no text is there twice, the order is that of `rows.shuffle`.
+    Rows with the same in `columns`, such as a text that several people labelled or a prompt with several answers, are
+    all on one side: else a model would be tested on what it has learned. Where none is there twice, the order is that
+    of `rows.shuffle`.
     """
-    same: dict[tuple[str, ...], list[int]] = {}
-    for index, text in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
-        same.setdefault(text, []).append(index)
+    same: dict[str, list[int]] = {}
+    for index, values in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
+        same.setdefault(repr(values), []).append(index)  # a prompt may be a list of messages, which has no hash
     groups = list(same.values())
     order: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups)):

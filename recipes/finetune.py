@@ -134,6 +134,11 @@ class FinetuneDataArguments(DatasetArguments):
             return {"format='alpaca', instruction": "instruction", "format='alpaca', output": "output"}
         return super().columns()
 
+    def input_columns(self) -> list[str]:
+        if self.task == "sequence_classification":
+            return self.text_columns()
+        return ["instruction", "input"] if self.format == "alpaca" else []
+
 
 @dataclass
 class FinetuneTrainingArguments(AveragingArguments, FSAMTrainingArguments):

@@ -440,6 +440,14 @@ def test_the_labels_of_a_table_are_what_is_written_there(
             load_splits(data_args)
 
 
+def test_a_mistyped_text_column_is_named(tmp_path: Path, cache: str) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("text,label\na,x\nb,y\nc,x\n")
+    arguments = {"task": "sequence_classification", "dataset": str(table), "text_column": "txt", "cache_dir": cache}
+    with pytest.raises(ValueError, match=r"text_column='txt' is not a column of .* Did you mean 'text'"):
+        load_splits(finetune.FinetuneDataArguments(**arguments))
+
+
 def test_texts_that_several_people_labelled_are_on_one_side(tmp_path: Path, cache: str) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("text,label\n" + "\n".join(f"text {i // 5},{'ab'[i % 2]}" for i in range(200)))
@@ -450,6 +458,40 @@ def test_texts_that_several_people_labelled_are_on_one_side(tmp_path: Path, cach
     )
     assert not set(splits.train["text"]) & set(splits.validation["text"])
     assert len(splits.validation) == 65
+
+
+ALPACA = {"task": "causal_lm", "format": "alpaca"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns", "inputs"),
+    [
+        (finetune.FinetuneDataArguments, ALPACA, lambda i: {"instruction": f"ask {i // 3}", "output": f"{i}"}),
+        (
+            finetune.FinetuneDataArguments,
+            ALPACA,
+            lambda i: {"instruction": "add", "input": f"{i // 3}", "output": f"{i}"},
+        ),
+        (align.AlignDataArguments, {}, lambda i: {"prompt": f"ask {i // 3}", "completion": f"{i}"}),
+        (
+            align.AlignDataArguments,
+            {"method": "dpo"},
+            lambda i: {"prompt": [{"role": "user", "content": f"{i // 3}"}], "chosen": f"{i}", "rejected": "no"},
+        ),
+    ],
+)
+def test_answers_to_one_prompt_are_on_one_side(
+    arguments: Any, columns: dict[str, str], inputs: Any, tmp_path: Path, cache: str
+) -> None:
+    table = tmp_path / "answers.jsonl"
+    table.write_text("\n".join(json.dumps(inputs(i)) for i in range(90)))
+    splits = load_splits(arguments(dataset=str(table), validation_fraction=0.2, cache_dir=cache, **columns))
+    names = {*inputs(0)} - {"output", "completion", "chosen", "rejected"}
+    train, validation = (
+        {str([row[name] for name in names]) for row in side} for side in (splits.train, splits.validation)
+    )
+    assert not train & validation
+    assert (len(train), len(validation)) == (24, 6)
 
 
 def test_texts_with_many_rows_are_not_preferred(cache: str) -> None:
