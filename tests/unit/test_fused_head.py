@@ -23,10 +23,11 @@ from hf_fsam import FSAMTrainer
 from hf_fsam.heads import deferred_logits, fused_head, fused_loss, unperturbed
 from hf_fsam.passes import CleanPass, Crossing
 from tests import reference, zoo
+from tests.engines.distributed import normed
 from tests.parity import test_parity
 from tests.parity.test_parity import Setting, check_parity
 from tests.reference import IGNORED, Batch, Window
-from tests.toys import DEVICE, VOCABULARY, distance, llama, make_trainer, sentences, train, weights_of
+from tests.toys import DEVICE, VOCABULARY, distance, gpt2, llama, make_trainer, sentences, train, weights_of
 from tests.zoo import CASES
 
 
@@ -865,6 +866,14 @@ def test_a_metric_of_some_steps_turns_the_fused_head_off_in_either_pass(tmp_path
     for first in (0, 1):
         given = {"compute_loss_func": accurate(4, first)}
         assert distance(train(tmp_path, fsam_rho=0.1, trainer=given), plain) < 1e-6
+
+
+def test_a_clean_pass_that_is_made_again_with_logits_counts_once_in_running_statistics(tmp_path: Path) -> None:
+    given = {"compute_loss_func": writes_an_item}
+    again = train(tmp_path, model=normed(gpt2()), trainer=given, max_steps=1)
+    once = train(tmp_path, model=normed(gpt2()), trainer=given, max_steps=1, fsam_fused_head=False)
+    assert again["transformer.ln_f.0.num_batches_tracked"] == 1
+    assert distance(again, once) < 1e-6
 
 
 def test_a_loss_that_depends_on_logits_which_only_the_second_pass_reads_is_an_error(tmp_path: Path) -> None:

@@ -278,6 +278,36 @@ def test_training_step_called_by_hand_that_raises_leaves_nothing_behind(tmp_path
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_plain_step_after_one_whose_weights_were_not_put_back_begins_at_theta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C struck as they were to be put back, each time that this was tried."""
+    restore = WeightSwap.restore
+
+    def struck(self: WeightSwap) -> None:
+        if not same_bits(weights_of(trainer.model), theta):
+            raise KeyboardInterrupt
+        restore(self)
+
+    def gradients(trainer: FSAMTrainer) -> dict[str, Tensor]:
+        trainer.args.fsam_variant = "none"
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, batch)
+        return {name: weight.grad.clone() for name, weight in trainer.model.named_parameters()}
+
+    trainer, plain = make_trainer(tmp_path, fsam_rho=1.0), make_trainer(tmp_path)
+    batch = trainer.data_collator(sentences()[:2])
+    trainer.current_gradient_accumulation_steps = plain.current_gradient_accumulation_steps = 1
+    theta = weights_of(trainer.model)
+    monkeypatch.setattr(WeightSwap, "restore", struck)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.training_step(trainer.model, batch)
+    assert not same_bits(weights_of(trainer.model), theta)
+    monkeypatch.undo()
+    assert same_bits(gradients(trainer), gradients(plain))
+    assert same_bits(weights_of(trainer.model), theta)
+
+
 class _Watch(TrainerCallback):
     """Checks at every event that the weights are those after the last optimizer step."""
 
