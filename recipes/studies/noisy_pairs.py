@@ -108,6 +108,9 @@ class PairsDataArguments(DatasetArguments):
     def columns(self) -> dict[str, str]:
         return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
+    def input_columns(self) -> list[str]:
+        return [self.prompt_column]
+
 
 @dataclass
 class PairsTrainingArguments(AveragingArguments, FSAMTrainingArguments):

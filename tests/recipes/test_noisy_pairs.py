@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
 
 import models
 import noisy_pairs
-from data import train_bpe
+from data import load_splits, train_bpe
 from noisy_pairs import Drawn, Pair, PairsDataArguments
 
 from tests.toys import llama
@@ -140,6 +140,15 @@ def test_no_pair_that_a_seed_is_tuned_on_tests_another() -> None:
     validated = {row for each in drawn for row in rows(each.validation["clean"])}
     assert len(validated) > 40  # of 50: each seed draws others
     assert not validated & {row for each in drawn for row in rows(each.test)}
+
+
+def test_completions_of_one_prompt_are_in_one_split(tmp_path: Path, files: Files) -> None:
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("\n".join(json.dumps({"ask": f"{i // 3}", "completion": f"{i}"}) for i in range(90)))
+    data = PairsDataArguments(str(table), prompt_column="ask", validation_fraction=0.2, cache_dir=str(files.cache))
+    splits = load_splits(data)
+    assert not {*splits.train["ask"]} & {*splits.validation["ask"]}
+    assert len(splits.validation) == 18
 
 
 def test_a_pair_is_learned_from_its_completion_on(tokenizer: PreTrainedTokenizerBase) -> None:
