@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from hf_fsam.studies.masking import masked_command
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
                 f"outputs/ cannot be written by user {os.getuid()}. Make the folder before the container is started, "
                 'and start it as the folder\'s owner: docker run --user "$(id -u):$(id -g)" ...'
             )
-    print("+", shlex.join(line), flush=True)
+    print("+", shlex.join(masked_command(line)), flush=True)
     try:
         os.execvp(line[0], line)  # replaces this process, so that signals and the exit status are the training's
     except OSError as error:

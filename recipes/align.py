@@ -1,7 +1,7 @@
 """What sft.py and dpo.py share. TRL prepares the data and defines the loss; this module loads, trains and reports."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +37,19 @@ class AlignDataArguments(DatasetArguments):
     def columns(self) -> dict[str, str]:
         return {}
 
-    def input_columns(self) -> list[str]:
-        return ["prompt"]
+    def questions(self, rows: Dataset) -> Iterable[Any] | None:
+        if "prompt" in rows.column_names:
+            return rows["prompt"]
+        for column in ("messages", "conversations", "chosen"):
+            if column in rows.column_names and isinstance(rows[0][column], list):
+                return [turns[:-1] for turns in rows[column]]
+        return None
+
+    def check_rows(self, rows: Dataset) -> None:
+        check_rows(rows, self.dataset, [column for column in COLUMNS if column in rows.column_names], text=False)
 
 
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations", "input_ids", "text")  # of TRL
 SETTINGS = (ModelArguments, AlignDataArguments)  # and TRL's
 METRICS = tuple(f"eval_{name}" for name in ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"))
 

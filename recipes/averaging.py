@@ -1,7 +1,7 @@
 """Averages of the weights along a training, which are evaluated and saved in place of the weights themselves."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class AveragingMixin:
     """Put it before a Trainer class; its arguments have the fields of :class:`AveragingArguments`.
 
     Raises:
-        ValueError: an average is asked for where no process has whole weights.
+        ValueError: an average is asked for where no process has whole weights, or in a training that is resumed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,10 +56,21 @@ class AveragingMixin:
                 f"weight_average={self.args.weight_average!r} needs whole weights, and DeepSpeed and FSDP may shard "
                 "them: leave it out, or train with one process or torchrun's DDP."
             )
-        self.average: list[Tensor] | None = None
-        self.averaged_steps = 0
+        self.forget_average()
         if self.args.weight_average != "none":
             self.add_callback(_Update(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and self.args.weight_average != "none":
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: no checkpoint holds the average that "
+                f"weight_average={self.args.weight_average!r} asks for. Start again, or leave weight_average out."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def forget_average(self) -> None:
+        self.average: list[Tensor] | None = None
+        self.averaged_steps = 0
 
     def trained_weights(self) -> list[Tensor]:
         return [weight.data for weight in self.model.parameters() if weight.requires_grad]
@@ -72,9 +83,11 @@ class AveragingMixin:
         with self.using(self.evaluated_weights()):
             return super().evaluation_loop(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with self.using(self.evaluated_weights()):
-            super().save_model(*args, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # The Trainer's own call with a folder (5.23) is for a checkpoint, as on SIGTERM: its optimizer's state is of θ.
+        of_checkpoint = _internal_call and output_dir is not None
+        with nullcontext() if of_checkpoint else self.using(self.evaluated_weights()):
+            super().save_model(output_dir, _internal_call=_internal_call)
 
     @contextmanager
     def using(self, values: list[Tensor]) -> Iterator[None]:
@@ -113,6 +126,9 @@ class AveragingMixin:
 class _Update(TrainerCallback):
     def __init__(self, trainer: AveragingMixin) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # again for every trial, and for every batch size
+        self.trainer.forget_average()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.update_average()

@@ -151,6 +151,8 @@ def check_best_model(args: TrainingArguments, metrics: Sequence[str]) -> None:
             f"metric_for_best_model={args.metric_for_best_model!r} is none of the metrics, which are "
             f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"
         )
+    if name.endswith("perplexity"):
+        args.greater_is_better = False  # the Trainer takes all but a loss for better where it is greater
 
 
 def yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -117,10 +117,19 @@ class DatasetArguments:
         """Those of them that hold text."""
         return [column for argument, column in self.columns().items() if argument != "label_column"]
 
-    def input_columns(self) -> list[str]:
-        """Those that hold what the model is given to answer, some of which a data set may lack. Rows that are alike
-        there stay together where a part is split off to validate on."""
-        return []
+    def questions(self, rows: Dataset) -> Iterable[Any] | None:
+        """What each row gives the model to answer. Rows that ask the same stay together where a part is split off to
+        validate on. None where each row is a text by itself."""
+        return None
+
+    def check_rows(self, rows: Dataset) -> None:
+        """
+        Raises:
+            ValueError: a row of a stored data set cannot be used.
+        """
+        check_rows(rows, self.dataset, self.text_columns())
+        labels = [column for argument, column in self.columns().items() if argument == "label_column"]
+        check_rows(rows, self.dataset, labels, text=False)
 
 
 def refuse_unused(arguments: Any, **cures: str) -> None:
@@ -159,6 +168,12 @@ def load_splits(data: DatasetArguments) -> Splits:
     splits = load_embedded(data) if data.dataset in EMBEDDED else load_stored(data)
     for name, documents in (("training", splits.train), ("validation", splits.validation)):
         first = next(iter(documents), None)
+        if first is None and data.streaming:
+            raise ValueError(
+                f"dataset={data.dataset!r} has an empty {name} split: of a stream without a validation split the first "
+                f"{STREAM_VALIDATION_DOCUMENTS} documents validate. Give more, name a validation_split, or set "
+                "streaming=False."
+            )
         if first is None:
             raise ValueError(
                 f"dataset={data.dataset!r} has an empty {name} split. Give more documents, or change "
@@ -219,13 +234,12 @@ def load_stored(data: DatasetArguments) -> Splits:
             "unless validation_split names another.",
             *(data.dataset, ", ".join(parts), data.train_split),
         )
-    labels = [column for argument, column in data.columns().items() if argument == "label_column"]
     for documents in (train, validation):
         if isinstance(documents, Dataset):  # where a stream has rows without text, they are left out
-            check_rows(documents, data.dataset, data.text_columns())
-            check_rows(documents, data.dataset, labels, text=False)
+            data.check_rows(documents)
     key = "-".join(map(str, (data.dataset, data.dataset_config, data.train_split, data.text_column)))
     if data.streaming:
+        key += "-".join(map(str, stamps(Path(data.dataset).expanduser())))
         if validation is None:
             validation, train = train.take(STREAM_VALIDATION_DOCUMENTS), train.skip(STREAM_VALIDATION_DOCUMENTS)
         return Splits(train, validation, sha256=None, key=key)
@@ -236,25 +250,37 @@ def load_stored(data: DatasetArguments) -> Splits:
                 f"{data.validation_fraction} leaves none to train on: give more, lower it, or name a validation_split."
             )
         # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
-        if inputs := [column for column in data.input_columns() if column in train.column_names]:
+        if (questions := data.questions(train)) is not None:
             count = math.ceil(len(train) * data.validation_fraction)
-            validation, train = cut(train, count, inputs, seed=0)
+            validation, train = cut(train, count, questions, seed=0)
         else:
             both = train.train_test_split(test_size=data.validation_fraction, seed=0)
             train, validation = both["train"], both["test"]
+    elif PartialState().is_main_process:
+        learned = set(map(repr, data.questions(train) or ()))
+        twice = sum(repr(question) in learned for question in data.questions(validation) or ())
+        if twice:
+            logging.getLogger(__name__).warning(
+                "dataset=%r: %d of the %d validation rows have the text or the prompt of a training row, so that the "
+                "figures will be too good.",
+                *(data.dataset, twice, len(validation)),
+            )
     return Splits(train, validation, sha256=None, key=f"{key}-{train._fingerprint}")
 
 
-def cut(rows: Dataset, count: int, columns: list[str], seed: int) -> tuple[Dataset, Dataset]:
+def cut(rows: Dataset, count: int, questions: Iterable[Any], seed: int) -> tuple[Dataset, Dataset]:
     """Shuffles, and cuts off `count` rows or a few more. Returns them and the others.
 
-    Rows with the same in `columns`, such as a text that several people labelled or a prompt with several answers, are
-    all on one side: else a model would be tested on what it has learned. Where none is there twice, the order is that
-    of `rows.shuffle`.
+    Rows with the same question, such as a text that several people labelled or a prompt with several answers, are all
+    on one side: else a model would be tested on what it has learned. Where none is there twice, the order is that of
+    `rows.shuffle`.
+
+    Args:
+        questions: one for each row.
     """
     same: dict[str, list[int]] = {}
-    for index, values in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
-        same.setdefault(repr(values), []).append(index)  # a prompt may be a list of messages, which has no hash
+    for index, question in zip(range(len(rows)), questions, strict=True):
+        same.setdefault(repr(question), []).append(index)  # it may be a list of messages, which has no hash
     groups = list(same.values())
     order: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups)):
@@ -262,6 +288,12 @@ def cut(rows: Dataset, count: int, columns: list[str], seed: int) -> tuple[Datas
             count = len(order) + len(groups[group])
         order += groups[group]
     return rows.select(order[:count]), rows.select(order[count:])
+
+
+def stamps(path: Path) -> list[Any]:
+    """By which changed files are known from what they were; nothing where there is no such path."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return [part for file in files for part in (file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)]
 
 
 def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
@@ -297,6 +329,11 @@ def load_parts(data: DatasetArguments) -> dict[str, Dataset | IterableDataset]:
     except Exception as error:  # no network, an unknown name, a malformed file, and more
         if path.exists():
             raise ValueError(f"dataset={data.dataset!r} can't be read: {what_is_broken(path, error)}.") from error
+        if "Config name is missing" in str(error):
+            raise ValueError(
+                f"dataset={data.dataset!r} has several configurations, and dataset_config names none. "
+                f"{str(error).splitlines()[1]}."
+            ) from error
         raise ValueError(
             f"dataset={data.dataset!r} (dataset_config={data.dataset_config!r}) cannot be loaded from the hub "
             f"({first_line(error)}). Without a network use one of {', '.join(EMBEDDED)}, or a path."
@@ -338,8 +375,10 @@ def check_rows(documents: Dataset, name: str, columns: list[str], text: bool = T
     for column in columns:
         if column not in documents.column_names:
             continue  # which load_splits tells
-        if documents.data.column(column).null_count:
-            row = next(index for index, value in enumerate(documents[column], start=1) if value is None)
+        row = None
+        if documents.data.column(column).null_count:  # in a part of a table it counts those of the whole
+            row = next((index for index, value in enumerate(documents[column], start=1) if value is None), None)
+        if row is not None:
             raise ValueError(
                 f"dataset={name!r}, row {row}: there is no {column!r}. Give every row one (in a CSV file NA, None and "
                 "null count as none), or take that row out."

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,10 +134,12 @@ class FinetuneDataArguments(DatasetArguments):
             return {"format='alpaca', instruction": "instruction", "format='alpaca', output": "output"}
         return super().columns()
 
-    def input_columns(self) -> list[str]:
-        if self.task == "sequence_classification":
-            return self.text_columns()
-        return ["instruction", "input"] if self.format == "alpaca" else []
+    def questions(self, rows: Dataset) -> Iterable[Any] | None:
+        if self.task == "causal_lm" and self.format == "text":
+            return None
+        columns = self.text_columns() if self.task == "sequence_classification" else ["instruction", "input"]
+        there = [rows[column] for column in columns if column in rows.column_names]
+        return zip(*there, strict=True) if there else None
 
 
 @dataclass

@@ -174,9 +174,14 @@ class Runner:
 
     def _train(self, task: Task, key: str, slot: int) -> Row:
         folder = self.out / "runs" / key
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = {"disable_tqdm": True, **task.settings, "seed": task.seed, "output_dir": str(folder)}
         read = {name: self._contents(value) for name, value in task.settings.items() if isinstance(value, str)}
+        known = folder / "files.json"
+        if known.is_file() and any(read[name] != before for name, before in json.loads(known.read_text()).items()):
+            shutil.rmtree(folder)  # its checkpoints are of other data
+        folder.mkdir(parents=True, exist_ok=True)
+        read = {name: contents for name, contents in read.items() if contents is not None}
+        known.write_text(json.dumps(read))
+        settings = {"disable_tqdm": True, **task.settings, "seed": task.seed, "output_dir": str(folder)}
         # The newest complete checkpoint of a run that was killed: the Trainer writes the state last.
         complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
         checkpoint = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -193,6 +198,8 @@ class Runner:
             file.write_text(json.dumps(masked(settings), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             printed = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
             output.write_text(without_secrets(printed, settings), encoding="utf-8")
+        if self._stopped:  # it may have ended early, with a checkpoint and without an error
+            raise RuntimeError(f"{self.study.name}: {task.arm.name}, seed {task.seed}, was stopped.")
         if code != 0:
             tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise RuntimeError(
@@ -206,7 +213,7 @@ class Runner:
             "stage": task.stage,
             "seed": task.seed,
             "settings": masked(task.settings),
-            "files": {name: contents for name, contents in read.items() if contents is not None},
+            "files": read,
             "resumed": checkpoint is not None,
             **read_results(folder, self.study.tune_on),
             "recipe_sha256": fingerprint(task.arm.recipe.path),

@@ -55,7 +55,8 @@ from hf_fsam.studies.masking import is_secret
 
 Settings = dict[str, Any]
 
-HIGHER = ("accuracy", "f1", "precision", "recall", "matthews", "bleu", "rouge", "auc", "exact_match")
+HIGHER = ("accurac", "f1", "precision", "recall", "matthews", "bleu", "rouge", "auc", "exact_match")
+LOWER = ("loss", "perplexity", "error", "forgotten", "memorized")
 
 
 @dataclass(frozen=True)
@@ -293,12 +294,12 @@ def load_studies(
             "seeds that they were tuned on, so tune on seeds that are not in the table."
         )
     decides = study.metrics[0]
-    if "greater_is_better" not in raw and is_higher_better(decides):
+    if "greater_is_better" not in raw and is_higher_better(decides) is not False:
         raise ValueError(
             f"{path}: metrics: {decides!r} decides, and lower counts as better unless the file says otherwise: add "
             "`greater_is_better: true`, or false."
         )
-    if is_higher_better(study.tune_on) != is_higher_better(decides):
+    if study.tune_on != decides and is_higher_better(study.tune_on) not in (None, study.greater_is_better):
         raise ValueError(
             f"{path}: tune_on={study.tune_on!r} and {decides!r}, the first of `metrics`, are not better in the same "
             "direction, and greater_is_better is for both. Choose two that are: two losses, or two accuracies."
@@ -376,9 +377,11 @@ def _arm(path: Path, name: str, keys: Any, recipe: Recipe) -> Arm:
     return Arm(name, numbers(settings), recipe, like, longer, passes)
 
 
-def is_higher_better(metric: str) -> bool:
-    """Whether the name is that of a metric of which more is better, as far as names tell."""
-    return any(part in metric.lower() for part in HIGHER)
+def is_higher_better(metric: str) -> bool | None:
+    """Whether the name is that of a metric of which more is better, as far as names tell; None where they don't."""
+    if any(part in metric.lower() for part in HIGHER):
+        return True
+    return False if any(part in metric.lower() for part in LOWER) else None
 
 
 def training_length(settings: Settings) -> float:

@@ -200,7 +200,7 @@ def draw(pool: Dataset, test: Dataset, data: NoisyDataArguments, classes: int, s
         noisy = [generator.choice(to[own]) if generator.random() < data.label_noise else own for own in labels]
         return rows.add_column("noisy", noisy)
 
-    validation, train = map(flipped, cut(pool, start, ["text"], seed))
+    validation, train = map(flipped, cut(pool, start, pool["text"], seed))
     count = data.train_examples or max(1, len(train))
     if len(train) < count:
         raise ValueError(
@@ -392,7 +392,7 @@ class NoisyLabelsTrainer(MomentumSignMixin, LastBlocksMixin, AveragingMixin, FSA
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.args.feature_decay and model.training:
             # γ (mean ‖z‖² + ‖V‖²): arXiv 2405.03676, section 4.
-            size = self.features.square().sum(dim=-1).mean() + model.classifier.weight.square().sum()
+            size = self.features.square().sum(dim=-1).mean() + self.model.classifier.weight.square().sum()
             loss = loss + self.args.feature_decay * size
         return (loss, outputs) if return_outputs else loss
 

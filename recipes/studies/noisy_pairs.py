@@ -18,6 +18,7 @@ Each is the cross entropy in nats per token of the completions, whatever the tra
 import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,8 +109,8 @@ class PairsDataArguments(DatasetArguments):
     def columns(self) -> dict[str, str]:
         return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
-    def input_columns(self) -> list[str]:
-        return [self.prompt_column]
+    def questions(self, rows: Dataset) -> Iterable[str] | None:
+        return rows[self.prompt_column] if self.prompt_column in rows.column_names else None
 
 
 @dataclass

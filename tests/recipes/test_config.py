@@ -114,6 +114,14 @@ def test_every_configuration_parses(path: Path) -> None:
     assert Path(training.output_dir) == Path("outputs") / path.stem
 
 
+@pytest.mark.parametrize(("name", "greater"), [("perplexity", False), ("eval_loss", False)])
+def test_the_best_model_is_that_of_the_lowest_perplexity(name: str, greater: bool) -> None:
+    line = [str(config.CONFIGS / "pretrain_tiny.yaml"), "--load_best_model_at_end", "true", "--save_strategy", "steps"]
+    line += ["--save_steps", "50", "--eval_steps", "50", "--metric_for_best_model", name]
+    types = (pretrain.ModelArguments, DatasetArguments, FSAMTrainingArguments)
+    assert config.parse(types, line, "pretrain.py", pretrain.METRICS)[-1].greater_is_better == greater
+
+
 @pytest.mark.parametrize(
     ("script", "name", "other"),
     [

@@ -286,6 +286,18 @@ def test_a_stream_gives_its_first_documents_to_validation(
     assert isinstance(splits.train, IterableDataset)
     texts = [[row["text"] for row in part] for part in (splits.validation, splits.train)]
     assert texts == [paragraphs(10)[:3], paragraphs(10)[3:]]
+    path.write_text(path.read_text() + '{"text": "another"}\n')
+    changed = data.load_splits(DatasetArguments(dataset=str(path), streaming=True, cache_dir=cache))
+    assert changed.key != splits.key  # so that it gets a tokenizer of its own
+
+
+def test_the_configurations_of_a_data_set_are_listed_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nExample")
+
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"dataset_config names none.*available configs: \['en', 'de'\]\."):
+        data.load_parts(DatasetArguments(dataset="some/set"))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +321,11 @@ def test_a_stream_gives_its_first_documents_to_validation(
         ({"dataset": "{folder}/odd.bin"}, ValueError, "ends in '.bin': give one of .txt"),
         ({"dataset": "{folder}/texts.jsonl", "text_column": "txt"}, ValueError, "text_column='txt'.*has text, other"),
         ({"dataset": "{folder}/texts.jsonl", "train_split": "tain"}, ValueError, "train_split='tain'.*has train"),
+        (
+            {"dataset": "{folder}/texts.jsonl", "streaming": True},
+            ValueError,
+            "empty training split: of a stream .* 1000",
+        ),
         ({"dataset": "{folder}/texts.jsonl", "validation_split": "x"}, ValueError, "validation_split='x'.*has train"),
         ({"corpus_max_bytes": 1}, ValueError, "empty (training|validation) split.*corpus_max_bytes=1"),
     ],

@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_fsam import FSAMTrainer
+from hf_fsam import FSAMTrainer, FSAMTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import align
@@ -34,10 +34,12 @@ import dpo
 import finetune
 import pretrain
 import sft
-from averaging import AveragingMixin
+from averaging import AveragingArguments, AveragingMixin
 from data import Splits, cut, load_splits
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import ModelCard
+
+from tests.toys import make_trainer, weights_of
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -339,6 +341,43 @@ def test_a_fine_tuning_saves_the_average_of_its_weights(tmp_path: Path, cache: s
     assert not any(torch.equal(average[name], plain[name]) for name in plain)
 
 
+class AveragingTrainer(AveragingMixin, FSAMTrainer): ...
+
+
+@dataclass
+class AveragedArguments(AveragingArguments, FSAMTrainingArguments): ...
+
+
+def averaging_trainer(folder: Path, **settings: Any) -> AveragingTrainer:
+    kinds = {"trainer_class": AveragingTrainer, "arguments_class": AveragedArguments}
+    return make_trainer(folder, weight_average="ema", average_decay=0.9, **kinds, **settings)
+
+
+def test_a_second_training_begins_its_average_anew(tmp_path: Path) -> None:
+    trainer = averaging_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    trainer.train()
+    assert trainer.averaged_steps == 3
+
+
+def test_a_checkpoint_holds_the_weights_and_a_saved_model_their_average(tmp_path: Path) -> None:
+    """The Trainer saves a checkpoint on SIGTERM, whatever save_strategy says."""
+    trainer = averaging_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.save_model(str(tmp_path / "model"))
+    checkpoint, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-3", "model"))
+    assert {*checkpoint} == {*saved}
+    weights = weights_of(trainer.model)
+    assert all(torch.equal(checkpoint[name], weights[name]) for name in saved)
+    assert not any(torch.equal(saved[name], weights[name]) for name in saved)
+
+
+def test_a_training_with_an_average_is_not_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True: no checkpoint holds the average"):
+        averaging_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_an_average_of_sharded_weights_is_refused(engine: str) -> None:
     class Sharding:
@@ -460,11 +499,35 @@ def test_texts_that_several_people_labelled_are_on_one_side(tmp_path: Path, cach
     assert len(splits.validation) == 65
 
 
+def dialogue(question: int, answer: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{question}"}, {"role": "assistant", "content": f"{answer}"}]
+
+
+def test_validation_rows_that_ask_what_a_training_row_asks_are_counted(
+    tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\nc,x\n")
+    (tmp_path / "validation.csv").write_text("text,label\na,y\nd,y\nb,y\n")
+    load_splits(finetune.FinetuneDataArguments(task="sequence_classification", dataset=str(tmp_path), cache_dir=cache))
+    assert "2 of the 3 validation rows have the text or the prompt of a training row" in caplog.text
+
+
+@pytest.mark.parametrize("row", [0, 19])
+def test_a_row_of_a_dialogue_that_lacks_a_value_is_named_by_its_place_in_the_file(
+    row: int, tmp_path: Path, cache: str
+) -> None:
+    rows = [{"prompt": f"{i}", "completion": None if i == row else "b"} for i in range(20)]
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=f"row {row + 1}: there is no 'completion'"):
+        load_splits(align.AlignDataArguments(dataset=str(table), cache_dir=cache))
+
+
 ALPACA = {"task": "causal_lm", "format": "alpaca"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "columns", "inputs"),
+    ("arguments", "settings", "row"),
     [
         (finetune.FinetuneDataArguments, ALPACA, lambda i: {"instruction": f"ask {i // 3}", "output": f"{i}"}),
         (
@@ -478,29 +541,32 @@ ALPACA = {"task": "causal_lm", "format": "alpaca"}
             {"method": "dpo"},
             lambda i: {"prompt": [{"role": "user", "content": f"{i // 3}"}], "chosen": f"{i}", "rejected": "no"},
         ),
+        (
+            align.AlignDataArguments,
+            {"method": "dpo"},
+            lambda i: {"chosen": dialogue(i // 3, i), "rejected": dialogue(i // 3, -i)},
+        ),
+        (align.AlignDataArguments, {}, lambda i: {"messages": dialogue(i // 3, i)}),
     ],
 )
 def test_answers_to_one_prompt_are_on_one_side(
-    arguments: Any, columns: dict[str, str], inputs: Any, tmp_path: Path, cache: str
+    arguments: Any, settings: dict[str, str], row: Any, tmp_path: Path, cache: str
 ) -> None:
     table = tmp_path / "answers.jsonl"
-    table.write_text("\n".join(json.dumps(inputs(i)) for i in range(90)))
-    splits = load_splits(arguments(dataset=str(table), validation_fraction=0.2, cache_dir=cache, **columns))
-    names = {*inputs(0)} - {"output", "completion", "chosen", "rejected"}
-    train, validation = (
-        {str([row[name] for name in names]) for row in side} for side in (splits.train, splits.validation)
-    )
+    table.write_text("\n".join(json.dumps({**row(i), "question": i // 3}) for i in range(90)))
+    splits = load_splits(arguments(dataset=str(table), validation_fraction=0.2, cache_dir=cache, **settings))
+    train, validation = ({*side["question"]} for side in (splits.train, splits.validation))
     assert not train & validation
     assert (len(train), len(validation)) == (24, 6)
 
 
 def test_texts_with_many_rows_are_not_preferred(cache: str) -> None:
     rows = Dataset.from_dict({"text": [f"many {i // 5}" for i in range(1000)] + [f"one {i}" for i in range(1000)]})
-    first, others = cut(rows, 600, ["text"], seed=0)
+    first, others = cut(rows, 600, rows["text"], seed=0)
     for side in (first, others):
         assert 0.4 < sum(text.startswith("many") for text in side["text"]) / len(side) < 0.6
     alone = rows.select(range(1000, 2000))
-    assert cut(alone, 300, ["text"], seed=3)[0]["text"][:] == alone.shuffle(seed=3)["text"][:300]
+    assert cut(alone, 300, alone["text"], seed=3)[0]["text"][:] == alone.shuffle(seed=3)["text"][:300]
 
 
 @pytest.mark.parametrize("feature", [Value("string"), ClassLabel(names=["ham", "spam"])])

@@ -220,6 +220,38 @@ def test_a_table_that_has_changed_is_trained_on_anew(folder: Path) -> None:
     assert len(called(folder)) == 2 * before
 
 
+def test_a_checkpoint_of_a_table_that_has_changed_is_not_gone_on_from(folder: Path) -> None:
+    table = folder / "labels.csv"
+    for text, resumed in (("a", False), ("a", True), ("b", False)):
+        table.write_text(text)
+        (row,) = run(study_of(folder, arms={"A": {"dataset": str(table)}}, seeds=[0]), folder, keep=True)
+        assert row["resumed"] == resumed
+        (left,) = (folder / "out" / "runs").iterdir()
+        (left / "checkpoint-3").mkdir(exist_ok=True)
+        (left / "checkpoint-3" / "trainer_state.json").write_text("{}")
+        if not resumed:
+            (folder / "out" / "runs.jsonl").write_text("")
+
+
+def test_a_run_that_a_stopped_study_ended_early_has_no_row(folder: Path) -> None:
+    """On SIGTERM a script may save a checkpoint, report, and end without an error."""
+    recipe = (folder / "recipe.py").read_text()
+    early = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: settings.update(sleep=0, early=True))\n"
+    wait = "while settings['sleep'] > 0 and not settings.get('early'): time.sleep(0.02)"
+    recipe = recipe.replace("with (Path", early + "with (Path", 1).replace('time.sleep(settings.get("sleep", 0))', wait)
+    (folder / "recipe.py").write_text(recipe)
+    write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
+    command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not called(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=20) != 0
+    assert list((folder / "out" / "runs").glob("*/results.json"))  # it had come to its end
+    assert (folder / "out" / "runs.jsonl").read_text() == ""
+
+
 def test_a_file_that_is_written_during_a_study_changes_no_run(folder: Path) -> None:
     recipe = (folder / "recipe.py").read_text()
     (folder / "recipe.py").write_text(recipe + "Path(settings['predictions']).write_text(str(settings))\n")

@@ -97,6 +97,12 @@ def test_anything_but_a_configuration_is_a_command() -> None:
     assert started.returncode == 7
 
 
+def test_a_token_of_the_command_line_is_not_printed() -> None:
+    command = [sys.executable, entrypoint.__file__, "echo", "--hub_token", "hf_1"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed == "+ echo --hub_token '<HUB_TOKEN>'\n--hub_token hf_1\n"
+
+
 def test_a_read_only_output_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -75,8 +75,12 @@ def test_tuning_and_verdict_follow_greater_is_better(folder: Path) -> None:
     final = [each for each in rows if each["stage"] == "final"]
     assert {each["settings"]["learning_rate"] for each in final if each["arm"] == "A"} == {2}
     assert any(line.startswith("| B") and "better" in line for line in table(study, rows))
-    with pytest.raises(ValueError, match="add `greater_is_better: true`"):
-        study_of(folder, **keys)
+    for name in ("eval_f1", "eval_rewards/accuracies", "eval_rewards/margins"):  # the last is unknown
+        with pytest.raises(ValueError, match="add `greater_is_better: true`"):
+            study_of(folder, **{**keys, "metrics": [name]})
+    for metric, tune_on, greater in (("eval_rewards/margins", "eval_loss", True), ("margin", "eval_f1", False)):
+        with pytest.raises(ValueError, match="are not better in the same direction"):
+            study_of(folder, metrics=[metric], tune_on=tune_on, greater_is_better=greater)
 
 
 def test_cost_counts_steps_and_passes() -> None:
