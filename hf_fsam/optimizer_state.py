@@ -70,13 +70,19 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
     optimizer's first step.
 
     Raises:
-        ValueError: the optimizer has stepped and has no momentum.
+        ValueError: the optimizer has stepped and has no momentum, or one of another shape.
     """
     optimizer = innermost(optimizer)
     found, averages = [], []
     for weight in weights:
         average = _momentum(optimizer, optimizer.state.get(weight, {}))
         if average is not None:
+            if average.shape != weight.shape:
+                raise ValueError(
+                    f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps a momentum of shape "
+                    f"{tuple(average.shape)} for a weight of shape {tuple(weight.shape)}, as low-rank optimizers do. "
+                    "Choose optim='adamw_torch', or fsam_ascent_direction='gradient'."
+                )
             found.append(weight)
             averages.append(average.to(weight.device, weight.dtype, copy=True))
     return found, averages

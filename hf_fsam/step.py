@@ -194,7 +194,8 @@ class SplitStep:
         self.second = second = SecondPass(batch.clean, cotangents)
         self.moved = self.moved or second
         self._contexts.enter_context(self._second_contexts)
-        for context in (perturbed, fsam.uncounted(model), fsam.boundary.running(second)):
+        offloading = trl.offloading_anew(self.trainer)
+        for context in (perturbed, fsam.uncounted(model), fsam.boundary.running(second), offloading):
             self._second_contexts.enter_context(context)
         with fsam.unlogged():  # no longer: what calls compute_loss counts, too
             result = call(model, inputs)
@@ -325,7 +326,7 @@ class SplitStep:
         backward: Callable[[Tensor], None] | None = None,
     ) -> None:
         """Run the forward and the backward pass of `clean`; without `backward`, the latter stops at the boundary."""
-        with self.fsam.boundary.running(clean):
+        with self.fsam.boundary.running(clean), trl.offloading_anew(self.trainer):
             result = call(model, batches.copied(inputs))
             loss = result[0] if isinstance(result, tuple) else result
             if not isinstance(loss, Tensor):

@@ -11,12 +11,13 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from hf_fsam.cleanup import Cleanup
@@ -47,10 +48,28 @@ _IN_PIECES = "_chunked_jsd_loss"
 def note_storages(trainer: Any) -> None:
     """Call it when the weights have other memory: TRL's `activation_offloading` leaves in place what lies in that of a
     weight, which it looked up once."""
-    context = getattr(trainer, "maybe_activation_offload_context", None)
-    update = getattr(context, "update_model_params", None)
-    if update is not None:
-        update(trainer.model)
+    context = _offloading(trainer)
+    if context is not None:
+        context.update_model_params(trainer.model)
+
+
+def offloading_anew(trainer: Any) -> AbstractContextManager[Any]:
+    """For each pass. TRL's `activation_offloading` begins and ends with its context, and counts on one pass inside. In
+    a second one it would let go of nothing that it fetches, and keep what one that stopped at the boundary left."""
+    context = _offloading(trainer)
+    return nullcontext() if context is None else context
+
+
+def _offloading(trainer: Any) -> Any:
+    """The context of TRL's `activation_offloading`, by the name that TRL or Axolotl have for it; None: it is off."""
+    offloads: Any = getattr(sys.modules.get("trl.models.activation_offloading"), "OffloadActivations", ())
+    return next((each for each in vars(trainer).values() if isinstance(each, offloads)), None)
+
+
+def _as_saved() -> saved_tensors_hooks:
+    """Inside, a function saves tensors as they are, so that they can be read before the backward pass: what
+    `activation_offloading` gives back in their place, it does inside of one alone."""
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def unknown_heads(trainer_class: type) -> Iterator[tuple[str, str]]:
@@ -81,7 +100,7 @@ def _is_known(function: Any, forward: Any) -> bool:
         return False
     hidden, weight = torch.eye(2, requires_grad=True), torch.arange(6.0).view(3, 2)  # (n, d), (v, d)
     targets = torch.zeros(2, dtype=torch.long)
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), _as_saved():
         log_p, *_ = function.apply(hidden, weight, None, targets, 1.0, 2, None, 1.0, ())
     saved = log_p.grad_fn.saved_tensors
     wanted = (hidden @ weight.t()).logsumexp(-1)  # (n,)
@@ -120,7 +139,8 @@ class LogProbabilityHead:
         ):  # a trainer that is not TRL's own was not asked at the start
             raise ValueError(f"hf_fsam does not support {UNKNOWN}: {CURE}; or set fsam_variant='none'.")
         targets, temperature, _, cap, scale, _ = rest
-        log_p, entropy, *others = self.plain(hidden, weight, bias, *rest)
+        with _as_saved():
+            log_p, entropy, *others = self.plain(hidden, weight, bias, *rest)
         transform = LogitTransform(scale / temperature)
         if cap is not None:
             transform = LogitTransform(scale / cap, cap / temperature, tanh=True)

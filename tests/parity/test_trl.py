@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments
 from trl.models.activation_offloading import OffloadActivations
 
-from hf_fsam import FSAMArguments, FSAMMixin, FSAMTrainer, FSAMTrainingArguments
+from hf_fsam import FSAMArguments, FSAMMixin, FSAMTrainingArguments
 from hf_fsam.counters import Counters
-from tests import reference, toys, zoo
+from tests import reference, zoo
 from tests.parity.test_parity import assert_same_weights
 from tests.reference import IGNORED, Batch, Problem, Window
 from tests.toys import ON_DEVICE, VOCABULARY, llama
@@ -498,20 +498,29 @@ def test_a_trl_whose_fused_head_saves_other_tensors_is_refused(tmp_path: Path, m
         make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, llama(), conversations(), **SETTINGS["functional"])
 
 
-def test_offloaded_activations_are_told_where_the_weights_are(tmp_path: Path) -> None:
-    """`activation_offloading` would copy the perturbed weights to the host in every second pass, as activations."""
-    context = OffloadActivations.__new__(OffloadActivations)  # its constructor wants an accelerator
-    known: dict[str | None, bool] = {}
+@settings
+def test_sft_with_activations_on_the_host_agrees_with_the_formulas(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's `activation_offloading` knows the weights' memory, and counts on one forward and one backward pass."""
+    with monkeypatch.context() as patched:  # its constructor wants an accelerator
+        patched.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        context = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=0)
+    left: list[int] = []
+    known: list[bool] = []
 
-    class Offloading(FSAMTrainer):
-        maybe_activation_offload_context = context
-
+    class Watched(FSAMSFTTrainer):
         def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             addresses = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-            known[self.fsam_pass] = addresses <= context.param_storages
+            known.append(addresses <= context.param_storages)
+            left.append(len(context.tracker))
             return super().compute_loss(model, *args, **kwargs)
 
-    trainer = toys.make_trainer(tmp_path, trainer_class=Offloading, fsam_rho=0.3, max_steps=2)
+    model = llama()
+    start = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, Watched, FSAMSFTConfig, model, conversations(), **SETTINGS[setting])
     context.update_model_params(trainer.model)
-    trainer.train()
-    assert known == {"clean": True, "second": True}
+    trainer.maybe_activation_offload_context = context
+    check(trainer, start, SFT, setting)
+    assert all(known)
+    assert not any(left)

@@ -436,10 +436,10 @@ class _Keeps(torch.optim.Optimizer):
 
 
 class _LowRank(_Keeps):
-    """One second moment for each row of a weight."""
+    """One momentum and one second moment for each row of a weight."""
 
     def kept(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg_sq": weight.grad.square().mean(0)}
+        return {"exp_avg": weight.grad.mean(0), "exp_avg_sq": weight.grad.square().mean(0)}
 
 
 class _Quantized(Tensor):
@@ -536,6 +536,11 @@ OPTIMIZERS = [
     Row(
         "as low-rank optimizers do. Set fsam_precondition",
         with_optimizer(_LowRank, fsam_precondition=True),
+        with_optimizer(_LowRank),
+    ),
+    Row(
+        "as low-rank optimizers do. Choose optim='adamw_torch', or fsam_ascent_direction",
+        with_optimizer(_LowRank, **along_momentum),
         with_optimizer(_LowRank),
     ),
     Row(
