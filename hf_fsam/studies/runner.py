@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +199,7 @@ class Runner:
             printed = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
             output.write_text(without_secrets(printed, settings), encoding="utf-8")
         if self._stopped:  # it may have ended early, with a checkpoint and without an error
-            raise RuntimeError(f"{self.study.name}: {task.arm.name}, seed {task.seed}, was stopped.")
+            raise CancelledError
         if code != 0:
             tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise RuntimeError(
