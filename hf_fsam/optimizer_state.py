@@ -75,30 +75,30 @@ def momenta(optimizer: Optimizer, weights: Iterable[Tensor]) -> tuple[list[Tenso
     optimizer = innermost(optimizer)
     found, averages = [], []
     for weight in weights:
-        average = _momentum(optimizer, optimizer.state.get(weight, {}))
+        average = _momentum(optimizer, weight, optimizer.state.get(weight, {}))
         if average is not None:
-            if average.shape != weight.shape:
-                raise ValueError(
-                    f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps a momentum of shape "
-                    f"{tuple(average.shape)} for a weight of shape {tuple(weight.shape)}, as low-rank optimizers do. "
-                    "Choose optim='adamw_torch', or fsam_ascent_direction='gradient'."
-                )
             found.append(weight)
             averages.append(average.to(weight.device, weight.dtype, copy=True))
     return found, averages
 
 
-def _momentum(optimizer: Optimizer, state: dict[str, Any]) -> Tensor | None:
+def _momentum(optimizer: Optimizer, weight: Tensor, state: dict[str, Any]) -> Tensor | None:
     """That in a weight's `state`; None where the state is empty, or its momentum.
 
     Raises:
-        ValueError: the state has none, or in a format that is not known here.
+        ValueError: the state has none, or in a format or a shape that is not known here.
     """
     average = state[momentum_name(optimizer, state)] if state else None
     if average is not None and type(average) not in (Tensor, DTensor):
         raise ValueError(
             f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps its momentum in a format of its own "
             f"({type(average).__name__}). Choose optim='adamw_torch', or fsam_ascent_direction='gradient'."
+        )
+    if average is not None and average.shape != weight.shape:
+        raise ValueError(
+            f"fsam_ascent_direction='momentum': {type(optimizer).__name__} keeps a momentum of shape "
+            f"{tuple(average.shape)} for a weight of shape {tuple(weight.shape)}, as low-rank optimizers do. Choose "
+            "optim='adamw_torch', or fsam_ascent_direction='gradient'."
         )
     return average
 
@@ -194,7 +194,7 @@ def check_keeps_momentum(optimizer: Optimizer) -> None:
         twin, probe = _stepped_twin(optimizer)
     except Exception:  # an unknown optimizer may raise anything; after its first step `momenta` sees what it has
         return
-    _momentum(optimizer, twin.state.get(probe, {}))
+    _momentum(optimizer, probe, twin.state.get(probe, {}))
 
 
 def check_keeps_second_moment(optimizer: Optimizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import report
 from config import parse
-from data import DatasetArguments, check_rows, limited, load_splits, load_tokenizer, on_hub, refuse_unused
+from data import DatasetArguments, check_rows, in_turn, limited, load_splits, load_tokenizer, on_hub, refuse_unused
 from datasets import Dataset
 from finetune import ModelArguments, load_config, load_model
 from models import model_folder
@@ -39,17 +39,23 @@ class AlignDataArguments(DatasetArguments):
 
     def questions(self, rows: Dataset) -> Iterable[Any] | None:
         if "prompt" in rows.column_names:
-            return rows["prompt"]
+            return in_turn(rows, "prompt")
         for column in ("messages", "conversations", "chosen"):
             if column in rows.column_names and isinstance(rows[0][column], list):
-                return [turns[:-1] for turns in rows[column]]
+                return (turns[:-1] for turns in in_turn(rows, column))
         return None
 
     def check_rows(self, rows: Dataset) -> None:
-        check_rows(rows, self.dataset, [column for column in COLUMNS if column in rows.column_names], text=False)
+        columns = next((each for each in self.formats() if {*each} <= {*rows.column_names}), ())
+        check_rows(rows, self.dataset, list(columns), text=False)
+
+    def formats(self, text_field: str = "text") -> list[tuple[str, ...]]:
+        """The columns of each format that TRL takes, in the order in which it looks for them."""
+        if self.method == "dpo":
+            return [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
+        return [("messages",), ("conversations",), ("prompt", "completion"), ("input_ids",), (text_field,)]
 
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations", "input_ids", "text")  # of TRL
 SETTINGS = (ModelArguments, AlignDataArguments)  # and TRL's
 METRICS = tuple(f"eval_{name}" for name in ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"))
 
@@ -84,17 +90,9 @@ def run(argv: list[str], script: str, trainer_class: Any, config_class: Any, met
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     with training_args.main_process_first(desc="preparing the data"):
         splits = load_splits(data_args)
-    choices = [("chosen", "rejected")]
-    if data_args.method == "sft":
-        choices = [
-            ("messages",),
-            ("conversations",),
-            ("prompt", "completion"),
-            ("input_ids",),
-            (training_args.dataset_text_field,),
-        ]
+    formats = data_args.formats(getattr(training_args, "dataset_text_field", "text"))
     for documents in (splits.train, splits.validation):
-        check_columns(documents, data_args.dataset, choices)
+        check_columns(documents, data_args.dataset, formats)
 
     # ---- Model and training ----
     training_args.eval_on_start = True  # to know how good the model was before

@@ -1,5 +1,6 @@
 """Averages of the weights along a training, which are evaluated and saved in place of the weights themselves."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,11 +33,18 @@ class AveragingArguments:
         for name in ("average_decay", "average_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: give a number from 0 to below 1.")
-        if self.weight_average != "none" and getattr(self, "save_strategy", "no") != "no":
-            raise ValueError(
-                f"weight_average={self.weight_average!r} keeps the average in memory alone, and a checkpoint would "
-                'lack it: set save_strategy="no".'
-            )
+        if self.weight_average != "none":
+            if getattr(self, "save_strategy", "no") != "no":
+                raise ValueError(
+                    f"weight_average={self.weight_average!r} keeps the average in memory alone, and a checkpoint would "
+                    'lack it: set save_strategy="no".'
+                )
+            if getattr(self, "enable_jit_checkpoint", False):
+                self.enable_jit_checkpoint = False
+                logging.getLogger(__name__).warning(
+                    "weight_average=%r: no checkpoint is saved on SIGTERM, since it would lack the average.",
+                    self.weight_average,
+                )
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()

@@ -170,7 +170,7 @@ def load_splits(data: DatasetArguments) -> Splits:
         first = next(iter(documents), None)
         if first is None and data.streaming:
             raise ValueError(
-                f"dataset={data.dataset!r} has an empty {name} split: of a stream without a validation split the first "
+                f"dataset={data.dataset!r} has an empty {name} split. Of a stream without a validation split the first "
                 f"{STREAM_VALIDATION_DOCUMENTS} documents validate. Give more, name a validation_split, or set "
                 "streaming=False."
             )
@@ -250,15 +250,14 @@ def load_stored(data: DatasetArguments) -> Splits:
                 f"{data.validation_fraction} leaves none to train on: give more, lower it, or name a validation_split."
             )
         # Shuffled with a fixed seed, so that the split does not change with the seed of the training.
-        if (questions := data.questions(train)) is not None:
-            count = math.ceil(len(train) * data.validation_fraction)
-            validation, train = cut(train, count, questions, seed=0)
-        else:
+        by_question = split_by_question(train, data)
+        if by_question is None:
             both = train.train_test_split(test_size=data.validation_fraction, seed=0)
-            train, validation = both["train"], both["test"]
+            by_question = both["test"], both["train"]
+        validation, train = by_question
     elif PartialState().is_main_process:
-        learned = set(map(repr, data.questions(train) or ()))
-        twice = sum(repr(question) in learned for question in data.questions(validation) or ())
+        learned = set(map(digest, data.questions(train) or ()))
+        twice = sum(digest(question) in learned for question in data.questions(validation) or ())
         if twice:
             logging.getLogger(__name__).warning(
                 "dataset=%r: %d of the %d validation rows have the text or the prompt of a training row, so that the "
@@ -266,6 +265,24 @@ def load_stored(data: DatasetArguments) -> Splits:
                 *(data.dataset, twice, len(validation)),
             )
     return Splits(train, validation, sha256=None, key=f"{key}-{train._fingerprint}")
+
+
+def split_by_question(rows: Dataset, data: DatasetArguments) -> tuple[Dataset, Dataset] | None:
+    """A part to validate on, and the others; None where rows have no questions, or all too many have the same."""
+    questions = data.questions(rows)
+    if questions is None:
+        return None
+    count = math.ceil(len(rows) * data.validation_fraction)
+    validation, train = cut(rows, count, questions, seed=0)
+    if len(validation) <= 2 * count and len(train):
+        return validation, train
+    if PartialState().is_main_process:
+        logging.getLogger(__name__).warning(
+            "dataset=%r has so many rows with the same text or prompt that it is trained on and validated on: name a "
+            "validation_split with others.",
+            data.dataset,
+        )
+    return None
 
 
 def cut(rows: Dataset, count: int, questions: Iterable[Any], seed: int) -> tuple[Dataset, Dataset]:
@@ -278,9 +295,9 @@ def cut(rows: Dataset, count: int, questions: Iterable[Any], seed: int) -> tuple
     Args:
         questions: one for each row.
     """
-    same: dict[str, list[int]] = {}
+    same: dict[Any, list[int]] = {}
     for index, question in zip(range(len(rows)), questions, strict=True):
-        same.setdefault(repr(question), []).append(index)  # it may be a list of messages, which has no hash
+        same.setdefault(digest(question) if question else index, []).append(index)  # nothing is no question
     groups = list(same.values())
     order: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups)):
@@ -290,9 +307,20 @@ def cut(rows: Dataset, count: int, questions: Iterable[Any], seed: int) -> tuple
     return rows.select(order[:count]), rows.select(order[count:])
 
 
+def digest(question: Any) -> bytes:
+    """It may be a list of messages, which has no hash."""
+    return hashlib.sha256(repr(question).encode()).digest()
+
+
+def in_turn(rows: Dataset, column: str) -> Iterator[Any]:
+    """The values of a column. `datasets` reads slices many times faster than rows."""
+    for start in range(0, len(rows), 1000):
+        yield from rows[column][start : start + 1000]
+
+
 def stamps(path: Path) -> list[Any]:
     """By which changed files are known from what they were; nothing where there is no such path."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file() and file.suffix in (*BUILDERS, ".tsv")]
     return [part for file in files for part in (file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)]
 
 

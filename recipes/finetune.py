@@ -27,6 +27,7 @@ from data import (
     Splits,
     check_sequence_length,
     for_validation,
+    in_turn,
     limited,
     load_splits,
     load_tokenizer,
@@ -138,7 +139,7 @@ class FinetuneDataArguments(DatasetArguments):
         if self.task == "causal_lm" and self.format == "text":
             return None
         columns = self.text_columns() if self.task == "sequence_classification" else ["instruction", "input"]
-        there = [rows[column] for column in columns if column in rows.column_names]
+        there = [in_turn(rows, column) for column in columns if column in rows.column_names]
         return zip(*there, strict=True) if there else None
 
 

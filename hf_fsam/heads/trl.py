@@ -68,8 +68,9 @@ def _offloading(trainer: Any) -> Any:
 
 def _as_saved() -> saved_tensors_hooks:
     """Inside, a function saves tensors as they are, so that they can be read before the backward pass: what
-    `activation_offloading` gives back in their place, it does inside of one alone."""
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    `activation_offloading` gives back in their place, it does inside of one alone. Weights stay themselves, as ZeRO-3
+    needs; an output that held its own node would never be freed."""
+    return saved_tensors_hooks(lambda tensor: tensor if tensor.is_leaf else tensor.detach(), lambda tensor: tensor)
 
 
 def unknown_heads(trainer_class: type) -> Iterator[tuple[str, str]]:

@@ -180,7 +180,9 @@ class Runner:
             shutil.rmtree(folder)  # its checkpoints are of other data
         folder.mkdir(parents=True, exist_ok=True)
         read = {name: contents for name, contents in read.items() if contents is not None}
-        known.write_text(json.dumps(read))
+        new = known.with_suffix(".new")
+        new.write_text(json.dumps(read))
+        new.replace(known)  # complete or not at all
         settings = {"disable_tqdm": True, **task.settings, "seed": task.seed, "output_dir": str(folder)}
         # The newest complete checkpoint of a run that was killed: the Trainer writes the state last.
         complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]

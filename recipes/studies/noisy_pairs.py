@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 from averaging import AveragingArguments, AveragingMixin
 from config import evaluate_each_epoch, parse, refuse_checkpoints
-from data import DatasetArguments, check_sequence_length, load_splits, load_tokenizer, refuse_unused
+from data import DatasetArguments, check_sequence_length, in_turn, load_splits, load_tokenizer, refuse_unused
 from finetune import load_config
 from losses import generalized_cross_entropy
 from models import model_folder
@@ -110,7 +110,7 @@ class PairsDataArguments(DatasetArguments):
         return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
     def questions(self, rows: Dataset) -> Iterable[str] | None:
-        return rows[self.prompt_column] if self.prompt_column in rows.column_names else None
+        return in_turn(rows, self.prompt_column) if self.prompt_column in rows.column_names else None
 
 
 @dataclass

@@ -5,7 +5,9 @@ The batches are TRL's own, recorded as the trainer gets them. `tests.reference` 
 
 import copy
 import functools
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -524,3 +526,29 @@ def test_sft_with_activations_on_the_host_agrees_with_the_formulas(
     check(trainer, start, SFT, setting)
     assert all(known)
     assert not any(left)
+
+
+@pytest.mark.parametrize("setting", ["functional", "momentum", "logit"])
+def test_no_pass_is_left_in_memory_after_its_step(setting: str, tmp_path: Path) -> None:
+    """Of one that stopped at the boundary no backward pass frees what the fused head has saved."""
+    nodes: list[weakref.ref] = []
+
+    class Mark(torch.autograd.Function):
+        """A node of the graph below the head."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            nodes.append(weakref.ref(ctx))
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> Tensor:
+            return upstream
+
+    model = llama()
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: Mark.apply(output))
+    trainer = make_trainer(tmp_path, FSAMSFTTrainer, FSAMSFTConfig, model, conversations(), **SETTINGS[setting])
+    trainer.train()
+    gc.collect()
+    assert len(nodes) >= 2 * STEPS
+    assert not any(node() for node in nodes)

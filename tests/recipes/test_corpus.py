@@ -324,7 +324,7 @@ def test_the_configurations_of_a_data_set_are_listed_where_none_is_named(monkeyp
         (
             {"dataset": "{folder}/texts.jsonl", "streaming": True},
             ValueError,
-            "empty training split: of a stream .* 1000",
+            "empty training split. Of a stream .* 1000",
         ),
         ({"dataset": "{folder}/texts.jsonl", "validation_split": "x"}, ValueError, "validation_split='x'.*has train"),
         ({"corpus_max_bytes": 1}, ValueError, "empty (training|validation) split.*corpus_max_bytes=1"),

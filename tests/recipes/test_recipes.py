@@ -373,6 +373,14 @@ def test_a_checkpoint_holds_the_weights_and_a_saved_model_their_average(tmp_path
     assert not any(torch.equal(saved[name], weights[name]) for name in saved)
 
 
+def test_a_training_with_an_average_saves_nothing_on_sigterm_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = averaging_trainer(tmp_path, enable_jit_checkpoint=True)  # as the image's entry point sets it
+    assert not trainer.args.enable_jit_checkpoint
+    assert "no checkpoint is saved on SIGTERM" in caplog.text
+
+
 def test_a_training_with_an_average_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=True: no checkpoint holds the average"):
         averaging_trainer(tmp_path).train(resume_from_checkpoint=True)
@@ -558,6 +566,27 @@ def test_answers_to_one_prompt_are_on_one_side(
     train, validation = ({*side["question"]} for side in (splits.train, splits.validation))
     assert not train & validation
     assert (len(train), len(validation)) == (24, 6)
+
+
+@pytest.mark.parametrize("prompts", [["add"] * 40, ["add"] * 20 + ["subtract"] * 20])
+def test_where_rows_have_few_prompts_they_are_split_by_row_with_a_warning(
+    prompts: list[str], tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "answers.jsonl"
+    table.write_text("\n".join(json.dumps({"prompt": each, "completion": f"{i}"}) for i, each in enumerate(prompts)))
+    splits = load_splits(align.AlignDataArguments(dataset=str(table), validation_fraction=0.1, cache_dir=cache))
+    assert (len(splits.train), len(splits.validation)) == (36, 4)
+    assert "so many rows with the same text or prompt" in caplog.text
+
+
+def test_an_empty_prompt_is_not_the_same_as_another(
+    tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "texts.jsonl"
+    table.write_text("\n".join(json.dumps({"messages": dialogue(i, i)[1:], "text": None}) for i in range(40)))
+    splits = load_splits(align.AlignDataArguments(dataset=str(table), validation_fraction=0.1, cache_dir=cache))
+    assert (len(splits.train), len(splits.validation)) == (36, 4)
+    assert caplog.text == ""
 
 
 def test_texts_with_many_rows_are_not_preferred(cache: str) -> None:
