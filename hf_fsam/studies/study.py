@@ -57,6 +57,7 @@ Settings = dict[str, Any]
 
 HIGHER = ("accurac", "f1", "precision", "recall", "matthews", "bleu", "rouge", "auc", "exact_match")
 LOWER = ("loss", "perplexity", "error", "forgotten", "memorized")
+COMMON = ("eval_loss", "best_eval_loss", "eval_accuracy", "eval_perplexity")
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def load_studies(
     if "greater_is_better" not in raw and is_higher_better(decides) is not False:
         raise ValueError(
             f"{path}: metrics: {decides!r} decides, and lower counts as better unless the file says otherwise: add "
-            "`greater_is_better: true`, or false."
+            f"`greater_is_better: true`, or false.{did_you_mean(decides, COMMON)}"
         )
     if study.tune_on != decides and is_higher_better(study.tune_on) not in (None, study.greater_is_better):
         raise ValueError(

@@ -367,7 +367,7 @@ def test_results_of_the_examples_of_transformers_are_read(tmp_path: Path) -> Non
 
 
 def test_a_run_whose_metric_was_mistyped_is_not_lost(folder: Path) -> None:
-    study = study_of(folder, metrics=["eval_los"], arms={"A": {}}, seeds=[0])
+    study = study_of(folder, metrics=["eval_los"], greater_is_better=False, arms={"A": {}}, seeds=[0])
     with pytest.raises(RuntimeError, match=r"A, seed 0, has no metric 'eval_los'\. It has .*best_eval_loss"):
         run(study, folder)
     run(study_of(folder, arms={"A": {}}, seeds=[0]), folder)

@@ -78,6 +78,8 @@ def test_tuning_and_verdict_follow_greater_is_better(folder: Path) -> None:
     for name in ("eval_f1", "eval_rewards/accuracies", "eval_rewards/margins"):  # the last is unknown
         with pytest.raises(ValueError, match="add `greater_is_better: true`"):
             study_of(folder, **{**keys, "metrics": [name]})
+    with pytest.raises(ValueError, match=r"or false\. Did you mean 'eval_loss'"):
+        study_of(folder, **{**keys, "metrics": ["eval_los"]})
     for metric, tune_on, greater in (("eval_rewards/margins", "eval_loss", True), ("margin", "eval_f1", False)):
         with pytest.raises(ValueError, match="are not better in the same direction"):
             study_of(folder, metrics=[metric], tune_on=tune_on, greater_is_better=greater)

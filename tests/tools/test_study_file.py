@@ -107,7 +107,10 @@ def test_mistakes_are_named_before_the_first_run(
     ("keys", "message"),
     [
         ({"arms": {"A": {}, "B": {"rat": 1}}}, r"B: 'rat' is no setting of recipe\.py\. Did you mean 'rate'\?"),
-        ({"arms": {"A": {}}, "metrics": ["eval_los"]}, r"'eval_los' is no metric of .* Did you mean 'eval_loss'"),
+        (
+            {"arms": {"A": {}}, "metrics": ["eval_los"], "greater_is_better": False},
+            r"'eval_los' is no metric of .* Did you mean 'eval_loss'",
+        ),
     ],
 )
 def test_names_that_a_recipe_does_not_have_are_told_before_its_first_run(
