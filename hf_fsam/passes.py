@@ -174,7 +174,10 @@ class CleanPass(Pass):
     Attributes:
         crossings: in the order of the forward pass; none where the pass does not record.
         nodes: the autograd nodes of what crossed, while the pass lasts.
+        offloads: what autograd saves goes to the host, and may be read in the backward pass alone.
     """
+
+    offloads = False
 
     def __init__(
         self, unperturbed: UnperturbedHead | None = None, *, stops_at_boundary: bool = False, records: bool = True

@@ -326,7 +326,9 @@ class SplitStep:
         backward: Callable[[Tensor], None] | None = None,
     ) -> None:
         """Run the forward and the backward pass of `clean`; without `backward`, the latter stops at the boundary."""
-        with self.fsam.boundary.running(clean), trl.offloading_anew(self.trainer):
+        offloading = trl.offloading_anew(self.trainer)
+        clean.offloads = not isinstance(offloading, nullcontext)
+        with self.fsam.boundary.running(clean), offloading:
             result = call(model, batches.copied(inputs))
             loss = result[0] if isinstance(result, tuple) else result
             if not isinstance(loss, Tensor):

@@ -68,9 +68,9 @@ def _offloading(trainer: Any) -> Any:
 
 def _as_saved() -> saved_tensors_hooks:
     """Inside, a function saves tensors as they are, so that they can be read before the backward pass: what
-    `activation_offloading` gives back in their place, it does inside of one alone. Weights stay themselves, as ZeRO-3
-    needs; an output that held its own node would never be freed."""
-    return saved_tensors_hooks(lambda tensor: tensor if tensor.is_leaf else tensor.detach(), lambda tensor: tensor)
+    `activation_offloading` gives back in their place, it does inside of one alone. Detached, or an output would hold
+    its own node for ever."""
+    return saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
 
 def unknown_heads(trainer_class: type) -> Iterator[tuple[str, str]]:
@@ -140,7 +140,8 @@ class LogProbabilityHead:
         ):  # a trainer that is not TRL's own was not asked at the start
             raise ValueError(f"hf_fsam does not support {UNKNOWN}: {CURE}; or set fsam_variant='none'.")
         targets, temperature, _, cap, scale, _ = rest
-        with _as_saved():
+        # Only then, because with hooks ZeRO-3's weight comes back without its state, which TRL asks for.
+        with _as_saved() if clean.offloads else nullcontext():
             log_p, entropy, *others = self.plain(hidden, weight, bias, *rest)
         transform = LogitTransform(scale / temperature)
         if cap is not None:
