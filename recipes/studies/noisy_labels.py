@@ -200,7 +200,7 @@ def draw(pool: Dataset, test: Dataset, data: NoisyDataArguments, classes: int, s
         noisy = [generator.choice(to[own]) if generator.random() < data.label_noise else own for own in labels]
         return rows.add_column("noisy", noisy)
 
-    validation, train = map(flipped, cut(pool, start, pool["text"], seed))
+    validation, train = map(flipped, cut(pool, start, pool["text"][:], seed))
     count = data.train_examples or max(1, len(train))
     if len(train) < count:
         raise ValueError(

@@ -136,7 +136,8 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(folder: Path) -> None:
     assert told.splitlines()[-1].endswith("the same command goes on from there.")
 
 
-def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
+def terminate_a_study(folder: Path) -> None:
+    """Start the study of a run that takes a minute, and end it once the run has begun."""
     write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
     command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -145,6 +146,10 @@ def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
         time.sleep(0.02)
     process.terminate()
     assert process.wait(timeout=20) != 0
+
+
+def test_sigterm_ends_the_runs_with_the_study(folder: Path) -> None:
+    terminate_a_study(folder)
     study = study_of(folder, settings={"sleep": 0}, arms={"A": {}}, seeds=[0])
     run(study, folder)  # the lock is free
 
@@ -240,14 +245,7 @@ def test_a_run_that_a_stopped_study_ended_early_has_no_row(folder: Path) -> None
     wait = "while settings['sleep'] > 0 and not settings.get('early'): time.sleep(0.02)"
     recipe = recipe.replace("with (Path", early + "with (Path", 1).replace('time.sleep(settings.get("sleep", 0))', wait)
     (folder / "recipe.py").write_text(recipe)
-    write_study(folder, settings={"sleep": 60}, arms={"A": {}}, seeds=[0])
-    command = [*COMPARE, str(folder / "study.yaml"), "--out", str(folder / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not called(folder) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.terminate()
-    assert process.wait(timeout=20) != 0
+    terminate_a_study(folder)
     assert list((folder / "out" / "runs").glob("*/results.json"))  # it had come to its end
     assert (folder / "out" / "runs.jsonl").read_text() == ""
 
